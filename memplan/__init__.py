@@ -1,0 +1,1 @@
+"""memplan: training models that do not fit."""

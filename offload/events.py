@@ -1,0 +1,54 @@
+"""Events: what a run tells the world, as JSON lines in ``RUN/events.jsonl``.
+
+The run appends and never waits for a reader; dashboards and reports tail the file. Every line has ``event`` (its
+kind) and ``time`` (seconds since the epoch). The kinds, in the order in which they appear:
+
+``run``         once at the start, and again when a run is resumed:
+                model, device, precision, parameters, pid, first_step, last_step, micro_batch_size,
+                gradient_accumulation_steps, budget_bytes{gpu,host,nvme}, predicted_bytes{gpu,host,nvme},
+                predicted_step_seconds (or null), bottleneck (or null), units[{name, elements, parameters,
+                gradients, optimizer}] in forward order (the last three are tiers)
+``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
+                null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
+``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), learning_rate, seconds,
+                tokens, memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far, traffic_bytes{
+                host_to_device, device_to_host, nvme_read, nvme_write} of this step
+``checkpoint``  step, path, seconds, bytes
+``note``        message: something a person should know
+``end``         reason (finished, interrupted, failed), step, message
+"""
+
+import json
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+LINKS = ("host_to_device", "device_to_host", "nvme_read", "nvme_write")
+
+
+class EventLog:
+    """Appends events to a file, one whole line a write, from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._lock = threading.Lock()
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event; a log that is closed ignores it, so late threads do no harm."""
+        line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=True) + "\n"
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(line)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

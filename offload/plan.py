@@ -1,0 +1,225 @@
+"""Plan: the order that the runtime carries out. Frozen, JSON, standard library only.
+
+A plan says where each unit's parameters, gradients and optimizer state live, how they travel, and which
+batch is trained. The planner writes plans; others may too, by hand or from another engine's configuration.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from offload.errors import PlanError
+
+SCHEMA = "memplan.plan/1"
+
+
+class Tier(StrEnum):
+    """A kind of memory, from the fastest to the largest."""
+
+    GPU = "gpu"
+    HOST = "host"
+    NVME = "nvme"
+
+    @property
+    def depth(self) -> int:
+        """0 for the fastest tier, larger the further from the compute device."""
+        return ("gpu", "host", "nvme").index(self.value)
+
+
+class Precision(StrEnum):
+    """How numbers are stored: see ``offload.residency`` for the bytes."""
+
+    FP32 = "fp32"
+    AMP = "amp"
+    """fp32 parameters, forward under autocast to bf16."""
+    BF16 = "bf16"
+    """bf16 weights with an exact fp32 master, split into the weight and a 16-bit remainder."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one weight (and of one gradient)."""
+        return 2 if self is Precision.BF16 else 4
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one unit lives between its uses.
+
+    ``unit`` is the dotted path of a module, whose parameters move together; "" is the root unit, which owns every
+    parameter that no other unit owns and those that several units share.
+    """
+
+    unit: str
+    parameters: Tier
+    gradients: Tier
+    optimizer: Tier
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """How the bytes are cut for their journeys."""
+
+    prefetch_units: int = 1
+    """Units fetched ahead of the one that computes."""
+    update_elements: int = 1 << 22
+    """Elements of optimizer state that are read, updated and written at a time."""
+    io_bytes: int = 8 << 20
+    """Largest single request to the NVMe tier."""
+    reduce_elements: int = 1 << 26
+    """Gradient elements reduced over the ranks at a time."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the planner expects of the plan. Unknown is ``None``."""
+
+    gpu_peak_bytes: int
+    host_bytes: int
+    pinned_bytes: int
+    nvme_bytes: int
+    step_seconds: float | None
+    bottleneck: str | None
+    """The lane that bounds the step: compute, host_to_device, device_to_host, nvme or cpu_update."""
+    lane_seconds: dict[str, float] = field(default_factory=dict)
+    """Busy seconds of every lane in one optimizer step."""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A plan that was considered and not taken."""
+
+    description: str
+    step_seconds: float | None
+    gpu_peak_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+    why_not: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The bytes that the plan was allowed in each tier."""
+
+    gpu_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to train one model on one machine.
+
+    The global batch of one optimizer step is ``micro_batch_size * gradient_accumulation_steps * gpus``.
+    """
+
+    model: str
+    parameter_shapes: dict[str, tuple[int, ...]]
+    """Name and shape of every parameter, shared ones once: the plan fits no other model."""
+    precision: Precision
+    device: str
+    """Kind of the compute device: ``cuda`` or ``cpu`` (the GPU tier is then a budget of ordinary memory)."""
+    gpus: int
+    zero_stage: int
+    placements: tuple[Placement, ...]
+    """One for each unit, in the order in which the forward pass uses them."""
+    buckets: Buckets
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    recompute: tuple[str, ...]
+    """Paths of the modules whose activations are computed again in backward."""
+    budget: Budget
+    prediction: Prediction
+    nvme_dir: str | None = None
+    """Directory of the NVMe tier's file; ``None`` when no unit uses the tier."""
+    reasons: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what can not be carried out; raises PlanError."""
+        _check(self)
+
+    def uses(self, tier: Tier) -> bool:
+        """Whether any unit keeps something in this tier."""
+        return any(tier in (p.parameters, p.gradients, p.optimizer) for p in self.placements)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write ``plan.json``."""
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Plan":
+        """Read ``plan.json``; raises PlanError when the file is not a valid plan."""
+        try:
+            return cls.from_dict(json.loads(path.read_text()))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PlanError(f"{path} is not a plan that this version can read: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Plan":
+        """The inverse of ``to_dict``; unknown keys are refused."""
+        fields = dict(data)
+        schema = fields.pop("schema", None)
+        if schema != SCHEMA:
+            raise ValueError(f"schema is {schema!r}, expected {SCHEMA!r}")
+        return cls(
+            **{
+                **fields,
+                "parameter_shapes": {name: tuple(shape) for name, shape in data["parameter_shapes"].items()},
+                "precision": Precision(data["precision"]),
+                "placements": tuple(_placement(p) for p in data["placements"]),
+                "buckets": Buckets(**data["buckets"]),
+                "recompute": tuple(data["recompute"]),
+                "budget": Budget(**data["budget"]),
+                "prediction": Prediction(**data["prediction"]),
+                "reasons": tuple(data["reasons"]),
+                "alternatives": tuple(Alternative(**a) for a in data["alternatives"]),
+            }
+        )
+
+
+def _placement(data: dict[str, str]) -> Placement:
+    return Placement(data["unit"], Tier(data["parameters"]), Tier(data["gradients"]), Tier(data["optimizer"]))
+
+
+def _check(plan: Plan) -> None:
+    names = [p.unit for p in plan.placements]
+    if len(set(names)) != len(names):
+        raise PlanError(f"a unit is placed twice: {sorted(n for n in set(names) if names.count(n) > 1)}")
+    for outer in names:
+        inner = next((n for n in names if outer and n.startswith(outer + ".")), None)
+        if inner is not None:
+            raise PlanError(f"unit {inner!r} lies inside unit {outer!r}; only the root unit '' may contain others")
+    for p in plan.placements:
+        name = p.unit or "(root)"
+        if p.gradients is Tier.NVME:
+            raise PlanError(f"unit {name}: gradients can not live on nvme; use host")
+        if p.optimizer.depth < p.parameters.depth:
+            raise PlanError(
+                f"unit {name}: optimizer state on {p.optimizer} with parameters on {p.parameters}; "
+                "the state must live where the parameters do, or in a larger tier"
+            )
+        if p.optimizer is Tier.GPU and p.gradients is not Tier.GPU:
+            raise PlanError(f"unit {name}: gradients on {p.gradients} but the update runs on the gpu; put them there too")
+    if plan.uses(Tier.NVME) and not plan.nvme_dir:
+        raise PlanError("a unit lives on nvme but the plan names no nvme_dir")
+    for key, value in (
+        ("gpus", plan.gpus),
+        ("micro_batch_size", plan.micro_batch_size),
+        ("gradient_accumulation_steps", plan.gradient_accumulation_steps),
+        ("buckets.update_elements", plan.buckets.update_elements),
+        ("buckets.io_bytes", plan.buckets.io_bytes),
+    ):
+        if value < 1:
+            raise PlanError(f"{key} is {value}; it must be at least 1")
+    if plan.buckets.prefetch_units < 0:
+        raise PlanError(f"buckets.prefetch_units is {plan.buckets.prefetch_units}; it must be at least 0")
+    if plan.zero_stage not in range(4):
+        raise PlanError(f"zero_stage is {plan.zero_stage}; it must be 0, 1, 2 or 3")

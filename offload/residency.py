@@ -1,0 +1,157 @@
+"""What a plan's residency costs, to the byte: pure arithmetic, shared by the runtime that allocates and the planner.
+
+Bytes an element of optimizer state and weights (Adam, fp32 moments):
+
+==========  ======  =========  =======  =======
+precision   weight  remainder  moments  gradient
+==========  ======  =========  =======  =======
+fp32, amp   4       0          8        4
+bf16        2       2          8        2
+==========  ======  =========  =======  =======
+
+In bf16 weight and remainder together are the exact fp32 master, so state on the host is 12 bytes a parameter.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from offload.plan import Buckets, Placement, Precision, Tier
+
+ALIGN_ELEMENTS = 64
+"""Every parameter starts at a multiple of this in its unit's flat buffer: 128 bytes in bf16, what vector loads like."""
+BLOCK_BYTES = 4096
+"""Extents in the NVMe tier and allocations in the arena are multiples of this: what direct I/O asks for."""
+UPDATE_RING = 3
+"""Staging slots of a streamed update: one being read, one updated, one written back."""
+
+
+def aligned(count: int, multiple: int) -> int:
+    """``count`` rounded up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class UnitShape:
+    """The flat buffers of one unit: its trainable parameters first, then the frozen ones, each aligned."""
+
+    name: str
+    trainable_elements: int
+    frozen_elements: int
+    largest_elements: int
+    """Of its largest trainable parameter."""
+
+    @classmethod
+    def of(cls, name: str, trainable: Iterable[int], frozen: Iterable[int] = ()) -> "UnitShape":
+        """From the element counts of its parameters."""
+        trainable = [aligned(n, ALIGN_ELEMENTS) for n in trainable]
+        return cls(name, sum(trainable), sum(aligned(n, ALIGN_ELEMENTS) for n in frozen), max(trainable, default=0))
+
+    @property
+    def elements(self) -> int:
+        """Elements of the flat weight buffer."""
+        return self.trainable_elements + self.frozen_elements
+
+
+def state_bytes(precision: Precision) -> int:
+    """Bytes of optimizer state an element beside its weight: remainder (bf16 only) and two fp32 moments."""
+    return 10 if precision is Precision.BF16 else 8
+
+
+def chunks(elements: int, update_elements: int) -> list[tuple[int, int]]:
+    """The (start, stop) spans in which a unit's state is updated and streamed."""
+    return [(start, min(start + update_elements, elements)) for start in range(0, elements, update_elements)]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes held from the first step to the last, by tier; activations are not in it."""
+
+    gpu_bytes: int
+    host_bytes: int
+    nvme_bytes: int
+
+
+def slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets) -> dict[int, int]:
+    """Device slots for weights that come and go: {elements of the slot: how many}.
+
+    Units of one size share a ring: the one that computes, and those fetched ahead. The root unit is in use all
+    through a step and has a slot of its own.
+    """
+    streamed = [s for s, p in zip(shapes, placements, strict=True) if p.parameters is not Tier.GPU and s.elements]
+    sizes = Counter(s.elements for s in streamed if s.name)
+    counts = {size: min(units, buckets.prefetch_units + 1) for size, units in sizes.items()}
+    for s in streamed:
+        if not s.name:
+            counts[s.elements] = counts.get(s.elements, 0) + 1
+    return counts
+
+
+def gradient_slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement]) -> dict[int, int]:
+    """Device slots in which a unit's gradients gather on their way to the host: two a size, one where one unit has it."""
+    sizes = Counter(
+        s.trainable_elements
+        for s, p in zip(shapes, placements, strict=True)
+        if p.gradients is not Tier.GPU and s.trainable_elements
+    )
+    return {size: min(units, 2) for size, units in sizes.items()}
+
+
+def mirrored(placement: Placement) -> bool:
+    """Whether the host keeps a copy of weights that live on the GPU, because their update runs on the host."""
+    return placement.parameters is Tier.GPU and placement.optimizer is not Tier.GPU
+
+
+def staging_bytes(
+    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, precision: Precision
+) -> tuple[int, int]:
+    """Bytes of one slot of the update's staging ring and of one slot of the weight reader's, 0 where none is needed.
+
+    A slot holds what one chunk of one unit brings with it: state read from NVMe, weights read from NVMe, gradients
+    that wait on the GPU.
+    """
+    update = weights = 0
+    for s, p in zip(shapes, placements, strict=True):
+        if s.trainable_elements and p.optimizer is not Tier.GPU:
+            span = min(s.trainable_elements, buckets.update_elements)
+            held = aligned(span * precision.weight_bytes, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
+            if p.optimizer is Tier.NVME:
+                held += aligned(span * state_bytes(precision), BLOCK_BYTES)
+            if p.parameters is Tier.NVME:
+                held += aligned(span * precision.weight_bytes, BLOCK_BYTES)
+            update = max(update, held)
+        if s.elements and p.parameters is Tier.NVME:
+            weights = max(
+                weights, aligned(min(s.elements, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES)
+            )
+    return update, weights
+
+
+def footprint(
+    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, precision: Precision
+) -> Footprint:
+    """What the runtime allocates for these units, to the byte.
+
+    ``shapes`` and ``placements`` go in pairs. One parameter's gradient, which autograd holds for the moment before
+    it is gathered, is counted in ``gpu_bytes`` too.
+    """
+    w, s8 = precision.weight_bytes, state_bytes(precision)
+    gpu = host = nvme = 0
+    for s, p in zip(shapes, placements, strict=True):
+        t = s.trainable_elements
+        gpu += s.elements * w if p.parameters is Tier.GPU else 0
+        gpu += t * w if p.gradients is Tier.GPU else 0
+        gpu += t * s8 if p.optimizer is Tier.GPU else 0
+        host += aligned(s.elements * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
+        host += aligned(t * w, BLOCK_BYTES) if mirrored(p) else 0
+        host += aligned(t * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
+        host += aligned(t * s8, BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
+        if p.optimizer is Tier.NVME:
+            nvme += sum(aligned((b - a) * s8, BLOCK_BYTES) for a, b in chunks(t, buckets.update_elements))
+        if p.parameters is Tier.NVME:
+            nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(s.elements, buckets.update_elements))
+    gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets).items())
+    gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements).items())
+    gpu += max((s.largest_elements for s in shapes), default=0) * w
+    update, weights = staging_bytes(shapes, placements, buckets, precision)
+    return Footprint(gpu, host + UPDATE_RING * update + UPDATE_RING * weights, nvme)
