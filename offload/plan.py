@@ -207,7 +207,7 @@ def _check(plan: Plan) -> None:
                 "the state must live where the parameters do, or in a larger tier"
             )
         if p.optimizer is Tier.GPU and p.gradients is not Tier.GPU:
-            raise PlanError(f"unit {name}: gradients on {p.gradients} but the update runs on the gpu; put them there too")
+            raise PlanError(f"unit {name}: gradients on {p.gradients} but the update is on gpu; put them there too")
     if plan.uses(Tier.NVME) and not plan.nvme_dir:
         raise PlanError("a unit lives on nvme but the plan names no nvme_dir")
     for key, value in (

@@ -88,7 +88,7 @@ def slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement], bu
 
 
 def gradient_slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement]) -> dict[int, int]:
-    """Device slots in which a unit's gradients gather on their way to the host: two a size, one where one unit has it."""
+    """Device slots in which a unit's gradients gather on their way to the host: two a size, or one for a lone unit."""
     sizes = Counter(
         s.trainable_elements
         for s, p in zip(shapes, placements, strict=True)

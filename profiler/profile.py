@@ -27,7 +27,7 @@ class ParameterProfile:
     aliases: tuple[str, ...] = ()
     """Further dotted names of the same tensor (tied weights)."""
     used_outside: bool = False
-    """An operation read it while none of its modules was running, so it can not come and go with one module's forward."""
+    """An operation read it while none of its modules was running: it can not come and go with their forward."""
 
     @property
     def elements(self) -> int:
