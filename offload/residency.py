@@ -118,7 +118,8 @@ def staging_bytes(
             if p.optimizer is Tier.NVME:
                 held += aligned(span * state_bytes(precision), BLOCK_BYTES)
             if p.parameters is Tier.NVME:
-                held += aligned(span * precision.weight_bytes, BLOCK_BYTES)
+                # Weights are read and written in whole chunks, frozen elements at the end of the last one included.
+                held += aligned(min(s.elements, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES)
             update = max(update, held)
         if s.elements and p.parameters is Tier.NVME:
             weights = max(

@@ -1,0 +1,353 @@
+"""Engine: a model, a plan, and training by it.
+
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
+
+The engine changes nothing of the model but where its parameters' data is. In ``step`` the update begins; it goes on
+while the next forward pass runs, and every unit's weights are waited for where they are needed.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from offload import contents as unit_contents
+from offload import hooks
+from offload.adamw import Hyperparameters
+from offload.arena import Arena
+from offload.errors import OffloadError
+from offload.events import EventLog
+from offload.gradients import GradientCollector
+from offload.memory import MemoryMeter
+from offload.plan import Plan, Precision, Tier
+from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
+from offload.schedule import Fetch, expected_order, schedule
+from offload.slots import SlotRings
+from offload.state import allocate, weight_dtype
+from offload.store import Store
+from offload.streams import Lane
+from offload.unit import check_model, partition
+from offload.updater import ClipFactor, UnitUpdate, Updater
+from offload.weights import WeightMover, WeightReference
+
+NOW_SECONDS = 0.1
+"""Shortest time between two ``now`` events."""
+
+
+class Engine:
+    """Trains ``model`` as ``plan`` says, with AdamW.
+
+    ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
+    state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
+    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError where plan and
+    model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizer: torch.optim.Optimizer | None = None,
+        lr_scheduler: Any = None,
+        max_grad_norm: float | None = None,
+        events: EventLog | None = None,
+    ) -> None:
+        _check_can_run(plan)
+        check_model(plan, model)
+        self.model, self.plan = model, plan
+        self.hyperparameters = Hyperparameters(model, optimizer)
+        self.optimizer = self.hyperparameters.optimizer
+        self.lr_scheduler = lr_scheduler
+        self.max_grad_norm = max_grad_norm
+        self.device = torch.device(plan.device, 0) if plan.device != "cpu" else torch.device("cpu")
+        self.global_step = 0
+        self._events = events
+        self._micro_batch = 0
+        self._phase: str | None = None
+        self._seen: list[str] = []
+        self._position = -1
+        self._clip: ClipFactor | None = None
+        self._closers: list[Callable[[], None]] = []
+        try:
+            self._attach()
+        except BaseException:
+            self._release()
+            raise
+
+    def _attach(self) -> None:
+        """Allocate the tiers and move the model into them, unit by unit."""
+        plan, device = self.plan, self.device
+        units = partition(self.model, plan.placements)
+        shapes, placements = [u.shape for u in units], [u.placement for u in units]
+        needed = footprint(shapes, placements, plan.buckets, plan.precision)
+        self.store: Store | None = None
+        if needed.nvme_bytes:
+            assert plan.nvme_dir is not None
+            self.store = Store(Path(plan.nvme_dir), needed.nvme_bytes, plan.buckets.io_bytes)
+            self._closers.append(self.store.close)
+        self.arena = Arena(needed.host_bytes, device)
+        self._closers.append(self.arena.close)
+        _move_buffers(self.model, device, plan.precision)
+        self._states = allocate(units, plan, device, self.arena, self.store)
+        for state in self._states:
+            unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
+
+        self._up, self._down, self._update_lane = (Lane(n, device) for n in ("up", "down", "update"))
+        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
+        dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
+        self._rings = SlotRings.make(counts, dtype, device)
+        reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)] if weight_bytes else []
+        self._mover = WeightMover(self._states, self._rings, self._up, self.store, reader_ring)
+        self._gradients = GradientCollector(self._states, plan, device, self._down, self._up)
+        update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)] if update_bytes else []
+        self._updater = Updater(plan.precision, self._update_lane, self._down, self._up, self.store, update_ring)
+        self._closers += [self._up.close, self._down.close, self._update_lane.close]
+
+        self._root = next((u.name for u in units if not u.name and u.fields), None)
+        self._ring_of = {
+            u.name: u.shape.elements
+            for u in units
+            if u.name and u.shape.elements and u.placement.parameters is not Tier.GPU
+        }
+        self._capacity = counts
+        self._expect(expected_order([u.name for u in units if u.name], training=True))
+        handles = hooks.attach([u for u in units if u.fields], plan.recompute, self.model, self)
+        self._closers += [handle.remove for handle in handles]
+        self._closers.append(self._gradients.close)
+        # [Note: parameters that are away]: the first pass is watched.
+        self._guard: AbstractContextManager[Any] = self._mover.guard()
+        self.meter = MemoryMeter(device, needed, self._rings)
+        self._last_now = 0.0
+
+    # The training loop
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
+        self._updater.check()
+        args, kwargs = tree_map(self._to_device, (args, kwargs))
+        self._phase, self._position = "forward", -1
+        self._seen.clear()
+        self.meter.begin_forward()
+        if self._root is not None:
+            self._mover.use(self._root)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
+        try:
+            with hooks.saved_tensors(self), autocast, self._guard:
+                return self.model(*args, **kwargs)
+        except RuntimeError as error:
+            if (explained := _explained(error)) is not None:
+                raise explained from error
+            raise
+        finally:
+            self._phase = None
+            if not torch.is_grad_enabled():
+                self._mover.unuse_all()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
+        accumulation = self.plan.gradient_accumulation_steps
+        self._micro_batch += 1
+        self._phase = "backward"
+        self._gradients.begin_backward(last_micro_batch=self._micro_batch == accumulation)
+        try:
+            with self._guard:
+                (loss / accumulation if accumulation > 1 else loss).backward()
+            self._gradients.end_backward()
+        except RuntimeError as error:
+            if (explained := _explained(error)) is not None:
+                raise explained from error
+            raise
+        finally:
+            self._phase = None
+            self._mover.unuse_all()
+        self._guard = nullcontext()
+        if tuple(self._seen) != self._order:
+            self._expect(tuple(self._seen))
+        self._prefetch_first()
+
+    def step(self) -> None:
+        """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
+        if self._micro_batch < self.plan.gradient_accumulation_steps:
+            return
+        self._micro_batch = 0
+        self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
+        updates = []
+        for state in self._states:
+            name, landed = state.unit.name, self._gradients.landed(state.unit.name)
+            segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
+            if segments and landed is not None:
+                update = UnitUpdate(state, segments, landed)
+                updates.append(update)
+                if state.device_state is None:
+                    self._mover.will_change(name, update.promise)
+        self._updater.begin(updates, self._clip, self.device)
+        self._gradients.clear()
+        self.global_step += 1
+        # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
+        self.optimizer.step()
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self._prefetch_first()
+
+    @property
+    def gradient_norm(self) -> float | None:
+        """Global norm of the last step's gradients before clipping; waits for it."""
+        return self._clip.norm() if self._clip is not None else None
+
+    def traffic_bytes(self) -> dict[str, int]:
+        """Bytes moved since the start, by link."""
+        return {
+            "host_to_device": self._up.bytes_moved,
+            "device_to_host": self._down.bytes_moved,
+            "nvme_read": self.store.bytes_read if self.store else 0,
+            "nvme_write": self.store.bytes_written if self.store else 0,
+        }
+
+    @property
+    def overflow_count(self) -> int:
+        """Device slots that had to be made beyond the plan; 0 in a run that goes as planned."""
+        return self._mover.overflow_count
+
+    # Whole tensors
+
+    def finish(self) -> None:
+        """Wait until the last update has reached its tiers; raises what went wrong in it."""
+        self._updater.finish()
+        self._mover.settle()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Fp32 masters of all parameters, and the model's buffers, as whole tensors on the host."""
+        self.finish()
+        tensors = {name: t.detach().cpu().clone() for name, t in self.model.named_buffers()}
+        for state in self._states:
+            whole = unit_contents.read(state, self.plan.precision, self.store)
+            tensors |= {name: parts["weight"] for name, parts in unit_contents.named(state, whole)}
+        return tensors
+
+    def close(self) -> None:
+        """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
+        try:
+            self.finish()
+        finally:
+            self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._release() if error is not None else self.close()
+
+    def _release(self) -> None:
+        while self._closers:
+            self._closers.pop()()
+
+    # hooks.Listener
+
+    def begin_use(self, name: str) -> None:
+        """A unit is about to compute: have its weights, and start the fetches of the schedule."""
+        self._mover.use(name)
+        if not self._seen or self._seen[-1] != name:
+            self._seen.append(name)
+            position = next((i for i in range(self._position + 1, len(self._order)) if self._order[i] == name), None)
+            if position is not None:
+                self._position = position
+                for fetch in self._schedule[position]:
+                    self._mover.prefetch(fetch)
+            self._tell_now(name)
+
+    def end_forward_use(self, name: str) -> None:
+        """Its forward is over; a recompute's forward is part of its backward."""
+        if self._phase == "forward":
+            self._mover.unuse(name)
+
+    def end_backward_use(self, name: str) -> None:
+        """Its backward is over."""
+        if self._phase == "backward":
+            self._mover.unuse(name)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference:
+        """Autograd must not keep a weight that may go away: it gets a reference."""
+        reference = self._mover.reference(tensor)
+        if reference is None:
+            self.meter.saved(tensor)
+            return tensor
+        return reference
+
+    def unpack(self, packed: torch.Tensor | WeightReference) -> torch.Tensor:
+        """The tensor again; a unit that is away is fetched."""
+        if isinstance(packed, WeightReference):
+            if packed.unit != self._root:
+                self.begin_use(packed.unit)
+            return self._mover.resolve(packed)
+        return packed
+
+    # Helpers
+
+    def _expect(self, order: tuple[str, ...]) -> None:
+        """Make the schedule for passes that use units in this order."""
+        self._order = order
+        self._schedule = schedule(order, self._ring_of, self._capacity, self.plan.buckets.prefetch_units)
+
+    def _prefetch_first(self) -> None:
+        """Start the fetches that the next forward pass begins with."""
+        streamed = [name for name in dict.fromkeys(self._order) if name in self._ring_of]
+        for name in streamed[: self.plan.buckets.prefetch_units]:
+            self._mover.prefetch(Fetch(name, None))
+
+    def _to_device(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        dtype = torch.bfloat16 if self.plan.precision is Precision.BF16 and leaf.is_floating_point() else None
+        return leaf.to(device=self.device, dtype=dtype, non_blocking=True)
+
+    def _tell_now(self, unit: str) -> None:
+        now = time.monotonic()
+        if self._events is None or now - self._last_now < NOW_SECONDS:
+            return
+        self._last_now = now
+        flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
+        flights += [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]
+        self._events.write("now", step=self.global_step + 1, phase=self._phase, unit=unit, in_flight=flights)
+
+
+def _check_can_run(plan: Plan) -> None:
+    if plan.gpus != 1:
+        raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
+
+
+def _explained(error: RuntimeError) -> OffloadError | None:
+    """A sentence where the model gets in the way of streaming; None for the model's own errors."""
+    text = str(error)
+    if "_BoundaryBackward" in text:
+        return OffloadError(
+            "a module that is a unit of the plan changes its input in place, which hides the end of its backward; "
+            f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"
+        )
+    return None
+
+
+def _move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
+    """Buffers, and parameters that no unit owns, to the device.
+
+    In bf16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's must;
+    those of other modules (rotary tables, masks) keep their precision.
+    """
+    for module in model.modules():
+        follows = precision is Precision.BF16 and any(p.is_floating_point() for p in module.parameters(recurse=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            dtype = torch.bfloat16 if follows and buffer.is_floating_point() else None
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device=device, dtype=dtype), persistent=persistent)
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_floating_point():
+                parameter.data = parameter.data.to(device)

@@ -1,0 +1,157 @@
+"""Gradients: gathered as autograd makes them into one flat buffer a unit, summed over micro-batches, and landed.
+
+[Note: accumulation]
+A unit whose gradients live on the host gathers them in a device slot. In a later micro-batch the partial sum is
+brought back into the slot first, so sums are made on the device, in the same order and type as ``Parameter.grad``
+would. The norm is taken on the device, in fp32, when the last micro-batch's sum is complete.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from offload.plan import Plan
+from offload.residency import gradient_slot_counts
+from offload.state import UnitState, weight_dtype
+from offload.streams import Done, Lane
+from offload.unit import Field
+
+
+@dataclass(eq=False)
+class _Gathering:
+    """One unit's gradients in the running optimizer step."""
+
+    state: UnitState
+    present: set[str] = field(default_factory=set)
+    """Parameters that got a gradient in this optimizer step."""
+    awaited: int = 0
+    """Parameters that have not got theirs in this backward pass."""
+    target: torch.Tensor | None = None
+    """The device buffer being gathered into; ``None`` outside of a backward pass."""
+    landed: Done | None = None
+    square_norm: torch.Tensor | None = None
+
+
+class GradientCollector:
+    """Takes every gradient away from its parameter the moment it exists."""
+
+    def __init__(
+        self,
+        states: Sequence[UnitState],
+        plan: Plan,
+        device: torch.device,
+        down: Lane,
+        up: Lane,
+    ) -> None:
+        self._gatherings = {s.unit.name: _Gathering(s) for s in states}
+        self._down, self._up, self._device = down, up, device
+        self._last_micro_batch = True
+        dtype = weight_dtype(plan.precision)
+        counts = gradient_slot_counts([s.unit.shape for s in states], [s.unit.placement for s in states])
+        self._idle: dict[int, deque[tuple[torch.Tensor, Done]]] = {
+            elements: deque((torch.zeros(elements, dtype=dtype, device=device), Done.now(device)) for _ in range(count))
+            for elements, count in counts.items()
+        }
+        self.device_bytes = sum(t.nbytes for ring in self._idle.values() for t, _ in ring)
+        self._handles = [
+            f.parameter.register_post_accumulate_grad_hook(self._hook(self._gatherings[s.unit.name], f))
+            for s in states
+            for f in s.unit.trainable
+        ]
+
+    def begin_backward(self, *, last_micro_batch: bool) -> None:
+        """A backward pass begins; in the last one of an optimizer step the norm is taken."""
+        self._last_micro_batch = last_micro_batch
+        for gathering in self._gatherings.values():
+            gathering.awaited = sum(1 for _ in gathering.state.unit.trainable)
+
+    def end_backward(self) -> None:
+        """Land what autograd left incomplete, because some parameter got no gradient."""
+        for gathering in self._gatherings.values():
+            if gathering.target is not None or (self._last_micro_batch and gathering.square_norm is None):
+                self._land(gathering)
+
+    def present(self, name: str) -> set[str]:
+        """The unit's parameters that have a gradient."""
+        return self._gatherings[name].present
+
+    def landed(self, name: str) -> Done | None:
+        """When the unit's gradient is in the buffer of its tier; ``None`` when it has none."""
+        return self._gatherings[name].landed
+
+    def norm(self) -> torch.Tensor:
+        """Global norm of all gradients, an fp32 scalar on the device."""
+        squares = [g.square_norm for g in self._gatherings.values() if g.square_norm is not None]
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self._device)
+
+    def clear(self) -> None:
+        """Forget the gradients: the optimizer has taken what it needs to know."""
+        for gathering in self._gatherings.values():
+            gathering.present = set()
+            gathering.landed = gathering.square_norm = None
+
+    def close(self) -> None:
+        """Give the parameters back to plain autograd."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, gathering: _Gathering, field: Field) -> Callable[[torch.Tensor], None]:
+        def take(parameter: torch.Tensor) -> None:
+            gradient = parameter.grad
+            assert gradient is not None
+            target = field.view(self._target(gathering))
+            if field.name in gathering.present:
+                target.add_(gradient)
+            else:
+                target.copy_(gradient)
+                gathering.present.add(field.name)
+            parameter.grad = None
+            gathering.awaited -= 1
+            if gathering.awaited == 0:
+                self._land(gathering)
+
+        return torch.no_grad()(take)
+
+    def _target(self, gathering: _Gathering) -> torch.Tensor:
+        """The device buffer to gather into, holding the partial sum of earlier micro-batches."""
+        if gathering.target is not None:
+            return gathering.target
+        state = gathering.state
+        if state.device_gradients is not None:
+            gathering.target = state.device_gradients
+            return gathering.target
+        buffer, idle = self._idle_slot(state.unit.shape.trainable_elements)
+        if gathering.present:
+            assert state.host_gradients is not None
+            assert gathering.landed is not None
+            self._up.copy(buffer, state.host_gradients, after=[idle, gathering.landed]).wait()
+        else:
+            idle.wait()
+        gathering.target = buffer
+        return buffer
+
+    def _idle_slot(self, elements: int) -> tuple[torch.Tensor, Done]:
+        """An idle slot; where all are taken by incomplete units, the first of them lands early and is resumed later."""
+        ring = self._idle[elements]
+        if not ring:
+            shapes = ((g, g.state.unit.shape.trainable_elements) for g in self._gatherings.values())
+            self._land(next(g for g, size in shapes if size == elements and g.target is not None))
+        return ring.popleft()
+
+    def _land(self, gathering: _Gathering) -> None:
+        """The unit's gradient of this backward pass is complete: take its norm, send it home."""
+        if not gathering.present:
+            return
+        state = gathering.state
+        buffer = self._target(gathering)
+        if self._last_micro_batch:
+            views = [f.view(buffer) for f in state.unit.trainable if f.name in gathering.present]
+            norms = [torch.linalg.vector_norm(view, dtype=torch.float32) for view in views]
+            gathering.square_norm = torch.stack(norms).square().sum()
+        gathering.landed = Done.now(self._device)
+        if state.host_gradients is not None:
+            gathering.landed = self._down.copy(state.host_gradients, buffer, after=[gathering.landed])
+            self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))
+        gathering.target = None

@@ -1,0 +1,50 @@
+"""What a run really holds, by tier, to stand beside the prediction."""
+
+import torch
+
+from offload.residency import Footprint
+from offload.slots import SlotRings
+
+
+class MemoryMeter:
+    """Bytes in each tier now and at the peak.
+
+    On a GPU the allocator's own counters are read. On the CPU, where the GPU tier is a budget of ordinary memory, it
+    is the model state plus what autograd saved for backward; temporaries of single operations are not seen there.
+    """
+
+    def __init__(self, device: torch.device, held: Footprint, rings: SlotRings) -> None:
+        self._device, self._held, self._rings = device, held, rings
+        self._planned_slots_bytes = rings.nbytes
+        self._saved: dict[int, int] = {}
+        self._peak_bytes = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def begin_forward(self) -> None:
+        """A forward pass begins: nothing is saved for its backward yet."""
+        self._saved.clear()
+
+    def saved(self, tensor: torch.Tensor) -> None:
+        """Autograd saved a tensor."""
+        if self._device.type == "cpu":
+            storage = tensor.untyped_storage()
+            self._saved[storage.data_ptr()] = storage.nbytes()
+
+    def now_bytes(self) -> dict[str, int]:
+        """Bytes held now."""
+        if self._device.type == "cuda":
+            return self._tiers(torch.cuda.memory_allocated(self._device))
+        overflow = self._rings.nbytes - self._planned_slots_bytes
+        held = self._held.gpu_bytes + overflow + sum(self._saved.values())
+        self._peak_bytes = max(self._peak_bytes, held)
+        return self._tiers(held)
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Most bytes held at any time; call after ``now_bytes`` of the same step."""
+        if self._device.type == "cuda":
+            return self._tiers(torch.cuda.max_memory_allocated(self._device))
+        return self._tiers(self._peak_bytes)
+
+    def _tiers(self, gpu_bytes: int) -> dict[str, int]:
+        return {"gpu": gpu_bytes, "host": self._held.host_bytes, "nvme": self._held.nvme_bytes}

@@ -1,0 +1,84 @@
+"""The arithmetic of the update: AdamW on fp32 masters, and the split of a master into weight and remainder. Pure.
+
+The same functions run on the CPU and on a GPU.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from offload.state import AdamState
+
+CPU_ELEMENTS = 1 << 20
+"""Elements a CPU update works on at a time, so that its temporaries stay in the cache."""
+DEVICE_ELEMENTS = 1 << 24
+"""The same on a GPU, so that its temporaries stay small beside the model."""
+
+
+@dataclass(frozen=True)
+class AdamWStep:
+    """Hyperparameters of one update of one parameter; ``step`` counts from 1."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+
+def adamw_(
+    master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, how: AdamWStep
+) -> None:
+    """One AdamW update in place, in the order of operations of ``torch.optim.AdamW``; all four fp32, of one shape.
+
+    Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
+    """
+    master.mul_(1 - how.learning_rate * how.weight_decay)
+    exp_avg.lerp_(gradient, 1 - how.beta1)
+    exp_avg_sq.mul_(how.beta2).addcmul_(gradient, gradient, value=1 - how.beta2)
+    step_size = how.learning_rate / (1 - how.beta1**how.step)
+    denominator = exp_avg_sq.sqrt().div_((1 - how.beta2**how.step) ** 0.5).add_(how.eps)
+    master.addcdiv_(exp_avg, denominator, value=-step_size)
+
+
+def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
+    """The fp32 master of a bf16 weight and its int16 remainder, exactly."""
+    bits = weight.view(torch.int16).to(torch.int32).bitwise_left_shift_(16).add_(remainder)
+    return bits.view(torch.float32)
+
+
+def split_master_(master: torch.Tensor, weight: torch.Tensor, remainder: torch.Tensor) -> None:
+    """Write the nearest bf16 weight and the signed 16-bit remainder that makes the pair lossless.
+
+    Differs from round-to-nearest-even only on exact ties, which go away from zero.
+    """
+    bits = master.view(torch.int32)
+    high = bits.add(0x8000).bitwise_right_shift_(16)
+    weight.view(torch.int16).copy_(high)
+    remainder.copy_(bits.sub(high.bitwise_left_shift_(16)))
+
+
+def update_span(
+    weight: torch.Tensor,
+    gradient: torch.Tensor,
+    state: AdamState,
+    how: AdamWStep,
+    clip: float | torch.Tensor,
+) -> None:
+    """Update a span of a unit in place.
+
+    ``weight`` and ``gradient`` are bf16 where ``state`` has a remainder, fp32 otherwise; ``clip`` scales the gradient,
+    a scalar of the same device where it is a tensor.
+    """
+    at_once = CPU_ELEMENTS if weight.device.type == "cpu" else DEVICE_ELEMENTS
+    for start in range(0, len(weight), at_once):
+        part = slice(start, start + at_once)
+        scaled = gradient[part].float().mul(clip)
+        moments = state.span(start, start + at_once)
+        if moments.remainder is None:
+            adamw_(weight[part], scaled, moments.exp_avg, moments.exp_avg_sq, how)
+        else:
+            master = join_master(weight[part], moments.remainder)
+            adamw_(master, scaled, moments.exp_avg, moments.exp_avg_sq, how)
+            split_master_(master, weight[part], moments.remainder)

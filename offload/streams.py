@@ -1,0 +1,134 @@
+"""Lanes: one worker thread a direction of travel, each with a stream of its own where the device has streams.
+
+[Note: ordering]
+A lane does its jobs one after another. What crosses lanes is ordered by ``Done``: a job names the Dones that it
+comes after, and the compute side waits for a Done before it touches what the job wrote. On a device with streams
+the waiting is done by the device (an event), on the CPU by the thread. Nothing else orders anything, so a missing
+wait shows as wrong bytes in the tests that delay lanes on purpose.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+
+class Done:
+    """The moment at which some work is finished, for whoever has to come after it."""
+
+    def __init__(self) -> None:
+        self._enqueued: Future[torch.Event | None] = Future()
+        self._parts: tuple[Future[Any], ...] = ()
+
+    @classmethod
+    def now(cls, device: torch.device) -> "Done":
+        """Everything that the current stream has been given so far."""
+        done = cls()
+        done.finish(torch.accelerator.current_stream(device).record_event() if device.type != "cpu" else None)
+        return done
+
+    @classmethod
+    def after_all(cls, futures: Iterable[Future[Any]]) -> "Done":
+        """When all of these host-side futures have a result."""
+        done = cls()
+        done._parts = tuple(futures)
+        done.finish(None)
+        return done
+
+    def finish(self, event: torch.Event | None) -> None:
+        """The work is done on the host, or is enqueued and done when ``event`` is."""
+        self._enqueued.set_result(event)
+
+    def follow(self, other: "Done") -> None:
+        """Be done when ``other`` is."""
+        self._parts = other._parts
+
+        def pass_on(enqueued: Future[torch.Event | None]) -> None:
+            if (error := enqueued.exception()) is not None:
+                self._enqueued.set_exception(error)
+            else:
+                self._enqueued.set_result(enqueued.result())
+
+        other._enqueued.add_done_callback(pass_on)
+
+    def fail(self, error: BaseException) -> None:
+        """The work can not be done; whoever waits gets ``error``."""
+        self._enqueued.set_exception(error)
+
+    @property
+    def settled(self) -> bool:
+        """Whether finish or fail was called."""
+        return self._enqueued.done()
+
+    def _host_part(self) -> torch.Event | None:
+        event = self._enqueued.result()
+        for part in self._parts:
+            part.result()
+        return event
+
+    def wait(self) -> None:
+        """Let the current stream (on the CPU: this thread) go on only when the work is done."""
+        event = self._host_part()
+        if event is not None:
+            torch.accelerator.current_stream().wait_event(event)
+
+    def synchronize(self) -> None:
+        """Let this thread go on only when the work is done."""
+        event = self._host_part()
+        if event is not None:
+            event.synchronize()
+
+
+class Lane:
+    """One direction of travel: a thread that does its jobs in order, on its own stream."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.bytes_moved = 0
+        self._device = device
+        self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Sequence[Done], Done] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"memplan-{name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None], after: Sequence[Done] = ()) -> Done:
+        """Do ``job`` after all earlier ones of this lane and after these Dones."""
+        done = Done()
+        self._jobs.put((job, after, done))
+        return done
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Done] = ()) -> Done:
+        """Copy ``source`` into ``target``; the source must stay as it is until the Done."""
+
+        def job() -> None:
+            target.copy_(source, non_blocking=True)
+            self.bytes_moved += source.nbytes
+
+        return self.submit(job, after)
+
+    def close(self) -> None:
+        """Do what was submitted, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        if self._device.type != "cpu":
+            torch.accelerator.set_device_index(self._device.index or 0)
+        while (item := self._jobs.get()) is not None:
+            job, after, done = item
+            try:
+                with torch.no_grad(), self._stream or nullcontext():
+                    for earlier in after:
+                        earlier.wait()
+                    job()
+                    event = self._stream.record_event() if self._stream is not None else None
+            except BaseException as error:  # noqa: BLE001 - the error belongs to whoever waits for the job
+                done.fail(error)
+            else:
+                done.finish(event)
+            # The job holds its tensors; they may go now, not when the next job comes.
+            del item, job, after, done

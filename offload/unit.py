@@ -1,0 +1,105 @@
+"""Unit: the parameters that move together, and their place in one flat buffer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from offload.errors import PlanError
+from offload.plan import Placement, Plan
+from offload.residency import ALIGN_ELEMENTS, UnitShape, aligned
+
+
+@dataclass(frozen=True, eq=False)
+class Field:
+    """One parameter's span in its unit's flat buffer."""
+
+    name: str
+    parameter: nn.Parameter
+    start: int
+    shape: torch.Size
+    trainable: bool
+
+    @property
+    def stop(self) -> int:
+        """The element behind its last."""
+        return self.start + self.shape.numel()
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """This parameter in a flat buffer of its unit, in its own shape."""
+        return flat[self.start : self.stop].view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """A module whose parameters move together; the root unit "" owns what no other unit does."""
+
+    placement: Placement
+    module: nn.Module
+    fields: tuple[Field, ...]
+    """Trainable ones first."""
+    shape: UnitShape
+
+    @property
+    def name(self) -> str:
+        """The dotted path of its module."""
+        return self.placement.unit
+
+    @property
+    def trainable(self) -> Iterator[Field]:
+        """The fields that are trained."""
+        return (f for f in self.fields if f.trainable)
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError, naming what differs, when the plan was made for another model."""
+    found = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    planned = plan.parameter_shapes
+    for name in planned.keys() | found.keys():
+        if planned.get(name) != found.get(name):
+            first = min(n for n in planned.keys() | found.keys() if planned.get(n) != found.get(n))
+            there, here = planned.get(first), found.get(first)
+            raise PlanError(
+                f"this plan is for another model: it has {len(planned)} parameters, the model {len(found)}; "
+                f"{first} is {list(there) if there else 'not'} in the plan and "
+                f"{list(here) if here else 'not'} in the model. Make a plan for this model."
+            )
+
+
+def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, ...]:
+    """One Unit a placement, in the same order.
+
+    A parameter belongs to the unit whose path begins its name; one that several units share, or none has, belongs
+    to the root unit. Only floating-point parameters are owned: others stay where the model has them.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if missing := [p.unit for p in placements if p.unit not in modules]:
+        raise PlanError(f"the plan places {missing[0]!r}, but the model has no module of that name")
+    paths = [p.unit for p in placements if p.unit]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            names.setdefault(parameter, []).append(name)
+    owned: dict[str, list[tuple[str, nn.Parameter]]] = {p.unit: [] for p in placements}
+    for parameter, aliases in names.items():
+        owners = {next((u for u in paths if name.startswith(u + ".")), "") for name in aliases}
+        owner = owners.pop() if len(owners) == 1 else ""
+        if owner not in owned:
+            raise PlanError(f"parameter {aliases[0]} belongs to the root unit, which the plan does not place")
+        owned[owner].append((aliases[0], parameter))
+    return tuple(_unit(p, modules[p.unit], owned[p.unit]) for p in placements)
+
+
+def _unit(placement: Placement, module: nn.Module, owned: list[tuple[str, nn.Parameter]]) -> Unit:
+    owned = sorted(owned, key=lambda item: not item[1].requires_grad)
+    fields, start = [], 0
+    for name, parameter in owned:
+        fields.append(Field(name, parameter, start, parameter.shape, parameter.requires_grad))
+        start += aligned(parameter.numel(), ALIGN_ELEMENTS)
+    shape = UnitShape.of(
+        placement.unit,
+        (f.shape.numel() for f in fields if f.trainable),
+        (f.shape.numel() for f in fields if not f.trainable),
+    )
+    return Unit(placement, module, tuple(fields), shape)

@@ -1,0 +1,247 @@
+"""The update, unit by unit in forward order, while the next forward pass already runs.
+
+[Note: overlap of the update]
+``begin`` returns at once. Each unit whose state is not on the device gets a promise, and whoever fetches its weights
+comes after that promise; so the next forward pass starts with the first unit that is ready. State on NVMe streams
+through a ring of staging slots: one chunk being read, one updated, one written back.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from offload.optimizer import AdamWStep, update_span
+from offload.plan import Precision
+from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
+from offload.state import AdamState, UnitState, carve_state
+from offload.store import Store, Ticket
+from offload.streams import Done, Lane
+
+
+class ClipFactor:
+    """What gradients are multiplied with so that their global norm is at most ``max_norm``.
+
+    min(1, max_norm / (norm + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``. Known on the device at once, and
+    on the host when it has arrived there.
+    """
+
+    def __init__(self, norm: torch.Tensor, max_norm: float | None) -> None:
+        factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.on_device = factor
+        pinned = norm.device.type == "cuda"
+        self._host = torch.zeros(2, pin_memory=pinned)
+        self._host.copy_(torch.stack([factor, norm]), non_blocking=pinned)
+        self._arrived = Done.now(norm.device)
+
+    def on_host(self) -> float:
+        """The factor; waits for it."""
+        self._arrived.synchronize()
+        return float(self._host[0])
+
+    def norm(self) -> float:
+        """The norm before clipping; waits for it."""
+        self._arrived.synchronize()
+        return float(self._host[1])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive elements of a unit that are updated in the same way."""
+
+    start: int
+    stop: int
+    how: AdamWStep
+
+
+@dataclass(frozen=True, eq=False)
+class UnitUpdate:
+    """One unit's part in one optimizer step."""
+
+    state: UnitState
+    segments: tuple[Segment, ...]
+    landed: Done
+    """When its gradient is in the buffer of its tier."""
+    promise: Done = field(default_factory=Done)
+
+
+@dataclass(eq=False)
+class _StagingSlot:
+    """Host memory through which one chunk travels."""
+
+    buffer: torch.Tensor
+    written: list[Ticket] = field(default_factory=list)
+
+    def part(self, taken: int, size_bytes: int) -> tuple[torch.Tensor, int]:
+        """The next piece of the slot, and how much is taken behind it."""
+        size = aligned(size_bytes, BLOCK_BYTES)
+        return self.buffer[taken : taken + size], taken + size
+
+
+@dataclass(eq=False)
+class _Chunk:
+    """One span of one unit on its way through the update: tensors on the host, and what must happen first."""
+
+    update: UnitUpdate
+    index: int
+    start: int
+    stop: int
+    slot: _StagingSlot
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    state: AdamState
+    reads: list[Ticket]
+    gradients_there: Done
+    weight_bytes: torch.Tensor | None
+    state_bytes: torch.Tensor | None
+
+
+class Updater:
+    """Carries out optimizer steps on its own lane."""
+
+    def __init__(
+        self, precision: Precision, lane: Lane, down: Lane, up: Lane, store: Store | None, ring: Sequence[torch.Tensor]
+    ) -> None:
+        self._precision = precision
+        self._lane, self._down, self._up = lane, down, up
+        self._store = store
+        self._ring = [_StagingSlot(buffer) for buffer in ring]
+        self._last: Done | None = None
+        self._reading: set[str] = set()
+
+    def in_flight(self) -> list[str]:
+        """Units whose state is being read from the NVMe tier."""
+        return sorted(self._reading)
+
+    def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, device: torch.device) -> None:
+        """Start the step. Units with state on the device are updated on the current stream, the others on the lane."""
+        self.check()
+        begun = Done.now(device)
+        away = [u for u in updates if u.state.device_state is None]
+        if away:
+            self._last = self._lane.submit(lambda: self._run(away, clip, begun))
+        for update in updates:
+            if update.state.device_state is not None:
+                self._update_on_device(update, clip)
+
+    def check(self) -> None:
+        """Raise what went wrong in the last step, if it has ended."""
+        if self._last is not None and self._last.settled:
+            self._last.synchronize()
+
+    def finish(self) -> None:
+        """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""
+        if self._last is not None:
+            self._last.synchronize()
+        self._finish_writes()
+
+    def _update_on_device(self, update: UnitUpdate, clip: ClipFactor) -> None:
+        state = update.state
+        assert state.device_weights is not None
+        assert state.device_gradients is not None
+        assert state.device_state is not None
+        for s in update.segments:
+            part = slice(s.start, s.stop)
+            moments = state.device_state.span(s.start, s.stop)
+            update_span(state.device_weights[part], state.device_gradients[part], moments, s.how, clip.on_device)
+        update.promise.finish(None)
+
+    def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
+        try:
+            self._finish_writes()  # of the step before: its extents are read again now
+            factor = clip.on_host()
+            window: deque[_Chunk] = deque()
+            staged = 0
+            for update in updates:
+                for index, (start, stop) in enumerate(update.state.spans):
+                    if any(s.start < stop and s.stop > start for s in update.segments):
+                        window.append(self._stage(update, index, start, stop, self._ring[staged % UPDATE_RING]))
+                        staged += 1
+                    if len(window) == UPDATE_RING - 1:
+                        self._apply(window.popleft(), factor, begun)
+            while window:
+                self._apply(window.popleft(), factor, begun)
+        except BaseException as error:
+            for update in updates:
+                if not update.promise.settled:
+                    update.promise.fail(error)
+            raise
+
+    def _finish_writes(self) -> None:
+        for slot in self._ring:
+            self._wait_written(slot)
+
+    def _wait_written(self, slot: _StagingSlot) -> None:
+        for ticket in slot.written:
+            ticket.result()
+        slot.written = []
+
+    def _stage(self, update: UnitUpdate, index: int, start: int, stop: int, slot: _StagingSlot) -> _Chunk:
+        """Start bringing a chunk to the host; what is on the host already is used where it lies."""
+        self._wait_written(slot)
+        state, taken, reads = update.state, 0, []
+        gradients_there = update.landed
+        if state.host_gradients is not None:
+            gradients = state.host_gradients[start:stop]
+        else:
+            assert state.device_gradients is not None
+            source = state.device_gradients[start:stop]
+            raw, taken = slot.part(taken, source.nbytes)
+            gradients = raw[: source.nbytes].view(source.dtype)
+            gradients_there = self._down.copy(gradients, source, after=[update.landed])
+        state_raw = weight_raw = None
+        if state.host_state is not None:
+            adam = state.host_state.span(start, stop)
+        else:
+            assert self._store is not None
+            assert state.state_extents is not None
+            extent = state.state_extents[index]
+            state_raw, taken = slot.part(taken, extent.size_bytes)
+            reads.append(self._store.read(extent, state_raw))
+            self._reading.add(state.unit.name)
+            adam = carve_state(state_raw, stop - start, self._precision)
+        if state.host_weights is not None:
+            weights = state.host_weights[start:stop]
+        else:
+            assert self._store is not None
+            assert state.weight_extents is not None
+            extent = state.weight_extents[index]
+            weight_raw, taken = slot.part(taken, extent.size_bytes)
+            reads.append(self._store.read(extent, weight_raw))
+            weights = weight_raw.view(gradients.dtype)[: stop - start]
+        return _Chunk(
+            update, index, start, stop, slot, weights, gradients, adam, reads, gradients_there, weight_raw, state_raw
+        )
+
+    def _apply(self, chunk: _Chunk, factor: float, begun: Done) -> None:
+        """Update a chunk that has arrived and start its way back."""
+        for read in chunk.reads:
+            read.result()
+        self._reading.discard(chunk.update.state.unit.name)
+        chunk.gradients_there.synchronize()
+        for s in chunk.update.segments:
+            a, b = max(s.start, chunk.start) - chunk.start, min(s.stop, chunk.stop) - chunk.start
+            if a < b:
+                update_span(chunk.weights[a:b], chunk.gradients[a:b], chunk.state.span(a, b), s.how, factor)
+        state = chunk.update.state
+        if self._store is not None:
+            if chunk.state_bytes is not None and state.state_extents is not None:
+                chunk.slot.written.append(self._store.write(state.state_extents[chunk.index], chunk.state_bytes))
+            if chunk.weight_bytes is not None and state.weight_extents is not None:
+                chunk.slot.written.append(self._store.write(state.weight_extents[chunk.index], chunk.weight_bytes))
+        if chunk.stop >= max(s.stop for s in chunk.update.segments):
+            self._keep_promise(chunk.update, begun)
+
+    def _keep_promise(self, update: UnitUpdate, begun: Done) -> None:
+        """The unit's last chunk is updated: its new weights can be had where they live."""
+        state = update.state
+        if state.device_weights is not None:
+            assert state.host_weights is not None
+            trainable = state.device_weights[: state.unit.shape.trainable_elements]
+            # Behind everything that was computing with the old weights when the step began.
+            update.promise.follow(self._up.copy(trainable, state.host_weights, after=[begun]))
+        elif state.weight_extents is not None:
+            update.promise.follow(Done.after_all(t for slot in self._ring for t in slot.written))
+        else:
+            update.promise.finish(None)

@@ -1,0 +1,239 @@
+"""Weights on their way: fetched into device slots before a unit computes, bound to its parameters, let go after.
+
+[Note: parameters that are away]
+A parameter that is away keeps its shape, type and device: it is one NaN, expanded. Writing to it raises, and reading
+it can never pass for a number. During the first pass every operation is watched for such a read (``AwayGuard``), so
+that a model which uses a parameter outside of its module is refused with that parameter's name.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from offload.errors import OffloadError
+from offload.residency import UPDATE_RING
+from offload.schedule import Fetch
+from offload.slots import Slot, SlotRings
+from offload.state import UnitState
+from offload.store import Store, Ticket
+from offload.streams import Done, Lane
+
+
+class WeightReference(NamedTuple):
+    """What autograd keeps in the place of a weight, or of a view of one, that may be away when backward needs it."""
+
+    unit: str
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class AwayGuard(TorchDispatchMode):
+    """Raises OffloadError when an operation reads a parameter that is away."""
+
+    def __init__(self, nan: torch.Tensor, names: Callable[[torch.Size], list[str]]) -> None:
+        super().__init__()
+        self._storage = nan.untyped_storage().data_ptr()
+        self._names = names
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at the tensors of one operation, then do it."""
+        for leaf in tree_leaves((args, kwargs)):
+            # Views and detaching read no data, and autograd makes them of parameters that are away.
+            if isinstance(leaf, torch.Tensor) and not func.is_view and self._is_away(leaf):
+                raise OffloadError(
+                    f"{func} reads a parameter of shape {list(leaf.shape)} while its unit is away, outside of the "
+                    f"forward of the module that owns it; one of {self._names(leaf.shape)}. Place its unit's "
+                    "parameters on the gpu, or leave it to the root unit."
+                )
+        return func(*args, **(kwargs or {}))
+
+    def _is_away(self, tensor: torch.Tensor) -> bool:
+        try:
+            return tensor.untyped_storage().data_ptr() == self._storage
+        except (NotImplementedError, RuntimeError):  # sparse and other tensors without a plain storage
+            return False
+
+
+class WeightMover:
+    """Fetches and releases the weights of units; the only one who changes what a parameter's data is."""
+
+    def __init__(
+        self,
+        states: Sequence[UnitState],
+        rings: SlotRings,
+        lane: Lane,
+        store: Store | None,
+        reader_ring: Sequence[torch.Tensor],
+    ) -> None:
+        self._states = {s.unit.name: s for s in states}
+        self._rings = rings
+        self._lane = lane
+        self._store = store
+        self._reader_ring = [(buffer, Done()) for buffer in reader_ring]
+        for _, idle in self._reader_ring:
+            idle.finish(None)
+        self._slot_of: dict[str, Slot] = {}
+        self._slot_at: dict[int, Slot] = {}
+        """Slots by the address of their buffer."""
+        self._bound: set[str] = set()
+        self._in_use: set[str] = set()
+        self._updated: dict[str, Done] = {}
+        # [Note: parameters that are away]
+        self._nan = torch.full((), torch.nan, dtype=rings.dtype, device=rings.device)
+        for state in states:
+            if state.device_weights is not None:
+                self._bind(state, state.device_weights)
+            else:
+                self._unbind(state)
+
+    @property
+    def overflow_count(self) -> int:
+        """Slots made beyond the plan so far."""
+        return self._rings.overflow_count
+
+    def use(self, name: str) -> None:
+        """The unit is about to compute: its weights are there when this returns, and stay until ``unuse``."""
+        state = self._states[name]
+        if state.device_weights is not None:
+            if (updated := self._updated.pop(name, None)) is not None:
+                updated.wait()
+            return
+        self._in_use.add(name)
+        if name not in self._slot_of:
+            self._start(state, self._free_slot(state) or self._rings.grow(state))
+        slot = self._slot_of[name]
+        if slot.arrived is not None:
+            slot.arrived.wait()
+            slot.arrived = None
+        if name not in self._bound:
+            self._bind(state, slot.buffer)
+
+    def unuse(self, name: str) -> None:
+        """The unit has computed: its slot may be taken by another."""
+        self._in_use.discard(name)
+
+    def unuse_all(self) -> None:
+        """Nothing computes: the step's passes are over."""
+        self._in_use.clear()
+
+    def prefetch(self, fetch: Fetch) -> None:
+        """Start a fetch of the schedule, if what it wants to displace is not in use."""
+        state = self._states[fetch.unit]
+        if fetch.unit in self._slot_of:
+            return
+        if fetch.evict in self._slot_of and fetch.evict not in self._in_use:
+            slot: Slot | None = self._slot_of[fetch.evict]
+        else:
+            slot = self._empty_slot(state)
+        if slot is not None:
+            self._start(state, slot)
+
+    def guard(self) -> AwayGuard:
+        """A context in which operations on parameters that are away raise."""
+        fields = [f for s in self._states.values() if s.device_weights is None for f in s.unit.fields]
+        return AwayGuard(self._nan, lambda shape: [f.name for f in fields if f.shape == shape])
+
+    def in_flight(self) -> list[str]:
+        """Units whose weights are on their way."""
+        return [n for n, s in self._slot_of.items() if s.arrived is not None and not s.arrived.settled]
+
+    def will_change(self, name: str, updated: Done) -> None:
+        """The unit's weights are being updated: what is on the device is stale, what is fetched comes after."""
+        self._updated[name] = updated
+        if (slot := self._slot_of.get(name)) is not None:
+            self._vacate(slot)
+
+    def settle(self) -> None:
+        """Wait for all updates that weights may still be under, without fetching them."""
+        for updated in list(self._updated.values()):
+            updated.synchronize()
+
+    def reference(self, tensor: torch.Tensor) -> WeightReference | None:
+        """How to find this tensor again, if it lies in a slot that may be taken before backward."""
+        slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        if slot is None or slot.holds is None:
+            return None
+        name = slot.holds.unit.name
+        return WeightReference(name, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype)
+
+    def resolve(self, reference: WeightReference) -> torch.Tensor:
+        """The tensor of a reference; its unit must be in use."""
+        buffer = self._slot_of[reference.unit].buffer.view(reference.dtype)
+        return buffer.as_strided(reference.size, reference.stride, reference.offset)
+
+    def _empty_slot(self, state: UnitState) -> Slot | None:
+        return next((s for s in self._rings.ring(state) if s.holds is None), None)
+
+    def _free_slot(self, state: UnitState) -> Slot | None:
+        """An empty slot, or else one whose unit is not in use."""
+        idle = (s for s in self._rings.ring(state) if s.holds is None or s.holds.unit.name not in self._in_use)
+        return self._empty_slot(state) or next(idle, None)
+
+    def _vacate(self, slot: Slot) -> None:
+        assert slot.holds is not None
+        name = slot.holds.unit.name
+        if slot.arrived is not None:
+            # Whatever comes next is ordered behind it on the same lane; only its failure must not be lost.
+            slot.arrived.wait()
+        self._unbind(slot.holds)
+        self._bound.discard(name)
+        del self._slot_of[name]
+        slot.holds = slot.arrived = None
+
+    def _start(self, state: UnitState, slot: Slot) -> None:
+        if slot.holds is not None:
+            self._vacate(slot)
+        name = state.unit.name
+        slot.holds = state
+        self._slot_of[name] = self._slot_at[slot.buffer.data_ptr()] = slot
+        # [Note: slot lifetime]: behind everything that may still read the slot, and behind the unit's own update.
+        after = [Done.now(slot.buffer.device)]
+        if (updated := self._updated.pop(name, None)) is not None:
+            after.append(updated)
+        if state.host_weights is not None:
+            slot.arrived = self._lane.copy(slot.buffer, state.host_weights, after)
+        else:
+            slot.arrived = self._lane.submit(lambda: self._read(state, slot.buffer), after)
+
+    def _read(self, state: UnitState, target: torch.Tensor) -> None:
+        """Weights from the NVMe tier through the reader's ring: reads run ahead of the copies. On the lane."""
+        assert self._store is not None
+        assert state.weight_extents is not None
+        waiting: deque[tuple[int, int, int]] = deque()
+        tickets: dict[int, Ticket] = {}
+        for i, (span, extent) in enumerate(zip(state.weight_spans, state.weight_extents, strict=True)):
+            place = i % UPDATE_RING
+            if len(waiting) == UPDATE_RING:
+                self._land(target, *waiting.popleft(), tickets)
+            buffer, idle = self._reader_ring[place]
+            idle.synchronize()
+            tickets[place] = self._store.read(extent, buffer[: extent.size_bytes])
+            waiting.append((place, *span))
+        while waiting:
+            self._land(target, *waiting.popleft(), tickets)
+
+    def _land(self, target: torch.Tensor, place: int, start: int, stop: int, tickets: dict[int, Ticket]) -> None:
+        tickets[place].result()
+        buffer, _ = self._reader_ring[place]
+        part = target[start:stop]
+        part.copy_(buffer[: part.nbytes].view(part.dtype), non_blocking=True)
+        self._lane.bytes_moved += part.nbytes
+        self._reader_ring[place] = (buffer, Done.now(target.device))
+
+    def _bind(self, state: UnitState, flat: torch.Tensor) -> None:
+        for field in state.unit.fields:
+            field.parameter.data = field.view(flat)
+        if state.device_weights is None:
+            self._bound.add(state.unit.name)
+
+    def _unbind(self, state: UnitState) -> None:
+        for field in state.unit.fields:
+            field.parameter.data = self._nan.expand(field.shape)
