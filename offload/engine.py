@@ -31,7 +31,7 @@ from offload.plan import Plan, Precision, Tier
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
 from offload.schedule import Fetch, expected_order, schedule
 from offload.slots import SlotRings
-from offload.state import allocate, weight_dtype
+from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
 from offload.streams import Lane
 from offload.unit import check_model, partition
@@ -96,18 +96,18 @@ class Engine:
         self.arena = Arena(needed.host_bytes, device)
         self._closers.append(self.arena.close)
         _move_buffers(self.model, device, plan.precision)
-        self._states = allocate(units, plan, device, self.arena, self.store)
-        for state in self._states:
+        self.states = allocate(units, plan, device, self.arena, self.store)
+        for state in self.states:
             unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
 
         self._up, self._down, self._update_lane = (Lane(n, device) for n in ("up", "down", "update"))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
         self._rings = SlotRings.make(counts, dtype, device)
-        reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)] if weight_bytes else []
-        self._mover = WeightMover(self._states, self._rings, self._up, self.store, reader_ring)
-        self._gradients = GradientCollector(self._states, plan, device, self._down, self._up)
-        update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)] if update_bytes else []
+        reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
+        self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring)
+        self._gradients = GradientCollector(self.states, plan, device, self._down, self._up)
+        update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self._updater = Updater(plan.precision, self._update_lane, self._down, self._up, self.store, update_ring)
         self._closers += [self._up.close, self._down.close, self._update_lane.close]
 
@@ -180,7 +180,7 @@ class Engine:
         self._micro_batch = 0
         self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
         updates = []
-        for state in self._states:
+        for state in self.states:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
@@ -227,10 +227,15 @@ class Engine:
         """Fp32 masters of all parameters, and the model's buffers, as whole tensors on the host."""
         self.finish()
         tensors = {name: t.detach().cpu().clone() for name, t in self.model.named_buffers()}
-        for state in self._states:
+        for state in self.states:
             whole = unit_contents.read(state, self.plan.precision, self.store)
             tensors |= {name: parts["weight"] for name, parts in unit_contents.named(state, whole)}
         return tensors
+
+    def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
+        """Put other numbers into a unit, wherever they live; between steps only."""
+        self._mover.forget(state.unit.name)
+        unit_contents.write(state, whole, self.plan.precision, self.store)
 
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""

@@ -148,6 +148,10 @@ class WeightMover:
     def will_change(self, name: str, updated: Done) -> None:
         """The unit's weights are being updated: what is on the device is stale, what is fetched comes after."""
         self._updated[name] = updated
+        self.forget(name)
+
+    def forget(self, name: str) -> None:
+        """What is on the device of this unit is stale: fetch it again before its next use."""
         if (slot := self._slot_of.get(name)) is not None:
             self._vacate(slot)
 

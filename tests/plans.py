@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from offload.plan import Budget, Buckets, Placement, Plan, Precision, Prediction, Tier
+from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
 
 G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
 RESIDENT = (G, G, G)
