@@ -132,7 +132,7 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
         self._updater.check()
-        args, kwargs = tree_map(self._to_device, (args, kwargs))
+        args, kwargs = self.to_device((args, kwargs))
         self._phase, self._position = "forward", -1
         self._seen.clear()
         self.meter.begin_forward()
@@ -307,7 +307,11 @@ class Engine:
         for name in streamed[: self.plan.buckets.prefetch_units]:
             self._mover.prefetch(Fetch(name, None))
 
-    def _to_device(self, leaf: Any) -> Any:
+    def to_device(self, batch: Any) -> Any:
+        """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+        return tree_map(self._move, batch)
+
+    def _move(self, leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
         dtype = torch.bfloat16 if self.plan.precision is Precision.BF16 and leaf.is_floating_point() else None

@@ -1,0 +1,194 @@
+"""The command line: reads words, calls the library, turns errors into sentences and exit codes.
+
+Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrupted.
+"""
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from memplan import show
+from memplan.audit import audit
+from memplan.configs.deepspeed import ds_config
+from memplan.doctor import checks
+from memplan.errors import MemplanError, NothingFits
+from memplan.machine import Machine, describe, detect
+from memplan.rates import rates_of
+from memplan.report import write_report
+from memplan.search import plan as make_plan
+from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
+from memplan.train import train as run_training
+from memplan.units import units_of
+from offload.errors import OffloadError, PlanError
+from offload.plan import Plan, Precision
+from profiler.blame import user_traceback
+from profiler.errors import ProfilerError
+from profiler.run import profile_source
+from profiler.source import ModelSource, load_source
+from tui import watch as watch_run
+from tui.errors import RunError
+
+TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
+
+app = typer.Typer(
+    help="Training models that do not fit: profile, plan, train with offload, watch.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+File = Annotated[Path, typer.Argument(help="A Python file with the model: see the README, 'Your model file'.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
+]
+Gpus = Annotated[int | None, typer.Option(help="GPUs to plan for, if not those of this machine.")]
+GpuMemory = Annotated[str | None, typer.Option(help="Memory of one GPU that training may use, like 24GiB.")]
+HostMemory = Annotated[str | None, typer.Option(help="Host memory that training may use, like 64GiB.")]
+Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A directory on a fast disk, and how much of it.")]
+
+
+@app.command()
+def profile(
+    file: File,
+    batch_size: BatchSize = 8,
+    precision: Annotated[Precision, typer.Option(help="Numbers of the plain training step.")] = Precision.FP32,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-fused, sgd or sgd-momentum.")] = "adamw",
+    json: Annotated[Path | None, typer.Option(help="Write profile.json here.")] = None,
+) -> None:
+    """What each layer costs, and the peak of a plain training step. Needs no GPU."""
+    found = profile_source(load_source(file), batch_size, precision.value, optimizer)
+    console.print(show.profile_tables(found))
+    if json is not None:
+        found.save(json)
+        console.print(f"written: {json}")
+
+
+@app.command()
+def plan(
+    file: File,
+    batch_size: BatchSize = 8,
+    gpus: Gpus = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    nvme: Nvme = None,
+    precision: PrecisionOption = None,
+    out: Annotated[Path, typer.Option(help="Where plan.json and ds_config.json go.")] = Path(),
+) -> None:
+    """What to do about it on this machine, or on one you describe."""
+    machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
+    found = _plan(load_source(file), machine, batch_size, precision)
+    out.mkdir(parents=True, exist_ok=True)
+    found.save(out / "plan.json")
+    config, notes = ds_config(found)
+    (out / "ds_config.json").write_text(config)
+    console.print(show.plan_tables(found))
+    for note in notes:
+        console.print(f"ds_config.json: {note}", highlight=False)
+    console.print(f"written: {out / 'plan.json'}, {out / 'ds_config.json'}")
+
+
+@app.command()
+def train(
+    file: File,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json; without it a plan is made.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of the last optimizer step.")] = 100,
+    batch_size: BatchSize = 8,
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-TIME if not given.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    nvme: Nvme = None,
+    precision: PrecisionOption = None,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
+    clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
+) -> None:
+    """Train by a plan, with a live dashboard; writes plan.json, events.jsonl and a checkpoint into the run."""
+    if resume and out is None:
+        raise PlanError("--resume needs the run to go on with: name it by --out")
+    source = load_source(file)
+    run_dir = out or Path("runs") / f"{source.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    prepare_run(run_dir, resume=resume)
+    if plan is None and resume:
+        plan = run_dir / "plan.json"
+    if plan is not None:
+        chosen = Plan.load(plan)
+    else:
+        machine = describe(detect(), None, gpu_memory, host_memory, nvme)
+        console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
+        chosen = _plan(source, machine, batch_size, precision)
+        console.print(show.plan_summary(chosen))
+    dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
+    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
+    raise typer.Exit(run_training(source, chosen, run_dir, options, console))
+
+
+@app.command()
+def watch(run: Annotated[Path, typer.Argument(help="Directory of a run.")]) -> None:
+    """The dashboard of a run that is going on, or is over. Leaving it leaves the run alone."""
+    raise typer.Exit(watch_run(run))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Directory of a run.")],
+    out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if not given.")] = None,
+) -> None:
+    """The same as an HTML page, in one file."""
+    target = out or run / "report.html"
+    write_report(run, target)
+    console.print(f"written: {target}")
+
+
+@app.command()
+def doctor(nvme: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory to try as NVMe tier.")] = None) -> None:
+    """What is wrong or slow on this machine, and the command that mends it."""
+    found = checks(nvme)
+    console.print(show.doctor_table(found))
+    if any(check.status == "fail" for check in found):
+        raise typer.Exit(TRAINING_FAILED)
+
+
+def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
+    precision = precision or default_precision(machine.device)
+    found = profile_source(source, batch_size, precision.value)
+    chosen = make_plan(found, machine, rates_of(machine, precision), batch_size=batch_size, precision=precision)
+    problems = audit(chosen, units_of(found))
+    assert not problems, problems
+    return chosen
+
+
+def main() -> None:
+    """Run a command; a person's mistakes end in a sentence and an exit code."""
+    try:
+        app()
+    except NothingFits as error:
+        _say(error)
+        sys.exit(NOTHING_FITS)
+    except (MemplanError, ProfilerError, OffloadError, RunError) as error:
+        _say(error)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _say(error: ValueError) -> None:
+    """The sentence, and the lines of the person's own code that led to it."""
+    traceback = getattr(error, "traceback", "")
+    if traceback:
+        errors.print(traceback, markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"memplan: {error}", markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

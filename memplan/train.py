@@ -1,0 +1,271 @@
+"""Train a model file by a plan: the loop, its run directory, and what a person sees of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from torch.utils._pytree import tree_leaves
+
+from memplan.errors import RunDirectoryError
+from memplan.formatting import format_bytes, format_count, format_seconds
+from offload import checkpoint
+from offload.engine import Engine
+from offload.events import EventLog
+from offload.plan import Plan, Precision
+from profiler.source import ModelSource, call_model
+
+INTERRUPTED = 130
+PROGRESS_SECONDS = 2.0
+"""Shortest time between two progress lines."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a run is asked to do beside its plan."""
+
+    last_step: int
+    """The number of the last optimizer step, counted from the start of the first run."""
+    learning_rate: float
+    max_grad_norm: float
+    seed: int
+    resume: bool
+    dashboard: bool
+
+
+def prepare_run(run_dir: Path, *, resume: bool) -> None:
+    """Make the run's directory; raises RunDirectoryError when it holds another run's files, or none to resume."""
+    events = run_dir / "events.jsonl"
+    if resume:
+        checkpoint.latest(run_dir / "checkpoints")
+        return
+    if events.exists() and events.stat().st_size:
+        raise RunDirectoryError(f"{run_dir} holds a run already; go on with it by --resume, or name another --out")
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptions, console: Console) -> int:
+    """Train to the last step and save a checkpoint; returns the exit code (0, or 130 when interrupted).
+
+    The run directory must have been prepared. On the way out, whichever way, the engine is closed and the end is
+    written to the events.
+    """
+    plan.save(run_dir / "plan.json")
+    torch.manual_seed(options.seed)
+    with EventLog(run_dir / "events.jsonl") as events, _stop_on_interrupt() as stop:
+        run = _Run(source, plan, run_dir, options, events)
+        with _Progress(run_dir, options.dashboard, console) as progress:
+            try:
+                with run.engine:
+                    run.start()
+                    run.loop(stop, progress)
+                    path = run.save()
+            except BaseException as error:
+                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                events.write("end", reason=reason, step=run.step, message=str(error) or type(error).__name__)
+                raise
+            reason = "interrupted" if stop.requested else "finished"
+            events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")
+    loss = f", loss {run.last_loss:.4f}" if run.last_loss is not None else ""
+    console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
+    return INTERRUPTED if stop.requested else 0
+
+
+class _Run:
+    """One training run: the engine, its data, and what it tells."""
+
+    def __init__(
+        self, source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptions, events: EventLog
+    ) -> None:
+        self.source, self.plan, self.run_dir, self.options, self.events = source, plan, run_dir, options, events
+        model = source.build()
+        model.train()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
+        self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
+        self.last_loss: float | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.engine.global_step
+
+    def start(self) -> None:
+        """Restore the checkpoint when resuming, put the data where it was, and announce the run."""
+        self.batches = self.source.train_batches(self.plan.micro_batch_size)
+        if self.options.resume:
+            path = checkpoint.latest(self.run_dir / "checkpoints")
+            # The batches that were used are drawn again before the random states are put back.
+            used = checkpoint.read_manifest(path)["extra"]["batches"]
+            next(islice(self.batches, used, used), None)
+            checkpoint.load(self.engine, path)
+        engine, plan = self.engine, self.plan
+        self.events.write(
+            "run",
+            model=plan.model,
+            device=plan.device,
+            precision=plan.precision,
+            parameters=self.parameters,
+            pid=os.getpid(),
+            first_step=engine.global_step + 1,
+            last_step=self.options.last_step,
+            micro_batch_size=plan.micro_batch_size,
+            gradient_accumulation_steps=plan.gradient_accumulation_steps,
+            budget_bytes={t: getattr(plan.budget, f"{t}_bytes") for t in ("gpu", "host", "nvme")},
+            predicted_bytes={
+                "gpu": plan.prediction.gpu_peak_bytes,
+                "host": plan.prediction.host_bytes,
+                "nvme": plan.prediction.nvme_bytes,
+            },
+            predicted_step_seconds=plan.prediction.step_seconds,
+            bottleneck=plan.prediction.bottleneck,
+            units=[
+                {
+                    "name": state.unit.name,
+                    "elements": state.unit.shape.elements,
+                    "parameters": state.unit.placement.parameters,
+                    "gradients": state.unit.placement.gradients,
+                    "optimizer": state.unit.placement.optimizer,
+                }
+                for state in engine.states
+            ],
+        )
+
+    def loop(self, stop: "_Stop", progress: "_Progress") -> None:
+        """Step until the last step, the end of the data, or a wish to stop."""
+        before = self.engine.traffic_bytes()
+        while self.engine.global_step < self.options.last_step and not stop.requested:
+            began = time.perf_counter()
+            micro_batches = list(islice(self.batches, self.plan.gradient_accumulation_steps))
+            if len(micro_batches) < self.plan.gradient_accumulation_steps:
+                self.events.write("note", message="train_batches ended before the last step")
+                return
+            self.last_loss = self._step(micro_batches)
+            seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
+            step = {
+                "step": self.engine.global_step,
+                "loss": self.last_loss,
+                "gradient_norm": self.engine.gradient_norm,
+                "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
+                "seconds": seconds,
+                "tokens": sum(token_count(batch) for batch in micro_batches),
+                "memory_bytes": self.engine.meter.now_bytes(),
+                "peak_bytes": self.engine.meter.peak_bytes(),
+                "traffic_bytes": {link: moved[link] - before[link] for link in moved},
+            }
+            before = moved
+            self.events.write("step", **step)
+            stop.requested |= progress.tell(step, self.options.last_step)
+            if stop.requested:
+                self.events.write("note", message="stopping after this step; a checkpoint is being saved")
+
+    def save(self) -> Path:
+        """Write a checkpoint of where the run is."""
+        began = time.perf_counter()
+        used = self.engine.global_step * self.plan.gradient_accumulation_steps
+        path = checkpoint.save(self.engine, self.run_dir / "checkpoints", {"batches": used})
+        size = sum(p.stat().st_size for p in path.iterdir())
+        step, seconds = self.engine.global_step, time.perf_counter() - began
+        self.events.write("checkpoint", step=step, path=str(path), seconds=seconds, bytes=size)
+        return path
+
+    def _step(self, micro_batches: list[Any]) -> float:
+        losses = []
+        for cpu_batch in micro_batches:
+            batch = self.engine.to_device(cpu_batch)
+            loss = self.source.loss(call_model(self.engine, batch), batch)
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean().item()
+
+
+def token_count(batch: Any) -> int:
+    """Tokens of a batch: the elements of its first tensor of integers, or else its samples."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
+    integers = [t for t in tensors if not t.is_floating_point() and t.dim() > 1]
+    return integers[0].numel() if integers else len(tensors[0])
+
+
+@dataclass
+class _Stop:
+    """Whether the person asked to stop after the running step."""
+
+    requested: bool = False
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[_Stop]:
+    """The first Ctrl-C asks to stop after the step, with a checkpoint; the second one ends at once."""
+    stop = _Stop()
+
+    def on_interrupt(_: int, __: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class _Progress:
+    """The dashboard, a process of its own on this terminal; progress lines where there is none, or it was left."""
+
+    def __init__(self, run_dir: Path, dashboard: bool, console: Console) -> None:
+        self._console = console
+        self._last_line = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        if dashboard:
+            code = "import sys, pathlib, tui; sys.exit(tui.watch(pathlib.Path(sys.argv[1]), leave_at_end=True))"
+            self._process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The end of the run is in the events: the dashboard shows it and leaves by itself."""
+        if self._process is not None:
+            self._process.wait()
+
+    def tell(self, step: dict[str, Any], last_step: int) -> bool:
+        """One more step; returns whether the person asked to stop from the dashboard."""
+        if self._process is not None:
+            if (code := self._process.poll()) is None:
+                return False
+            self._process = None
+            if code == INTERRUPTED:
+                return True
+        now = time.monotonic()
+        if now - self._last_line >= PROGRESS_SECONDS or step["step"] in (1, last_step):
+            self._last_line = now
+            self._console.print(progress_line(step, last_step), highlight=False)
+        return False
+
+
+def progress_line(step: dict[str, Any], last_step: int) -> str:
+    """A step in one line."""
+    tiers = " ".join(f"{tier} {format_bytes(size)}" for tier, size in step["memory_bytes"].items() if size)
+    rate = format_count(step["tokens"] / step["seconds"])
+    return (
+        f"step {step['step']:>{len(str(last_step))}}/{last_step}  loss {step['loss']:.4f}  "
+        f"{format_seconds(step['seconds'])}  {rate} tokens/s  {tiers}"
+    )
+
+
+def default_precision(device: str) -> Precision:
+    """bf16 where there is a GPU to compute in it, fp32 on the CPU."""
+    return Precision.BF16 if device == "cuda" else Precision.FP32
