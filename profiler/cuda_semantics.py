@@ -47,8 +47,8 @@ def cuda_semantics(report: FlopReport) -> Iterator[None]:
         warnings.simplefilter("ignore")  # every registration here overrides one, which is the point
         try:
             _register_autocast(library)
-            library.impl("dropout", _dropout, "AutogradCPU", allow_override=True)
-            library.impl("scaled_dot_product_attention", attention_kernel(report), "AutogradCPU", allow_override=True)
+            library.impl("dropout", _dropout, "AutogradCPU")
+            library.impl("scaled_dot_product_attention", attention_kernel(report), "AutogradCPU")
         except BaseException:
             library._destroy()
             raise
@@ -71,7 +71,7 @@ def _register_autocast(library: torch.library.Library) -> None:
             kernel: Any = torch.library.fallthrough_kernel
         else:
             kernel = _autocast_kernel(_overload(name), _casting_rule(name))
-        library.impl(name, kernel, "AutocastCPU", allow_override=True)
+        library.impl(name, kernel, "AutocastCPU")
 
 
 def _autocast_list(key: str) -> set[str]:
