@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, SETUP, Alloc, Category, Event, Free, Op
@@ -21,6 +21,9 @@ aten = torch.ops.aten
 
 WORKSPACE_BYTES = 32 << 20
 """cuBLAS keeps one for each handle and stream, in memory of the caching allocator; measured on Hopper."""
+
+ALMOST_ONE = 1 - 2**-10
+"""Stands for a number drawn from [0, 1) that decides whether a layer is dropped; the larger, the less is."""
 
 
 class ModuleStack:
@@ -161,6 +164,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten.rand.default and list(args[0]) in ([], [1]):
+            self._assume(f"a random number that {self._place()} draws is taken to be close to 1, so nothing is dropped")
+            return torch.tensor([ALMOST_ONE] if args[0] else ALMOST_ONE, dtype=kwargs.get("dtype"))
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(func, args, kwargs)
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:
@@ -213,6 +221,13 @@ class Recorder(TorchDispatchMode):
         self._ids.pop(key, None)
         if self._watches.pop(number, None) is not None:
             self.events.append(Free(number, self.phase))
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA takes any floating dtype here, the fake kernel bf16 only."""
+    dtype = args[0].dtype
+    halves = tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, args)
+    return torch.empty_like(func(*halves, **kwargs), dtype=dtype)
 
 
 def _all_chosen(indices: Any) -> list[Any]:

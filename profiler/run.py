@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.blame import explained
+from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, MODEL_STATE, STEP, Op
 from profiler.layers import layer_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
@@ -27,10 +28,12 @@ class _Subject:
     forward: Forward
     precision: str
     blocks: tuple[str, ...]
+    where: str
 
     def trace(self, batch: Any, recompute: bool) -> Trace:
         """Trace one step."""
-        return trace_step(self.model, batch, self.forward, self.precision, self.blocks, recompute)
+        with explained(f"one training step of {self.where} can not be traced"):
+            return trace_step(self.model, batch, self.forward, self.precision, self.blocks, recompute)
 
 
 def profile_source(
@@ -42,9 +45,9 @@ def profile_source(
     """
     check_optimizer(optimizer)
     model = source.build_abstract()
-    subject = _Subject(model, source.forward, precision, repeated_blocks(model))
+    subject = _Subject(model, source.forward, precision, repeated_blocks(model), source.path.name)
     batches = {size: source.example_batch(size) for size in (batch_size, 1)}
-    return _profile(subject, batches, batch_size, optimizer, source.name, source.path.name)
+    return _profile(subject, batches, batch_size, optimizer, source.name)
 
 
 def profile_model(
@@ -67,27 +70,20 @@ def profile_model(
     if batch_size is None:
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
     forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
-    subject = _Subject(model, forward, precision, repeated_blocks(model))
+    subject = _Subject(model, forward, precision, repeated_blocks(model), "the model")
     batches = {batch_size: batch}
     if all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
         batches[1] = tree_map_only(torch.Tensor, lambda t: t[:1], batch) if batch_size > 1 else batch
-    return _profile(subject, batches, batch_size, optimizer, name or type(model).__name__, "the model")
+    return _profile(subject, batches, batch_size, optimizer, name or type(model).__name__)
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
-def _profile(
-    subject: _Subject, batches: dict[int, Any], batch_size: int, optimizer: str, name: str, where: str
-) -> ModelProfile:
-    with explained(f"one training step of {where} can not be traced"):
-        trace = subject.trace(batches[batch_size], recompute=False)
-        traces = {(batch_size, False): trace}
-        for size, batch in batches.items():
-            for recompute in (False, True) if subject.blocks else (False,):
-                if (size, recompute) not in traces:
-                    traces[size, recompute] = subject.trace(batch, recompute)
+def _profile(subject: _Subject, batches: dict[int, Any], batch_size: int, optimizer: str, name: str) -> ModelProfile:
+    trace = subject.trace(batches[batch_size], recompute=False)
+    traces, remarks = _further_traces(subject, batches, {(batch_size, False): trace})
     peaks = replay(trace, optimizer)
     parameters = _parameters(subject.model, trace)
     layers = layer_profiles(subject.model, trace, parameters)
@@ -111,8 +107,27 @@ def _profile(
         activations=tuple(_point(size, recompute, t, optimizer) for (size, recompute), t in traces.items()),
         blocks=tuple(called),
         uncounted_ops=dict(uncounted.most_common()),
-        assumptions=tuple(dict.fromkeys(sentence for t in traces.values() for sentence in t.assumptions)),
+        assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
+
+
+Traces = dict[tuple[int, bool], Trace]
+"""By batch size, and whether the blocks are recomputed."""
+
+
+def _further_traces(subject: _Subject, batches: dict[int, Any], known: Traces) -> tuple[Traces, list[str]]:
+    """The known traces and those of the other points; one that does not work is left out, with a sentence on why."""
+    traces, remarks = dict(known), []
+    for size, batch in batches.items():
+        for recompute in (False, True) if subject.blocks else (False,):
+            if (size, recompute) in traces:
+                continue
+            try:
+                traces[size, recompute] = subject.trace(batch, recompute)
+            except ProfilerError as error:
+                how = " with recomputed blocks" if recompute else ""
+                remarks.append(f"batch size {size}{how} is left out: {str(error).splitlines()[0]}")
+    return traces, remarks
 
 
 def _parameters(model: nn.Module, trace: Trace) -> tuple[ParameterProfile, ...]:

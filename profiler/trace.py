@@ -1,5 +1,6 @@
 """One fake training step of a model, as a stream of events."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from profiler.fakes import fake_batch, faked
 from profiler.recorder import ModuleStack, Recorder
 
 PRECISIONS = ("fp32", "amp", "bf16")
+
+KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
+"""What transformers' blocks call the cache among their keyword arguments."""
 
 Forward = Callable[[nn.Module, Any], torch.Tensor]
 """Runs the model on a batch and returns the loss to call backward on."""
@@ -70,6 +74,7 @@ def trace_step(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as scope:
         scope.enter_context(torch.random.fork_rng(devices=()))
+        scope.enter_context(_quiet())
         scope.enter_context(faked(model, mode, cast))
         stack = ModuleStack(model)
         recorder = Recorder(stack)
@@ -172,11 +177,26 @@ class _Step:
             self.recorder.retag(parameter.grad, Category.GRADIENT)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep fake tensors from logging a traceback of theirs for what is raised, and said, anyway."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
 def _checkpointed(forward: Callable[..., Any], stack: ModuleStack, path: str, *args: Any, **kwargs: Any) -> Any:
+    # A block that runs twice would append to a key-value cache twice; training needs none.
+    kwargs = {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
+
     def run(*args: Any, **kwargs: Any) -> Any:
         stack.push(path)
         try:
