@@ -177,7 +177,8 @@ class ModelProfile:
             ),
             buffer_bytes=data["buffer_bytes"],
             peaks=PhasePeaks(
-                *(peaks[phase]["allocated_bytes"] for phase in (*PHASES, "overall")), peaks["overall"]["reserved_bytes"]
+                **{f"{phase}_bytes": peaks[phase]["allocated_bytes"] for phase in (*PHASES, "overall")},
+                reserved_bytes=peaks["overall"]["reserved_bytes"],
             ),
             activations=tuple(ActivationPoint(**point) for point in data["activations"]),
             blocks=tuple(data["blocks"]),

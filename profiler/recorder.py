@@ -1,0 +1,241 @@
+"""Watches a training step from below: every operation, every storage, and the module each belongs to."""
+
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from profiler.errors import ProfilerError
+from profiler.events import BACKWARD, FORWARD, SETUP, Alloc, Category, Event, Free, Op
+from profiler.formulas import MATMULS, flops_of
+
+aten = torch.ops.aten
+
+WORKSPACE_BYTES = 32 << 20
+"""cuBLAS keeps one for each handle and stream, in memory of the caching allocator; measured on Hopper."""
+
+ALMOST_ONE = 1 - 2**-10
+"""Stands for a number drawn from [0, 1) that decides whether a layer is dropped; the larger, the less is."""
+
+
+class ModuleStack:
+    """Which modules are running; in backward, which one made the autograd node that is running.
+
+    [Note: Modules in backward] Autograd numbers its nodes in the order in which they are made. Forward notes the next
+    number whenever a module starts or ends, so a node's number tells which module was innermost when it was made.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._running: list[str] = []
+        self._numbers: list[int] = [-1]
+        self._paths: list[str] = [""]
+        self._owners = {id(p): n.rpartition(".")[0] for n, p in model.named_parameters()}
+
+    @property
+    def running(self) -> list[str]:
+        """Paths of the modules that are running, the innermost last."""
+        return self._running
+
+    def push(self, path: str) -> None:
+        """A module starts."""
+        self._running.append(path)
+        self._note()
+
+    def pop(self) -> None:
+        """The innermost module ends."""
+        if self._running:
+            self._running.pop()
+        self._note()
+
+    def current(self) -> str:
+        """Path of the module that an operation running now belongs to, "" for the model itself or none."""
+        if self._running:
+            return self._running[-1]
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return ""
+        if hasattr(node, "variable"):
+            return self._owners.get(id(node.variable), "")
+        return self._paths[bisect_right(self._numbers, node._sequence_nr()) - 1]
+
+    def _note(self) -> None:
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._paths.append(self._running[-1] if self._running else "")
+
+
+class Recorder(TorchDispatchMode):
+    """Logs events into ``events``. Enter it inside the fake mode, which carries the operations out."""
+
+    def __init__(self, stack: ModuleStack) -> None:
+        super().__init__()
+        self.events: list[Event] = []
+        self.assumptions: dict[str, None] = {}
+        self.phase = SETUP
+        self.used_outside: set[str] = set()
+        self._stack = stack
+        self._ids: dict[int, int] = {}
+        self._watches: dict[int, weakref.ref[Any]] = {}
+        self._categories: dict[int, Category] = {}
+        self._parameters: dict[int, tuple[str, frozenset[str]]] = {}
+        self._workspaces: set[str] = set()
+
+    def new_id(self) -> int:
+        """An unused storage id."""
+        self._categories[len(self._categories)] = Category.ACTIVATION
+        return len(self._categories) - 1
+
+    def watch(self, tensor: torch.Tensor, category: Category, module: str) -> int:
+        """Log the tensor's storage, once, and its end when it comes; returns its id."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._ids:
+            number = self._ids[key] = self.new_id()
+            self._categories[number] = category
+            self.events.append(Alloc(number, storage.nbytes(), category, module, self.phase))
+            self._watches[number] = weakref.ref(storage, partial(self._ended, key, number))
+        return self._ids[key]
+
+    def watch_parameter(self, name: str, tensor: torch.Tensor, owners: frozenset[str]) -> int:
+        """Log a parameter that belongs to the modules ``owners``."""
+        number = self.watch(tensor, Category.PARAMETER, name.rpartition(".")[0])
+        self._parameters[tensor.untyped_storage()._cdata] = (name, owners)
+        return number
+
+    def retag(self, tensor: torch.Tensor, category: Category) -> None:
+        """Say what a storage turned out to be."""
+        self._categories[self.watch(tensor, category, self._stack.current())] = category
+
+    def category(self, number: int) -> Category:
+        """What the storage holds, as far as is known."""
+        return self._categories[number]
+
+    def report(self, name: str, flops: int) -> None:
+        """Log an operation that the dispatcher does not show."""
+        self.events.append(Op(name, flops, self._stack.current(), self.phase, self._recomputing()))
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Everything inside belongs to this phase."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = before
+
+    def finished(self) -> tuple[Event, ...]:
+        """The events, each storage in its final category; what ends from now on is not logged."""
+        self._watches.clear()
+        return tuple(
+            Alloc(e.id, e.bytes, self._categories[e.id], e.module, e.phase) if isinstance(e, Alloc) else e
+            for e in self.events
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation and log it with the storages it made."""
+        kwargs = dict(kwargs or {})
+        name = func._schema.name
+        if name.startswith("prim::"):
+            return func(*args, **kwargs)  # a question about a tensor, such as its device
+        if torch.device(kwargs.get("device") or "cpu").type not in ("cpu", "meta"):
+            kwargs["device"] = torch.device("cpu")  # a fake tensor on an absent device would end the process
+        if self.phase == FORWARD:
+            self._note_reads((args, kwargs))
+        module = self._stack.current()
+        out = self._run(func, args, kwargs)
+        flops = flops_of(func, args, kwargs, out)
+        if name in MATMULS and self.phase not in self._workspaces:
+            # Backward runs on a thread of its own, with a handle of its own.
+            self._workspaces.add(self.phase)
+            number = self.new_id()
+            self._categories[number] = Category.WORKSPACE
+            self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.watch(tensor, Category.ACTIVATION, module)
+        self.events.append(Op(name, flops, module, self.phase, self._recomputing()))
+        return out
+
+    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten.rand.default and list(args[0]) in ([], [1]):
+            self._assume(f"a random number that {self._place()} draws is taken to be close to 1, so nothing is dropped")
+            return torch.tensor([ALMOST_ONE] if args[0] else ALMOST_ONE, dtype=kwargs.get("dtype"))
+        if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_mm(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        except DataDependentOutputException:
+            return self._assume_value(func, args)
+        except DynamicOutputShapeException as error:
+            return self._assume_selection(func, args, error)
+
+    def _assume_value(self, func: Any, args: Any) -> Any:
+        if func is aten._local_scalar_dense.default:
+            dtype = args[0].dtype
+            value: Any = True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+        elif func is aten.equal.default:
+            value = True
+        else:
+            raise ProfilerError(f"{func} in {self._place()} depends on data, which a profile can not know")
+        self._assume(f"a value that {self._place()} reads from a tensor ({func._schema.name}) is taken to be {value}")
+        return value
+
+    def _assume_selection(self, func: Any, args: Any, error: Exception) -> Any:
+        if func is aten.nonzero.default:
+            out: Any = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        elif func is aten.masked_select.default:
+            out = args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        elif func is aten.index.Tensor:
+            out = func(args[0], _all_chosen(args[1]))
+        else:
+            raise ProfilerError(
+                f"the size of the result of {func} in {self._place()} depends on data, which a profile can not know"
+            ) from error
+        self._assume(f"a mask in {self._place()} ({func._schema.name}) is taken to select everything")
+        return out
+
+    def _assume(self, sentence: str) -> None:
+        self.assumptions[sentence] = None
+
+    def _place(self) -> str:
+        return self._stack.current() or "the model"
+
+    def _note_reads(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, torch.Tensor):
+                found = self._parameters.get(tensor.untyped_storage()._cdata)
+                if found is not None and found[1].isdisjoint(self._stack.running):
+                    self.used_outside.add(found[0])
+
+    def _recomputing(self) -> bool:
+        return self.phase == BACKWARD and (bool(self._stack.running) or torch.is_grad_enabled())
+
+    def _ended(self, key: int, number: int, _: object) -> None:
+        self._ids.pop(key, None)
+        if self._watches.pop(number, None) is not None:
+            self.events.append(Free(number, self.phase))
+
+
+def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA takes any floating dtype here, the fake kernel bf16 only."""
+    dtype = args[0].dtype
+    halves = tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, args)
+    return torch.empty_like(func(*halves, **kwargs), dtype=dtype)
+
+
+def _all_chosen(indices: Any) -> list[Any]:
+    """Boolean masks replaced by the index tensors that select every element."""
+    out: list[Any] = []
+    for index in indices:
+        if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
+            out += [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
+        else:
+            out.append(index)
+    return out

@@ -1,0 +1,223 @@
+"""Whole profiles: peaks by hand, layers, blocks, activation points, optimizers, JSON."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
+from torch import nn
+
+from profiler import ModelProfile, ProfilerError, SourceError, profile_model
+from profiler.events import Alloc, Category, Free
+from profiler.layers import repeated_blocks
+from profiler.optimizers import OPTIMIZERS, optimizer_events
+
+KIB = 1 << 10
+WORKSPACES = 2 * 32 * KIB * KIB
+STATE_COPIES = {"adamw": 2, "adamw-fused": 2, "sgd": 0, "sgd-momentum": 1}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_peaks_of_a_small_mlp_are_those_worked_out_by_hand(optimizer):
+    model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.ReLU(), nn.Linear(512, 128, bias=False))
+    profile = profile_model(model, torch.randn(64, 256), loss=lambda y, _: y.sum(), optimizer=optimizer)
+    weights, batch, hidden, scalar = 768 * KIB, 64 * KIB, 128 * KIB, 512
+    counters = 2 * scalar if optimizer == "adamw-fused" else 0
+    base = weights * (1 + STATE_COPIES[optimizer]) + counters + batch + WORKSPACES
+    # Forward: the last step's loss, the first layer's output and that of the ReLU.
+    assert profile.peaks.forward_bytes == base + scalar + 2 * hidden
+    # Backward: the loss and its gradient, both weights' gradients and that of the first layer's output.
+    assert profile.peaks.backward_bytes == base + 2 * scalar + weights + hidden
+    # Step: the loss, the gradients, and AdamW's copy of all parameters.
+    assert profile.peaks.step_bytes == base + scalar + weights * (2 if optimizer == "adamw" else 1)
+    assert profile.peaks.overall_bytes == max(
+        profile.peaks.forward_bytes, profile.peaks.backward_bytes, profile.peaks.step_bytes
+    )
+    assert profile.peaks.reserved_bytes >= profile.peaks.overall_bytes
+    without_state = profile.activations[0]
+    assert without_state.allocated_bytes == batch + WORKSPACES + 2 * scalar + 3 * hidden
+
+
+def test_activation_points_cover_both_batches_with_and_without_recompute():
+    profile = profile_model(GPT(width=128), tokens(4, 64), loss=next_token_loss)
+    points = {(p.batch_size, p.recompute): p for p in profile.activations}
+    assert list(points) == [(4, False), (4, True), (1, False), (1, True)]
+    for batch in (1, 4):
+        assert points[batch, True].allocated_bytes < points[batch, False].allocated_bytes
+        assert points[batch, True].executed_flops > points[batch, False].executed_flops
+    assert points[4, False].executed_flops == profile.forward_flops + profile.backward_flops
+    assert points[4, False].executed_flops == 4 * points[1, False].executed_flops
+    for point in profile.activations:
+        assert point.reserved_bytes >= point.allocated_bytes
+
+
+def test_a_batch_that_can_not_be_cut_has_no_points_of_batch_one():
+    class Indexed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, scale):
+            return (self.layer(x) * scale).sum()
+
+    profile = profile_model(Indexed(), (torch.randn(8, 4), torch.ones(4)))
+    assert [(p.batch_size, p.recompute) for p in profile.activations] == [(8, False)]
+    assert profile.batch_size == 8
+
+
+def test_a_batch_of_one_is_traced_once():
+    profile = profile_model(mlp(), torch.randn(1, 100), loss=mean_square)
+    assert [(p.batch_size, p.recompute) for p in profile.activations] == [(1, False)]
+
+
+def test_layers_add_up_to_the_model():
+    model = GPT()
+    profile = profile_model(model, tokens(), loss=next_token_loss)
+    layers = {layer.path: layer for layer in profile.layers}
+    assert list(layers) == [path for path, _ in model.named_modules()]
+    assert layers[""].parameters == sum(p.numel() for p in model.parameters()) == profile.parameter_elements
+    assert layers[""].parameter_bytes == 4 * layers[""].parameters
+    assert layers["head"].parameters == 0  # counted where it first appears
+    for path, layer in layers.items():
+        children = [c for p, c in layers.items() if p and p.rpartition(".")[0] == path and p != path]
+        assert layer.parameters >= sum(c.parameters for c in children)
+        assert layer.forward_flops >= sum(c.forward_flops for c in children)
+        assert layer.backward_flops >= sum(c.backward_flops for c in children)
+        assert layer.activation_bytes >= sum(c.activation_bytes for c in children)
+    rows, width = 2 * 32, 64
+    attention = 4 * 2 * 4 * 32 * 32 * 16 // 2
+    assert layers["blocks.1"].forward_flops == 2 * rows * 12 * width * width + attention
+    assert layers["blocks.1"].backward_flops == 4 * rows * 12 * width * width + attention * 5 // 2
+    assert layers["head"].forward_flops == 2 * rows * width * VOCABULARY
+    assert layers[""].order == 0
+    assert layers["blocks"].order is None
+    assert layers["embed"].order < layers["blocks.0"].order < layers["blocks.1"].order < layers["head"].order
+
+
+def test_tied_weights_are_one_parameter_with_an_alias():
+    profile = profile_model(GPT(), tokens(), loss=next_token_loss)
+    embedding = profile.parameters[0]
+    assert (embedding.name, embedding.aliases) == ("embed.weight", ("head.weight",))
+    assert not embedding.used_outside
+    assert all(p.name != "head.weight" for p in profile.parameters)
+
+
+def test_frozen_parameters_have_neither_gradient_nor_state():
+    model = mlp()
+    whole = profile_model(model, torch.randn(2, 100), loss=mean_square)
+    model[2].requires_grad_(False)
+    part = profile_model(model, torch.randn(2, 100), loss=mean_square)
+    frozen = (200 * 300 * 4 + 511) // 512 * 512 + 300 * 4 // 512 * 512 + 512
+    assert whole.peaks.step_bytes - part.peaks.step_bytes == 4 * frozen
+    assert part.trainable_elements == whole.trainable_elements - 200 * 300 - 300
+
+
+def test_a_module_that_runs_twice_counts_two_calls_and_twice_the_flops():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(self.layer(x))
+
+    profile = profile_model(Twice(), torch.randn(2, 8), loss=mean_square)
+    layer = profile.layers[1]
+    assert layer.calls == 2
+    assert layer.forward_flops == 2 * 2 * 2 * 8 * 8
+
+
+def test_blocks_are_the_outermost_repeated_children_in_forward_order():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stages = nn.ModuleList(
+                nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()) for _ in range(2)
+            )
+            self.single = nn.ModuleList([nn.Linear(8, 4)])
+
+        def forward(self, x):
+            for stage in reversed(self.stages):
+                x = stage(x)
+            return self.single[0](x)
+
+    model = Backwards()
+    assert repeated_blocks(model) == ("stages.0", "stages.1")
+    profile = profile_model(model, torch.randn(2, 8), loss=mean_square)
+    assert profile.blocks == ("stages.1", "stages.0")
+    assert repeated_blocks(mlp()) == ()
+    lists = nn.ModuleList(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2))
+    assert repeated_blocks(lists) == ("0.0", "0.1", "1.0", "1.1")
+
+
+def test_llama_profiles_with_its_layers_as_blocks_and_dense_flops_as_known():
+    batch = tokens(2, 32)
+    profile = profile_model(llama(), {"input_ids": batch, "labels": batch}, precision="bf16")
+    assert profile.blocks == tuple(f"model.layers.{i}" for i in range(4))
+    matrices = 4 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128) + 64 * VOCABULARY
+    attention = 4 * (4 * 2 * 4 * 32 * 32 * 16) // 2
+    assert profile.forward_flops == 2 * batch.numel() * matrices + attention
+    assert profile.backward_flops == 4 * batch.numel() * matrices + attention * 5 // 2
+    assert {p.dtype for p in profile.parameters} == {"bfloat16"}
+    assert "aten::mm" not in profile.uncounted_ops
+    assert profile.uncounted_ops["aten::silu"] == 4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16"])
+def test_conv_net_and_multihead_attention_profile_in_every_precision(precision):
+    assert profile_model(conv_net(), torch.randn(2, 3, 8, 8), loss=mean_square, precision=precision).forward_flops
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.1, batch_first=True), 2, enable_nested_tensor=False
+    )
+    profile = profile_model(encoder, torch.randn(2, 16, 32), loss=mean_square, precision=precision)
+    assert profile.blocks == ("layers.0", "layers.1")
+    # The block around a parameter's module counts as one of its own.
+    assert not any(p.used_outside for p in profile.parameters)
+
+
+def test_a_profile_survives_json(tmp_path):
+    profile = profile_model(GPT(), tokens(), loss=next_token_loss, name="gpt")
+    profile.save(tmp_path / "profile.json")
+    assert ModelProfile.load(tmp_path / "profile.json") == profile
+    assert profile.model == "gpt"
+
+
+def test_an_unknown_optimizer_is_refused_by_name():
+    with pytest.raises(ProfilerError, match="optimizer is 'adam'; it must be one of adamw"):
+        profile_model(mlp(), torch.randn(2, 100), optimizer="adam")
+
+
+def test_a_forward_that_fails_is_explained_with_the_callers_own_line():
+    with pytest.raises(SourceError, match="forward pass fails on the example batch: RuntimeError") as error:
+        profile_model(mlp(), torch.randn(2, 99), loss=mean_square)
+    assert "torch/nn" not in error.value.traceback
+
+
+def test_a_backward_that_fails_is_explained():
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("no way back")
+
+    with pytest.raises(SourceError, match="can not be traced: RuntimeError: no way back"):
+        profile_model(mlp(), torch.randn(2, 100), loss=lambda y, _: Broken.apply(y).sum())
+
+
+@given(st.sampled_from(OPTIMIZERS), st.lists(st.integers(1, 1 << 30), min_size=1))
+def test_optimizer_state_stays_and_everything_else_is_freed(name, sizes):
+    ids = iter(range(10**9))
+    parameters = [("", size) for size in sizes]
+    for first in (True, False):
+        events = list(optimizer_events(name, parameters, first, lambda: next(ids)))
+        made = {e.id: e.bytes for e in events if isinstance(e, Alloc)}
+        freed = [e.id for e in events if isinstance(e, Free)]
+        kept = sum(made.values()) - sum(made[i] for i in freed)
+        counters = 4 * len(sizes) if name == "adamw-fused" else 0
+        assert len(set(freed)) == len(freed)
+        assert kept == (STATE_COPIES[name] * sum(sizes) + counters if first else 0)
+        assert sum(made[i] for i in freed) == (sum(sizes) if name == "adamw" else 0)
+        assert all(e.category is Category.OPTIMIZER for e in events if isinstance(e, Alloc))
