@@ -21,7 +21,7 @@ from memplan.memory import (
     gpu_upper_bytes,
 )
 from memplan.rates import Rates
-from memplan.timing import Work, lanes, nvme_floor_seconds, step_seconds
+from memplan.timing import Work, lanes, step_seconds
 from offload.plan import Buckets, Budget, Precision, Tier
 from offload.residency import UnitShape, state_bytes
 from profiler.profile import ModelProfile
@@ -135,6 +135,8 @@ def update_sizes(problem: Problem) -> Iterator[int]:
 
 def search(problem: Problem) -> list[Candidate]:
     """The best candidate of every family that has one, best first; empty where nothing fits."""
+    if not feasible(problem):
+        return []
     for size in update_sizes(problem):
         found = [best for family in problem.families() if (best := best_of(problem, family, size)) is not None]
         if found:
@@ -242,17 +244,24 @@ class FamilySearch:
         kept = state <= n
         counts = Counts(state[kept], gradients[kept], parameters[kept])
         excess = t.host_bytes(counts) - self.host_budget
-        movable = t.host_state[counts.state] + t.host_parameters[counts.parameters]
-        possible = excess <= np.minimum(movable, self.nvme_budget)
+        possible = excess <= self._movable_host_bytes(counts)
         if not possible.any():
             return None
         counts = Counts(counts.state[possible], counts.gradients[possible], counts.parameters[possible])
         excess = excess[possible]
-        busy = lanes(t, counts, self.work, self.problem.rates)
-        nvme = nvme_floor_seconds(t, counts, excess, self.problem.rates)
-        busy = replace(busy, nvme=nvme, update=np.maximum(busy.update, nvme))
-        seconds = np.broadcast_to(step_seconds(busy, self.problem.device), excess.shape)
-        return counts, excess, rounded(seconds)
+        # Staging only adds to what must go, so no candidate of a pair moves less than whole units of this many bytes.
+        state = np.minimum(np.searchsorted(t.host_state, excess), counts.state)
+        weights = np.minimum(np.searchsorted(t.host_parameters, excess - t.host_state[state]), counts.parameters)
+        least = replace(counts, nvme_state=state, nvme_parameters=np.where(state == counts.state, weights, 0))
+        return counts, excess, rounded(self.seconds(least))
+
+    def _movable_host_bytes(self, counts: Counts) -> np.ndarray:
+        """The most that NVMe can take off the host, staging left out: state as far as it has room, then weights."""
+        t = self.tables
+        state = np.minimum(counts.state, _most(t.nvme_state, self.nvme_budget))
+        room = np.maximum(self.nvme_budget - t.nvme_state[state], 0)
+        weights = np.minimum(counts.parameters, _most(t.nvme_parameters, room))
+        return t.host_state[state] + np.where(state == counts.state, t.host_parameters[weights], 0)
 
     def _overflow(self, pair: Counts) -> Counts | None:
         """The least that goes to NVMe for the host to fit, state before weights; ``None`` where that is too much."""
@@ -269,3 +278,8 @@ class FamilySearch:
         return replace(
             pair, nvme_state=int(counts.nvme_state[first]), nvme_parameters=int(counts.nvme_parameters[first])
         )
+
+
+def _most(table: np.ndarray, room: int | np.ndarray) -> np.ndarray:
+    """How many units of a table of prefix sums fit into this room."""
+    return np.searchsorted(table, room, side="right") - 1

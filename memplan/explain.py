@@ -13,7 +13,7 @@ from memplan.timing import bottleneck, lanes
 from offload.plan import Alternative
 
 RESIDENT = Counts(0, 0, 0)
-MOST_ALTERNATIVES = 5
+FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
 
 def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[str, ...]:
@@ -53,12 +53,13 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
 def alternatives_to(problem: Problem, best: Candidate, found: Sequence[Candidate]) -> tuple[Alternative, ...]:
     """The plan's neighbours in each direction: nothing offloaded, recompute, micro-batch, stage."""
     by_family = {candidate.family: candidate for candidate in found}
-    rows = []
-    if best.counts.state:
-        rows.append(_resident(problem, best))
-    for family in _neighbours(problem, best.family):
+    near = _neighbours(problem, best.family)
+    rows = [_resident(problem, best)] if best.counts.state else []
+    for family in near:
         candidate = by_family.get(family)
         rows.append(_misfit(problem, family, best) if candidate is None else _slower(problem, candidate, best))
+    others = [c for c in found if c.family != best.family and c.family not in near]
+    rows += [_slower(problem, c, best) for c in others[: max(0, FEWEST_ALTERNATIVES - len(rows))]]
     return tuple(rows[:MOST_ALTERNATIVES])
 
 
@@ -73,8 +74,8 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
     if not best.counts.state:
         return f"Everything stays on the GPU tier: {format_bytes(resident)} of {budget}, and nothing is gained by less."
     return (
-        f"With everything on the GPU tier {format_bytes(resident)} would be needed of {budget}, so "
-        f"{_counts_text(problem, best.counts)}; what fits stays."
+        f"With everything on the GPU tier {format_bytes(resident)} would be needed of {budget}. What fits stays; "
+        f"{_counts_text(problem, best.counts)}."
     )
 
 
@@ -108,7 +109,7 @@ def _counts_text(problem: Problem, counts: Counts) -> str:
         return "everything on gpu"
     total = len(problem.shapes)
     parts = [
-        f"{what} of {off} of {total} units leave the GPU" + (f" ({nvme} to nvme)" if nvme else "")
+        f"{what} of {off}" + (f" ({nvme} on nvme)" if nvme else "")
         for what, off, nvme in (
             ("optimizer state", counts.state, counts.nvme_state),
             ("gradients", counts.gradients, 0),
@@ -116,7 +117,7 @@ def _counts_text(problem: Problem, counts: Counts) -> str:
         )
         if off
     ]
-    return ", ".join(parts)
+    return f"off the gpu, of {total} units: {', '.join(parts)}"
 
 
 def _family_text(problem: Problem, family: Family) -> str:

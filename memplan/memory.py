@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offload.plan import Buckets, Placement, Precision, Tier
-from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, chunks, state_bytes
+from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
 from profiler.profile import ActivationPoint
 
 Ints = Any
@@ -243,7 +243,10 @@ def _blocks(size: Ints) -> Ints:
 
 
 def _extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
-    return sum(aligned((b - a) * element_bytes, BLOCK_BYTES) for a, b in chunks(elements, buckets.update_elements))
+    """Of one unit on NVMe: each chunk is an extent of its own."""
+    whole, part = divmod(elements, buckets.update_elements)
+    chunk = aligned(buckets.update_elements * element_bytes, BLOCK_BYTES)
+    return whole * chunk + aligned(part * element_bytes, BLOCK_BYTES)
 
 
 def _slots(shapes: Sequence[UnitShape], sizes: Sequence[int], ring: int, root_apart: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from memplan.memory import ChainTables, Counts, Ints
+from memplan.memory import ChainTables, Counts
 from memplan.rates import Rates
 
 Seconds = float | np.ndarray
@@ -100,12 +100,6 @@ def step_seconds(busy: Lanes, device: str) -> Seconds:
     for lane in (busy.host_to_device, busy.device_to_host, busy.nvme, busy.cpu_update, busy.collective):
         longest = np.maximum(longest, lane)
     return longest + busy.first_fetch
-
-
-def nvme_floor_seconds(tables: ChainTables, counts: Counts, excess: Ints, rates: Rates) -> Seconds:
-    """Least NVMe seconds that free ``excess`` bytes of host memory: state goes first, read and written once a step."""
-    state = np.minimum(np.maximum(excess, 0), tables.host_state[counts.state])
-    return state * tables.sharding.gpus * (1 / rates.nvme_read_bytes_per_second + 1 / rates.nvme_write_bytes_per_second)
 
 
 def bottleneck(busy: Lanes) -> str:

@@ -1,16 +1,18 @@
 """Profiles made up for the planner's tests: no model is built."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from hypothesis import strategies as st
 
 from memplan.machine import Machine
+from memplan.memory import FIXED_MARGIN_BYTES
 from memplan.rates import Rates
 from offload.plan import Precision
 from profiler.profile import ActivationPoint, LayerProfile, ModelProfile, ParameterProfile, PhasePeaks
 
 RATES = Rates(
-    compute_flops_per_second={p: 1e9 for p in Precision},
+    compute_flops_per_second=dict.fromkeys(Precision, 1e9),
     host_to_device_bytes_per_second=1e6,
     device_to_host_bytes_per_second=1.3e6,
     nvme_read_bytes_per_second=2e5,
@@ -88,8 +90,6 @@ def transformer(
 
 
 def machine_of(gpu: int, host: int, nvme: int = 0, *, device: str = "cpu", gpus: int = 1) -> Machine:
-    from pathlib import Path
-
     return Machine(
         device=device,
         gpus=gpus,
@@ -120,12 +120,17 @@ def transformers(draw: st.DrawFn, most_blocks: int = 6) -> ModelProfile:
 
 
 @st.composite
-def machines(draw: st.DrawFn, gpus: int = 1) -> Machine:
-    size = st.integers(0, 24).flatmap(lambda power: st.integers(1 << power, 2 << power))
-    return machine_of(
-        draw(size) + (1 << 20),
-        draw(st.one_of(st.just(0), size)),
-        draw(st.one_of(st.just(0), size)),
-        device="cpu" if gpus == 1 and draw(st.booleans()) else "cuda",
+def cases(draw: st.DrawFn, gpus: int = 1, most_blocks: int = 6) -> tuple[ModelProfile, Machine]:
+    """A profile and a machine about its size: sometimes ample, often tight, sometimes too small."""
+    profile = draw(transformers(most_blocks))
+    device = "cpu" if gpus == 1 and draw(st.booleans()) else "cuda"
+    state = profile.parameter_elements * (14 if profile.precision == "bf16" else 16)
+    least = min(p.reserved_bytes for p in profile.activations)
+    machine = machine_of(
+        FIXED_MARGIN_BYTES[device] + int(least * draw(st.floats(1.0, 4.0))) + int(state * draw(st.floats(0.1, 1.1))),
+        draw(st.one_of(st.just(0), st.floats(0.0, 2.0).map(lambda share: int(share * state)))),
+        draw(st.one_of(st.just(0), st.floats(0.0, 1.5).map(lambda share: int(share * state)))),
+        device=device,
         gpus=gpus,
     )
+    return profile, machine
