@@ -1,0 +1,27 @@
+"""The errors of the planner, each a sentence a person can act on."""
+
+
+class MemplanError(ValueError):
+    """A machine, a wish or a profile stops the planner."""
+
+
+class MachineError(MemplanError):
+    """The machine that was described contradicts itself or the one that is here."""
+
+
+class PlanningError(MemplanError):
+    """No plan can be made from this profile with these wishes."""
+
+
+class NothingFits(PlanningError):  # noqa: N818 - it reads as the sentence it is
+    """Every candidate needs more memory than the machine has.
+
+    ``tier`` (gpu, host or nvme) is the one that is short of the least, ``short_bytes`` by how much, and ``changes`` are
+    the smallest single changes that would do, as command-line options, the smallest first.
+    """
+
+    def __init__(self, message: str, tier: str, short_bytes: int, changes: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.tier = tier
+        self.short_bytes = short_bytes
+        self.changes = changes

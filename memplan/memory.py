@@ -1,0 +1,271 @@
+"""The bytes of every candidate, by tier, as tables: what ``offload.residency.footprint`` says, for thousands at a time.
+
+Candidates move units off the GPU in one fixed order, the *chain*. A candidate is then five counts: how many units of
+the chain, from its start, have their optimizer state, gradients and parameters off the GPU, and how many of those have
+state and parameters on NVMe. Every figure is a difference of prefix sums; counts may be numbers or NumPy arrays.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offload.plan import Buckets, Placement, Precision, Tier
+from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
+from profiler.profile import ActivationPoint
+
+Ints = Any
+"""An int, or an integer array: the tables take both."""
+
+ACTIVATION_MARGIN = 1.08
+"""Upper bound of the activations over their estimate: the replayed allocator and a real one differ by a few percent."""
+FIXED_MARGIN_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+"""Library workspaces that no trace sees: 32 MiB a cuBLAS handle and stream on Hopper, two streams; little on a CPU."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A candidate: units of the chain, from its start, that keep something off the GPU, or on NVMe.
+
+    ``nvme_state <= state``, ``nvme_parameters <= parameters``, and ``gradients, parameters <= state``.
+    """
+
+    state: Ints
+    gradients: Ints
+    parameters: Ints
+    nvme_state: Ints = 0
+    nvme_parameters: Ints = 0
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How ZeRO divides a unit's elements over the ranks."""
+
+    zero_stage: int
+    gpus: int
+
+    def state(self, elements: int) -> int:
+        """Elements of optimizer state on one rank."""
+        return -(-elements // self.gpus) if self.zero_stage >= 1 else elements
+
+    def gradients(self, elements: int) -> int:
+        """Elements of gradients on one rank."""
+        return -(-elements // self.gpus) if self.zero_stage >= 2 else elements
+
+    def parameters(self, elements: int) -> int:
+        """Elements of parameters on one rank."""
+        return -(-elements // self.gpus) if self.zero_stage >= 3 else elements
+
+
+def chain_order(shapes: Sequence[UnitShape]) -> list[int]:
+    """Positions of ``shapes`` in the order in which they leave the GPU: the root last, lone large units before it.
+
+    Units of one size share slots on the device, so moving many of them frees more than moving a lone one.
+    """
+    alike = Counter(s.elements for s in shapes if s.name)
+    return sorted(
+        range(len(shapes)),
+        key=lambda i: (not shapes[i].name, -alike[shapes[i].elements] * bool(shapes[i].name), -shapes[i].elements, i),
+    )
+
+
+def placements_of(shapes: Sequence[UnitShape], order: Sequence[int], counts: Counts) -> tuple[Placement, ...]:
+    """The placements that these counts stand for, in the order of ``shapes``."""
+    rank = {unit: position for position, unit in enumerate(order)}
+
+    def tier(position: int, off: int, nvme: int) -> Tier:
+        return Tier.NVME if position < nvme else Tier.HOST if position < off else Tier.GPU
+
+    return tuple(
+        Placement(
+            shape.name,
+            tier(rank[i], counts.parameters, counts.nvme_parameters),
+            tier(rank[i], counts.gradients, 0),
+            tier(rank[i], counts.state, counts.nvme_state),
+        )
+        for i, shape in enumerate(shapes)
+    )
+
+
+def activation_bytes(points: Sequence[ActivationPoint], batch_size: int, recompute: bool, device: str) -> int | None:
+    """Peak bytes beside the model's own state at a batch size; ``None`` where this recompute was not profiled.
+
+    On CUDA these are reserved bytes, on the CPU allocated ones. Between two profiled batch sizes the line through them
+    counts, and beyond them its extension. A single point is an upper bound for smaller batches, and proportional for
+    larger ones.
+    """
+    return _at_batch(
+        [(p.batch_size, p.reserved_bytes if device == "cuda" else p.allocated_bytes) for p in _of(points, recompute)],
+        batch_size,
+    )
+
+
+def executed_flops(points: Sequence[ActivationPoint], batch_size: int, recompute: bool) -> int:
+    """FLOPs of one micro-batch: forward, recompute and backward; proportional to the batch from the nearest point."""
+    nearest = min(_of(points, recompute), key=lambda p: abs(p.batch_size - batch_size))
+    return -(-nearest.executed_flops * batch_size // nearest.batch_size)
+
+
+def _of(points: Sequence[ActivationPoint], recompute: bool) -> list[ActivationPoint]:
+    return sorted((p for p in points if p.recompute is recompute), key=lambda p: p.batch_size)
+
+
+def _at_batch(known: Sequence[tuple[int, int]], batch_size: int) -> int | None:
+    if not known:
+        return None
+    if len(known) == 1:
+        batch, value = known[0]
+        return value * max(batch, batch_size) // batch
+    above = next((i for i in range(1, len(known)) if known[i][0] >= batch_size), len(known) - 1)
+    (b0, v0), (b1, v1) = known[above - 1], known[above]
+    if b0 <= batch_size <= b1:
+        return v0 + -(-(v1 - v0) * (batch_size - b0) // (b1 - b0))
+    # Outside, a falling line is noise: no batch needs less than its smaller neighbour.
+    slope = max(0, v1 - v0)
+    return max(0, v0 + -(-slope * (batch_size - b0) // (b1 - b0)))
+
+
+def gpu_upper_bytes(state: Ints, activations: int, device: str) -> Ints:
+    """The largest peak that is to be expected: what decides whether a plan fits."""
+    return state + int(activations * ACTIVATION_MARGIN) + FIXED_MARGIN_BYTES[device]
+
+
+class ChainTables:
+    """Bytes of one rank for every candidate of a chain; with one GPU equal to ``footprint``, to the byte."""
+
+    def __init__(
+        self,
+        shapes: Sequence[UnitShape],
+        buckets: Buckets,
+        precision: Precision,
+        sharding: Sharding,
+        buffer_bytes: int = 0,
+    ) -> None:
+        """``shapes`` in the order of the chain; ``buffer_bytes`` of the module's buffers stay on the GPU."""
+        self.units = len(shapes)
+        self.precision = precision
+        self.sharding = sharding
+        w, s8 = precision.weight_bytes, state_bytes(precision)
+        held = [sharding.parameters(s.elements) for s in shapes]
+        gradient = [sharding.gradients(s.trainable_elements) for s in shapes]
+        state = [sharding.state(s.trainable_elements) for s in shapes]
+        self.parameter_elements = _prefix(held)
+        self.gradient_elements = _prefix(gradient)
+        self.state_elements = _prefix(state)
+        self.slot_elements = _slots(shapes, held, buckets.prefetch_units + 1, root_apart=True)
+        self.gradient_slot_elements = _slots(shapes, gradient, 2, root_apart=False)
+        self.host_parameters = _prefix([aligned(n * w, BLOCK_BYTES) for n in held])
+        self.host_mirrors = _prefix([aligned(n * w, BLOCK_BYTES) for n in state])
+        self.host_gradients = _prefix([aligned(n * w, BLOCK_BYTES) for n in gradient])
+        self.host_state = _prefix([aligned(n * s8, BLOCK_BYTES) for n in state])
+        self.nvme_state = _prefix([_extent_bytes(n, s8, buckets) for n in state])
+        self.nvme_parameters = _prefix([_extent_bytes(n, w, buckets) for n in held])
+        self._fixed = buffer_bytes + max((s.largest_elements for s in shapes), default=0) * w
+        if sharding.gpus > 1:
+            self._fixed += self._gathering(shapes, buckets) * w
+        self._update_spans = _range_maximum([min(n, buckets.update_elements) for n in state])
+        self._weight_spans = np.maximum.accumulate([0, *(min(n, buckets.update_elements) for n in held)])
+
+    def _gathering(self, shapes: Sequence[UnitShape], buckets: Buckets) -> int:
+        """Elements that several ranks need beside their shards: the reduce bucket and, in stage 3, whole units."""
+        trainable = sum(s.trainable_elements for s in shapes)
+        whole = 0
+        if self.sharding.zero_stage == 3:
+            whole = int(_slots(shapes, [s.elements for s in shapes], buckets.prefetch_units + 1, root_apart=True)[-1])
+        return min(trainable, buckets.reduce_elements) + whole
+
+    def gpu_bytes(self, c: Counts) -> Ints:
+        """Of one GPU, activations left out."""
+        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
+        parameters = (
+            self.parameter_elements[-1] - self.parameter_elements[c.parameters] + self.slot_elements[c.parameters]
+        )
+        gradients = (
+            self.gradient_elements[-1] - self.gradient_elements[c.gradients] + self.gradient_slot_elements[c.gradients]
+        )
+        return (
+            self._fixed + (parameters + gradients) * w + (self.state_elements[-1] - self.state_elements[c.state]) * s8
+        )
+
+    def host_bytes(self, c: Counts) -> Ints:
+        """Of one rank, staging included."""
+        return (
+            self.host_parameters[c.parameters]
+            - self.host_parameters[c.nvme_parameters]
+            + self.host_mirrors[c.state]
+            - self.host_mirrors[c.parameters]
+            + self.host_gradients[c.gradients]
+            + self.host_state[c.state]
+            - self.host_state[c.nvme_state]
+            + self.staging_bytes(c)
+        )
+
+    def nvme_bytes(self, c: Counts) -> Ints:
+        """Of one rank's file."""
+        return self.nvme_state[c.nvme_state] + self.nvme_parameters[c.nvme_parameters]
+
+    def offloaded_bytes(self, c: Counts) -> Ints:
+        """Model state that does not live on the GPU; what lives on NVMe counts twice, being further away."""
+        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
+        return (
+            (self.parameter_elements[c.parameters] + self.gradient_elements[c.gradients]) * w
+            + self.state_elements[c.state] * s8
+            + self.nvme_bytes(c)
+        )
+
+    def staging_bytes(self, c: Counts) -> Ints:
+        """The rings through which chunks of state and weights pass, as ``offload.residency.staging_bytes``."""
+        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
+        update: Ints = 0
+        # In the chain, the units that bring the same things with a chunk lie side by side.
+        edges = (0, c.nvme_parameters, c.nvme_state, c.state)
+        for i, sizes in enumerate(((w, s8), (s8,), ())):
+            begin, end = edges[i], edges[i + 1]
+            inner = self._span(begin, np.minimum(end, c.gradients))
+            outer = self._span(np.maximum(begin, c.gradients), end)
+            update = np.maximum(update, sum(_blocks(inner * size) for size in sizes))
+            update = np.maximum(update, sum(_blocks(outer * size) for size in (*sizes, w)))
+        return UPDATE_RING * (update + _blocks(self._weight_spans[c.nvme_parameters] * w))
+
+    def _span(self, begin: Ints, end: Ints) -> Ints:
+        return self._update_spans[begin, end]
+
+
+def _prefix(values: Sequence[int]) -> np.ndarray:
+    """Sums of the first 0, 1, ... values."""
+    return np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.int64)))).astype(np.int64)
+
+
+def _blocks(size: Ints) -> Ints:
+    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
+
+
+def _extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
+    """Of one unit on NVMe: each chunk is an extent of its own."""
+    whole, part = divmod(elements, buckets.update_elements)
+    chunk = aligned(buckets.update_elements * element_bytes, BLOCK_BYTES)
+    return whole * chunk + aligned(part * element_bytes, BLOCK_BYTES)
+
+
+def _slots(shapes: Sequence[UnitShape], sizes: Sequence[int], ring: int, root_apart: bool) -> np.ndarray:
+    """Elements of the device slots when the first 0, 1, ... units come and go: ``ring`` slots a size at most."""
+    counts: Counter[int] = Counter()
+    total = [0]
+    for shape, size in zip(shapes, sizes, strict=True):
+        if root_apart and not shape.name:
+            total.append(total[-1] + size)
+            continue
+        counts[size] += 1
+        total.append(total[-1] + (size if counts[size] <= ring else 0))
+    return np.asarray(total, dtype=np.int64)
+
+
+def _range_maximum(values: Sequence[int]) -> np.ndarray:
+    """``table[i, j]``: the largest of ``values[i:j]``, 0 where that is empty."""
+    count = len(values)
+    table = np.zeros((count + 1, count + 1), dtype=np.int64)
+    for i in range(count):
+        table[i, i + 1 :] = np.maximum.accumulate(values[i:])
+    return table

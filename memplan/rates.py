@@ -1,0 +1,189 @@
+"""How fast a machine does each thing a training step consists of: measured in a moment, or a reference."""
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from memplan.errors import MachineError
+from memplan.machine import Machine
+from offload.plan import Precision
+from offload.residency import state_bytes
+
+TRAINING_SHARE = 0.57
+"""Share of the matmul ceiling that training reaches.
+
+Measured on one H200: 3.21e9 parameters, 8 x 2048 tokens, every layer recomputed, take 4.3e14 executed FLOPs in
+0.978 s, of which about 0.03 s are the optimizer's: 455 of 790 TFLOP/s.
+"""
+COPY_BYTES = 64 << 20
+UPDATE_CHUNK = 1 << 20
+IO_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What bounds each lane of a step."""
+
+    compute_flops_per_second: Mapping[Precision, float]
+    """Executed FLOPs that training sustains, not the ceiling of one matmul."""
+    host_to_device_bytes_per_second: float
+    device_to_host_bytes_per_second: float
+    nvme_read_bytes_per_second: float
+    nvme_write_bytes_per_second: float
+    cpu_update_seconds_per_element: float
+    """Adam on state in host memory, by all cores together."""
+    gpu_update_seconds_per_element: float
+    """Adam on state beside the parameters."""
+    collective_bytes_per_second: float
+    """Bytes that each GPU sends to the others, while they send too."""
+    source: str
+    """Where the figures come from, one sentence."""
+
+
+REFERENCE = Rates(
+    compute_flops_per_second={
+        Precision.BF16: 790e12 * TRAINING_SHARE,
+        Precision.AMP: 790e12 * TRAINING_SHARE,
+        # Without tensor cores: the vendor's 67 TFLOP/s.
+        Precision.FP32: 67e12 * TRAINING_SHARE,
+    },
+    host_to_device_bytes_per_second=50.9e9,
+    device_to_host_bytes_per_second=50.9e9,
+    nvme_read_bytes_per_second=1.7e9,
+    nvme_write_bytes_per_second=1.7e9,
+    # While weights stream to the device.
+    cpu_update_seconds_per_element=0.50e-9,
+    # 26 bytes an element through memory that copies 4270 GB/s.
+    gpu_update_seconds_per_element=26 / 4270e9,
+    # Without a faster fabric the GPUs talk over their host links.
+    collective_bytes_per_second=50.9e9,
+    source="Rates are a reference, measured on one H200 (PCIe 5 x16) with 16 cores; the machine described may differ.",
+)
+
+
+def rates_of(machine: Machine, precision: Precision) -> Rates:
+    """Measured where the machine is here, the reference where it is only described."""
+    return REFERENCE if machine.described else measure_rates(machine, precision)
+
+
+def measure_rates(machine: Machine, precision: Precision) -> Rates:
+    """Measure this machine, in under two seconds. The NVMe directory's file is removed again."""
+    to_device, to_host = _copy_rates(machine.device)
+    # Without a directory nothing goes to disk, and no plan depends on its rates.
+    read, write = REFERENCE.nvme_read_bytes_per_second, REFERENCE.nvme_write_bytes_per_second
+    if machine.nvme_dir is not None:
+        try:
+            read, write = _disk_rates(machine.nvme_dir)
+        except OSError as error:
+            raise MachineError(f"the NVMe directory {machine.nvme_dir} can not be used: {error}") from error
+    cpu_update = _update_seconds_per_element()
+    gpu_update = cpu_update
+    if machine.device == "cuda":
+        # Weight, gradient and state are read, weight and state written.
+        moved = 3 * precision.weight_bytes + 2 * state_bytes(precision)
+        gpu_update = moved / (2 * _device_copy_rate())
+    name = machine.gpu_name or f"{machine.cores} CPU cores"
+    return Rates(
+        compute_flops_per_second={precision: _matmul_rate(machine.device, precision) * TRAINING_SHARE},
+        host_to_device_bytes_per_second=to_device,
+        device_to_host_bytes_per_second=to_host,
+        nvme_read_bytes_per_second=read,
+        nvme_write_bytes_per_second=write,
+        cpu_update_seconds_per_element=cpu_update,
+        gpu_update_seconds_per_element=gpu_update,
+        collective_bytes_per_second=min(to_device, to_host),
+        source=f"Rates were measured on this machine ({name}) just now.",
+    )
+
+
+def _best_seconds(work: Callable[[], object], device: str = "cpu", repeats: int = 3) -> float:
+    """The shortest of a few runs after a first one that warms up."""
+    wait = torch.cuda.synchronize if device == "cuda" else _nothing
+    work()
+    wait()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _nothing() -> None:
+    """The CPU has no queue to wait for."""
+
+
+def _matmul_rate(device: str, precision: Precision) -> float:
+    size = 8192 if device == "cuda" else 768
+    dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+
+
+def _copy_rates(device: str) -> tuple[float, float]:
+    """Bytes a second from pinned host memory to the device, and back."""
+    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=device == "cuda").zero_()
+    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    to_device = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
+    to_host = _best_seconds(lambda: host.copy_(there, non_blocking=True), device)
+    return COPY_BYTES / to_device, COPY_BYTES / to_host
+
+
+def _device_copy_rate() -> float:
+    a = torch.empty(4 * COPY_BYTES, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return a.numel() / _best_seconds(lambda: b.copy_(a), "cuda")
+
+
+def _update_seconds_per_element() -> float:
+    """Adam by chunks small enough for the caches, over state that is not."""
+    weight, gradient, mean, square = (torch.rand(4 * UPDATE_CHUNK) for _ in range(4))
+
+    def update() -> None:
+        for w, g, m, v in zip(*(t.split(UPDATE_CHUNK) for t in (weight, gradient, mean, square)), strict=True):
+            m.lerp_(g, 0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            w.mul_(0.999).addcdiv_(m, v.sqrt().add_(1e-8), value=-1e-3)
+
+    return _best_seconds(update) / weight.numel()
+
+
+def _disk_rates(directory: Path) -> tuple[float, float]:
+    """Bytes a second of reading and writing one file, past the page cache where the file system can do that."""
+    block = mmap.mmap(-1, IO_BYTES)  # aligned to a page, as direct I/O wants it
+    block.write(os.urandom(IO_BYTES))
+    handle, name = tempfile.mkstemp(prefix=".memplan-rate-", dir=directory)
+    os.close(handle)
+    offsets = range(0, COPY_BYTES, IO_BYTES)
+    try:
+        file = open_direct(Path(name))
+        try:
+            start = time.perf_counter()
+            for offset in offsets:
+                os.pwrite(file, block, offset)
+            os.fsync(file)
+            written = time.perf_counter()
+            for offset in offsets:
+                os.preadv(file, [block], offset)
+            done = time.perf_counter()
+        finally:
+            os.close(file)
+    finally:
+        Path(name).unlink()
+    return COPY_BYTES / (done - written), COPY_BYTES / (written - start)
+
+
+def open_direct(path: Path) -> int:
+    """A descriptor for reading and writing, with O_DIRECT where the file system knows it."""
+    try:
+        return os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
+    except OSError:
+        return os.open(path, os.O_RDWR)

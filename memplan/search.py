@@ -1,0 +1,162 @@
+"""``plan``: from a profile, a machine and its rates to the plan with the highest predicted throughput that fits."""
+
+from collections.abc import Sequence
+
+from memplan.candidates import Candidate, FamilySearch, Problem, feasible, search
+from memplan.errors import NothingFits, PlanningError
+from memplan.explain import alternatives_to, reasons_for
+from memplan.formatting import format_bytes
+from memplan.machine import Machine
+from memplan.memory import chain_order, placements_of
+from memplan.rates import Rates
+from memplan.timing import bottleneck, lanes, step_seconds
+from memplan.units import units_of
+from offload.plan import Budget, Plan, Precision, Prediction, Tier
+from offload.residency import UnitShape
+from profiler.profile import ModelProfile
+
+OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
+
+
+def plan(
+    profile: ModelProfile, machine: Machine, rates: Rates, *, batch_size: int, precision: Precision | None = None
+) -> Plan:
+    """The plan with the highest predicted throughput that is sure to fit.
+
+    ``batch_size`` is the samples of one optimizer step over all GPUs. ``precision`` only says what the caller expects
+    the profile to be in. Raises PlanningError where profile and wishes contradict each other, NothingFits where no
+    candidate fits.
+    """
+    problem = _problem(profile, machine, rates, batch_size, precision)
+    found = search(problem)
+    if not found:
+        raise _nothing_fits(problem, machine)
+    best = found[0]
+    placements = placements_of(problem.shapes, chain_order(problem.shapes), best.counts)
+    uses_nvme = best.counts.nvme_state > 0
+    return Plan(
+        model=profile.model,
+        parameter_shapes={p.name: p.shape for p in profile.parameters},
+        precision=problem.precision,
+        device=machine.device,
+        gpus=machine.gpus,
+        zero_stage=best.family.zero_stage,
+        placements=placements,
+        buckets=best.buckets,
+        micro_batch_size=best.family.micro_batch_size,
+        gradient_accumulation_steps=best.family.micro_batches,
+        recompute=profile.blocks if best.family.recompute else (),
+        budget=problem.budget,
+        prediction=predict(problem, best),
+        nvme_dir=str(machine.nvme_dir) if uses_nvme else None,
+        reasons=reasons_for(problem, best, machine),
+        alternatives=alternatives_to(problem, best, found),
+    )
+
+
+def predict(problem: Problem, candidate: Candidate) -> Prediction:
+    """What to expect of a candidate: bytes of one GPU, and of the whole machine's host memory and NVMe."""
+    family = FamilySearch(problem, candidate.family, candidate.buckets)
+    tables, counts = family.tables, candidate.counts
+    busy = lanes(tables, counts, family.work, problem.rates)
+    host = int(tables.host_bytes(counts)) * problem.gpus
+    return Prediction(
+        gpu_peak_bytes=int(tables.gpu_bytes(counts)) + (family.activations or 0),
+        host_bytes=host,
+        pinned_bytes=host if problem.device == "cuda" else 0,
+        nvme_bytes=int(tables.nvme_bytes(counts)) * problem.gpus,
+        step_seconds=float(step_seconds(busy, problem.device)),
+        bottleneck=bottleneck(busy),
+        lane_seconds=busy.busy_seconds(),
+    )
+
+
+def _problem(
+    profile: ModelProfile, machine: Machine, rates: Rates, batch_size: int, precision: Precision | None
+) -> Problem:
+    profiled = Precision(profile.precision)
+    if precision is not None and precision is not profiled:
+        raise PlanningError(
+            f"the profile was made in {profiled.value}; profile again with --precision {precision.value} to plan for it"
+        )
+    if profiled not in rates.compute_flops_per_second:
+        raise PlanningError(f"the rates say nothing about {profiled.value}; measure them in that precision")
+    if batch_size < 1:
+        raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
+    if batch_size % machine.gpus:
+        raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
+    if not profile.activations:
+        raise PlanningError("the profile says nothing about activations; make it again with this version")
+    shapes: Sequence[UnitShape] = units_of(profile)
+    if not any(s.trainable_elements for s in shapes):
+        raise PlanningError(f"{profile.model} has no parameter that is trained")
+    return Problem(
+        profile=profile,
+        shapes=tuple(shapes),
+        device=machine.device,
+        gpus=machine.gpus,
+        budget=Budget(machine.gpu_bytes, machine.host_bytes, machine.nvme_bytes),
+        rates=rates,
+        precision=profiled,
+        gpu_batch_size=batch_size // machine.gpus,
+    )
+
+
+def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
+    """What is short, and what would do."""
+    needs = sorted(
+        (need - getattr(problem.budget, f"{tier.value}_bytes"), list(Tier).index(tier), tier, need)
+        for tier in Tier
+        if (need := smallest_budget(problem, tier, machine.context_bytes if tier is Tier.GPU else 0)) is not None
+    )
+    changes = tuple(
+        OPTIONS[tier].format(_size_text(need + (machine.context_bytes if tier is Tier.GPU else 0)))
+        for _, _, tier, need in needs
+    )
+    short, _, tier, _ = needs[0]
+    levers = ["everything offloaded"]
+    if any(p.recompute for p in problem.profile.activations):
+        levers.append("recompute")
+    others = f" (or {' or '.join(changes[1:])})" if len(changes) > 1 else ""
+    return NothingFits(
+        f"Nothing fits: the {tier.value} tier is short {format_bytes(short)} even with {', '.join(levers)} and "
+        f"micro-batch 1; smallest change: {changes[0]}{others}",
+        tier.value,
+        short,
+        changes,
+    )
+
+
+def smallest_budget(problem: Problem, tier: Tier, reserve: int = 0) -> int | None:
+    """The smallest budget of one tier with which something fits, the others as they are; ``None`` if none would do.
+
+    Rounded up so that with ``reserve`` it is a size that ``_size_text`` writes exactly.
+    """
+    if not feasible(problem.with_budget(tier, 1 << 60)):
+        return None
+    low = int(getattr(problem.budget, f"{tier.value}_bytes"))
+    high = max(2 * low, 1 << 20)
+    while not feasible(problem.with_budget(tier, high)):
+        low, high = high, 2 * high
+    grain = _grain(high)
+    low, high = (low + reserve) // grain, -(-(high + reserve) // grain)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if feasible(problem.with_budget(tier, middle * grain - reserve)):
+            high = middle
+        else:
+            low = middle
+    return high * grain - reserve
+
+
+def _grain(size: int) -> int:
+    """Of sizes that a person would write: about four digits."""
+    return 1 << 10 if size < 1 << 24 else 1 << 20 if size < 1 << 36 else 1 << 30
+
+
+def _size_text(size: int) -> str:
+    """The exact size in the largest unit that divides it."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)

@@ -1,0 +1,66 @@
+"""Which parameters move together: the units of a profile, in the order in which the forward pass uses them."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from offload.residency import UnitShape
+from profiler.profile import ModelProfile, ParameterProfile
+
+OWN_UNIT_SHARE = 0.01
+"""A module beside the blocks is a unit of its own from this share of all parameters; smaller ones join the root."""
+
+
+def owner(names: Iterable[str], paths: Iterable[str]) -> str:
+    """The unit that owns a parameter with these dotted names: the one path that all of them lie in, or the root ""."""
+    paths = tuple(paths)
+    owners = {max((p for p in paths if name.startswith(p + ".")), key=len, default="") for name in names}
+    return owners.pop() if len(owners) == 1 else ""
+
+
+def unit_paths(profile: ModelProfile) -> tuple[str, ...]:
+    """Paths of all units but the root, in forward order; none lies inside another.
+
+    Every block is one, and so is every outermost module without blocks inside that holds at least
+    ``OWN_UNIT_SHARE`` of the parameters (an embedding, a head).
+    """
+    blocks = set(profile.blocks)
+    # The modules around the blocks; the model itself is always one of them.
+    around = {""} | {b[:i] for b in blocks for i, letter in enumerate(b) if letter == "."}
+    beside = {
+        layer.path
+        for layer in profile.layers
+        if layer.path not in around | blocks
+        and layer.path.rpartition(".")[0] in around
+        and layer.parameters >= OWN_UNIT_SHARE * profile.parameter_elements
+    }
+    order = {layer.path: layer.order for layer in profile.layers}
+    listed = {layer.path: i for i, layer in enumerate(profile.layers)}
+
+    def position(path: str) -> tuple[float, int]:
+        first = order.get(path)
+        return (float("inf") if first is None else first, listed.get(path, len(listed)))
+
+    return tuple(sorted(blocks | beside, key=position))
+
+
+def units_of(profile: ModelProfile) -> tuple[UnitShape, ...]:
+    """The units in forward order, the root unit "" first if it owns parameters; units without parameters are left out.
+
+    The root owns what lies in no unit and what several units share. A module with a parameter that is used outside its
+    forward is no unit at all: whoever reads the plan can then tell owners from the paths alone.
+    """
+    paths = unit_paths(profile)
+    outside = {owner([name], paths) for p in profile.parameters if p.used_outside for name in (p.name, *p.aliases)}
+    paths = tuple(path for path in paths if path not in outside)
+    members: dict[str, list[ParameterProfile]] = defaultdict(list)
+    for parameter in profile.parameters:
+        members[owner((parameter.name, *parameter.aliases), paths)].append(parameter)
+    return tuple(
+        UnitShape.of(
+            path,
+            [p.elements for p in members[path] if p.trainable],
+            [p.elements for p in members[path] if not p.trainable],
+        )
+        for path in ("", *paths)
+        if path in members
+    )

@@ -1,0 +1,136 @@
+"""Profiles made up for the planner's tests: no model is built."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from memplan.machine import Machine
+from memplan.memory import FIXED_MARGIN_BYTES
+from memplan.rates import Rates
+from offload.plan import Precision
+from profiler.profile import ActivationPoint, LayerProfile, ModelProfile, ParameterProfile, PhasePeaks
+
+RATES = Rates(
+    compute_flops_per_second=dict.fromkeys(Precision, 1e9),
+    host_to_device_bytes_per_second=1e6,
+    device_to_host_bytes_per_second=1.3e6,
+    nvme_read_bytes_per_second=2e5,
+    nvme_write_bytes_per_second=1e5,
+    cpu_update_seconds_per_element=2e-6,
+    gpu_update_seconds_per_element=1e-8,
+    collective_bytes_per_second=5e5,
+    source="Rates are made up.",
+)
+
+
+def parameter(name: str, *shape: int, trainable: bool = True, aliases: Sequence[str] = (), outside: bool = False):
+    return ParameterProfile(name, shape, "float32", trainable, tuple(aliases), outside)
+
+
+def layer(path: str, order: int | None, parameters: int = 0, forward: int = 0, backward: int = 0) -> LayerProfile:
+    return LayerProfile(path, "Module", order, 1, parameters, 4 * parameters, forward, backward, 0)
+
+
+def profile_of(
+    parameters: Sequence[ParameterProfile],
+    layers: Sequence[LayerProfile],
+    blocks: Sequence[str],
+    *,
+    precision: str = "fp32",
+    batch_size: int = 4,
+    activation: int = 10_000,
+    flops: int = 3_000_000,
+    recompute: bool = True,
+    buffer_bytes: int = 0,
+) -> ModelProfile:
+    """Activations of ``activation`` bytes a sample and a fixed quarter of that; recompute keeps a third."""
+    points = [
+        ActivationPoint(
+            b,
+            r,
+            (activation // 4 + activation * b) // (3 if r else 1),
+            (activation // 3 + activation * b) // (3 if r else 1),
+            flops * b * (4 if r else 3) // 3,
+        )
+        for b in (1, batch_size)
+        for r in ((False, True) if recompute else (False,))
+    ]
+    return ModelProfile(
+        model="Synthetic",
+        precision=precision,
+        optimizer="adamw",
+        batch_size=batch_size,
+        layers=tuple(layers),
+        parameters=tuple(parameters),
+        buffer_bytes=buffer_bytes,
+        peaks=PhasePeaks(0, 0, 0, 0, 0),
+        activations=tuple(points),
+        blocks=tuple(blocks),
+    )
+
+
+def transformer(
+    blocks: int, block_elements: int = 20_000, embedding: int = 50_000, root: int = 100, **wishes
+) -> ModelProfile:
+    """An embedding, equal blocks, an untied head, and a small norm that joins the root."""
+    names = [f"layers.{i}" for i in range(blocks)]
+    parameters = [parameter(f"{n}.weight", block_elements) for n in names]
+    layers = [layer(n, i + 2, block_elements) for i, n in enumerate(names)]
+    if embedding:
+        parameters += [parameter("embed.weight", embedding), parameter("head.weight", embedding)]
+        layers += [layer("embed", 1, embedding), layer("head", blocks + 3, embedding)]
+    if root:
+        parameters.append(parameter("norm.weight", root))
+        layers.append(layer("norm", blocks + 2, root))
+    flops = wishes.get("flops", 3_000_000) * wishes.get("batch_size", 4)
+    total = sum(p.elements for p in parameters)
+    whole = layer("", 0, total, flops // 3, flops - flops // 3)
+    return profile_of(parameters, [whole, layer("layers", None), *layers], names, **wishes)
+
+
+def machine_of(gpu: int, host: int, nvme: int = 0, *, device: str = "cpu", gpus: int = 1) -> Machine:
+    return Machine(
+        device=device,
+        gpus=gpus,
+        gpu_name=None,
+        gpu_bytes=gpu,
+        host_bytes=host,
+        nvme_dir=Path("/swap") if nvme else None,
+        nvme_bytes=nvme,
+        memlock_bytes=None,
+        cores=2,
+    )
+
+
+@st.composite
+def transformers(draw: st.DrawFn, most_blocks: int = 6) -> ModelProfile:
+    return transformer(
+        draw(st.integers(1, most_blocks)),
+        draw(st.integers(1, 300_000)),
+        draw(st.one_of(st.just(0), st.integers(1, 500_000))),
+        draw(st.integers(0, 2_000)),
+        precision=draw(st.sampled_from(["fp32", "bf16", "amp"])),
+        batch_size=draw(st.integers(2, 8)),
+        activation=draw(st.integers(0, 2_000_000)),
+        flops=draw(st.integers(1, 10**9)),
+        recompute=draw(st.booleans()),
+        buffer_bytes=draw(st.integers(0, 10_000)),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, gpus: int = 1, most_blocks: int = 6) -> tuple[ModelProfile, Machine]:
+    """A profile and a machine about its size: sometimes ample, often tight, sometimes too small."""
+    profile = draw(transformers(most_blocks))
+    device = "cpu" if gpus == 1 and draw(st.booleans()) else "cuda"
+    state = profile.parameter_elements * (14 if profile.precision == "bf16" else 16)
+    least = min(p.reserved_bytes for p in profile.activations)
+    machine = machine_of(
+        FIXED_MARGIN_BYTES[device] + int(least * draw(st.floats(1.0, 4.0))) + int(state * draw(st.floats(0.1, 1.1))),
+        draw(st.one_of(st.just(0), st.floats(0.0, 2.0).map(lambda share: int(share * state)))),
+        draw(st.one_of(st.just(0), st.floats(0.0, 1.5).map(lambda share: int(share * state)))),
+        device=device,
+        gpus=gpus,
+    )
+    return profile, machine

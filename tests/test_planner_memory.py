@@ -1,0 +1,82 @@
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.memory import ChainTables, Counts, Sharding, activation_bytes, chain_order, placements_of
+from offload.plan import Buckets, Precision
+from offload.residency import UnitShape, footprint
+from profiler.profile import ActivationPoint
+
+sizes = st.lists(st.integers(1, 200_000), max_size=3)
+shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=5).map(
+    lambda units: [UnitShape.of("" if i == 0 else f"u{i}", *unit) for i, unit in enumerate(units)]
+)
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> tuple[list[UnitShape], Counts]:
+    shapes = draw(shape_lists)
+    if draw(st.booleans()):  # identical blocks share slots
+        shapes += [UnitShape.of(f"block{i}", [1000, 70_000], [64]) for i in range(4)]
+    state = draw(st.integers(0, len(shapes)))
+    parameters = draw(st.integers(0, state))
+    nvme_state = draw(st.integers(0, state))
+    return shapes, Counts(
+        state,
+        draw(st.integers(0, state)),
+        parameters,
+        nvme_state,
+        draw(st.integers(0, min(parameters, nvme_state))),
+    )
+
+
+@given(chains(), st.sampled_from(Precision), st.integers(0, 3), st.sampled_from([1 << 10, 1 << 16, 1 << 24]))
+@settings(deadline=None)
+def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, precision, prefetch, update_elements):
+    shapes, counts = chain
+    buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements)
+    order = chain_order(shapes)
+    tables = ChainTables([shapes[i] for i in order], buckets, precision, Sharding(0, 1), buffer_bytes=77)
+    expected = footprint(shapes, placements_of(shapes, order, counts), buckets, precision)
+    assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes + 77
+    assert int(tables.host_bytes(counts)) == expected.host_bytes
+    assert int(tables.nvme_bytes(counts)) == expected.nvme_bytes
+
+
+@given(shape_lists, st.integers(2, 8))
+def test_a_higher_zero_stage_never_holds_more_model_state(shapes, gpus):
+    held = [
+        int(t.parameter_elements[-1] + t.gradient_elements[-1] + t.state_elements[-1])
+        for t in (ChainTables(shapes, Buckets(), Precision.BF16, Sharding(stage, gpus)) for stage in range(4))
+    ]
+    assert held == sorted(held, reverse=True)
+
+
+def test_zero_divides_what_its_stage_says():
+    stages = [Sharding(stage, 4) for stage in range(4)]
+    assert [s.state(10) for s in stages] == [10, 3, 3, 3]
+    assert [s.gradients(10) for s in stages] == [10, 10, 3, 3]
+    assert [s.parameters(10) for s in stages] == [10, 10, 10, 3]
+
+
+def test_the_root_leaves_the_gpu_last_and_equal_blocks_first():
+    shapes = [UnitShape.of("", [10]), UnitShape.of("embed", [9000]), *(UnitShape.of(f"b{i}", [500]) for i in range(3))]
+    assert [shapes[i].name for i in chain_order(shapes)] == ["b0", "b1", "b2", "embed", ""]
+
+
+def points(*known: tuple[int, int]) -> list[ActivationPoint]:
+    return [ActivationPoint(batch, False, value, 2 * value, 1) for batch, value in known]
+
+
+def test_activations_lie_on_the_line_through_the_profiled_batches():
+    known = points((1, 100), (5, 300))
+    assert [activation_bytes(known, b, False, "cpu") for b in (1, 3, 5, 9)] == [100, 200, 300, 500]
+    assert activation_bytes(known, 3, False, "cuda") == 400
+
+
+def test_one_point_bounds_smaller_batches_and_scales_to_larger_ones():
+    known = points((4, 100))
+    assert [activation_bytes(known, b, False, "cpu") for b in (1, 4, 8)] == [100, 100, 200]
+
+
+def test_recompute_that_was_not_profiled_has_no_activations():
+    assert activation_bytes(points((4, 100)), 4, True, "cpu") is None
