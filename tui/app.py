@@ -58,8 +58,8 @@ class Dashboard(App[int]):
 
     CSS_PATH = "app.tcss"
     ENABLE_COMMAND_PALETTE = False
-    HORIZONTAL_BREAKPOINTS: ClassVar = [(0, "-narrow"), (72, "-wide"), (100, "-roomy")]
-    VERTICAL_BREAKPOINTS: ClassVar = [(0, "-short"), (28, "-medium"), (44, "-tall")]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (72, "-wide"), (100, "-roomy")]  # noqa: RUF012 - so declared by Textual
+    VERTICAL_BREAKPOINTS = [(0, "-short"), (28, "-medium"), (44, "-tall")]  # noqa: RUF012 - so declared by Textual
     BINDINGS: ClassVar = [
         Binding("q", "leave", "leave"),
         Binding("ctrl+c", "stop", "stop", priority=True),
@@ -91,15 +91,17 @@ class Dashboard(App[int]):
             with Horizontal(id="columns"):
                 with Vertical(id="left"):
                     yield Panel(lambda v, w, _: draw.memory(v, w), heading="memory", id="memory")
-                    yield Panel(lambda v, w, h: draw.traffic(v.steps, w, h), heading="traffic", id="traffic")
+                    yield Panel(
+                        lambda v, w, h: draw.traffic(v.steps, w, h), heading="traffic a step, a second", id="traffic"
+                    )
                 with Vertical(id="right"):
                     yield Loss()
                     yield Panel(lambda v, w, _: draw.speed(v, w), heading="speed", id="speed")
             yield Units()
             yield Panel(lambda v, w, h: draw.notes(v.notes, w, h), lambda v: v.notes, "notes", id="notes")
         yield Panel(lambda v, _w, _h: draw.ending(v.end, self._leave_at_end), lambda v: v.end, id="ending")
-        stop = "ctrl+c stops training" if self._leave_at_end else "ctrl+c leaves with 130"
-        yield Static(f"q leaves, training goes on   {stop}", id="keys")
+        stop = "   ctrl+c stops training" if self._leave_at_end else ""
+        yield Static(f"q leaves, training goes on{stop}", id="keys")
 
     def on_mount(self) -> None:
         """Start to follow."""
@@ -127,6 +129,7 @@ class Dashboard(App[int]):
         for panel in self.query(Panel):
             panel.show(self.view)
         self.query_one("#ending").display = self.view.end is not None
+        self.query_one("#keys").display = self.view.end is None
         self._tell_state()
         if ended and self._leave_at_end:
             self.set_timer(LEAVE_SECONDS, self.action_leave)

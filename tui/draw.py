@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from textual.content import Content
 
 from offload.events import LINKS
-from tui.format import UNKNOWN, bytes_text, clock_text, count_text, number_text, rate_text, seconds_text
+from tui.format import UNKNOWN, bytes_of, bytes_text, clock_text, count_text, number_text, rate_text, seconds_text
 from tui.plot import braille, columns, tick_texts, ticks
 from tui.view import TIERS, Curve, End, Note, RunView, StepRecord
 
@@ -64,7 +64,11 @@ def progress(view: RunView, width: int) -> Content:
     done = view.step
     count = f"step {done:,}" + (f" of {last:,}" if last else "")
     elapsed, left = clock_text(view.elapsed_seconds), clock_text(view.remaining_seconds)
-    times = fit(width - len(count) - 12, f"{elapsed} elapsed   {left} left", f"{elapsed} + {left}", "")
+    times = (
+        f"{elapsed} elapsed"
+        if view.end
+        else fit(width - len(count) - 12, f"{elapsed} elapsed   {left} left", f"{elapsed} + {left}", "")
+    )
     share = min(done / last, 1.0) if last else 0.0
     percent = f" {share:4.0%}" if last else ""
     room = width - len(count) - len(times) - len(percent) - 4
@@ -96,7 +100,8 @@ def memory(view: RunView, width: int) -> Content:
             f"{actual}   peak {bytes_text(peak)}   predicted {bytes_text(predicted)}",
             f"{actual}, peak {bytes_text(peak)}, predicted {bytes_text(predicted)}",
             f"{actual}, predicted {bytes_text(predicted)}",
-            f"{bytes_text(now)}, predicted {bytes_text(predicted)}",
+            f"{bytes_of(now, budget)}, pred. {bytes_text(predicted)}",
+            bytes_of(now, budget),
             bytes_text(now),
         )
         rows.append(Content.assemble(" " * 6, (text, "$danger" if over else "")))
@@ -153,7 +158,7 @@ def loss(curve: Curve, width: int, height: int) -> Content:
     finite = [value for _, value in points if math.isfinite(value)]
     if not finite or height < 2 or width < 16:
         return Content.styled("waiting for the first step" if not points else "", "$text-muted").truncate(width)
-    marks = ticks(min(finite), max(finite), max((height - 1) // 3 + 1, 2))
+    marks = ticks(min(finite), max(finite), max((height - 1) // 3 + 1, 3))
     texts = tick_texts(marks)
     margin = max(len(t) for t in texts)
     plot_height = height - 1
@@ -191,20 +196,19 @@ def speed(view: RunView, width: int) -> Content:
         ("learning rate", number_text(last.learning_rate if last else None), "", [s.learning_rate for s in steps]),
     ]
     rows = []
+    # Graphs stand under each other; where there is no room beside the prediction, the first row has none.
+    aside = width - 25 - len(versus) - 2 >= 8
     for label, value, beside, history in table:
-        text = f"{label:<13} {value:>9}"
-        room = width - len(text) - len(versus) - (4 if versus else 2)
-        graph = columns(history, min(room, 48))[0] if room >= 6 else ""
+        taken = len(versus) + 2 if versus and (aside or beside) else 0
+        graph = columns(history, min(width - 25 - taken, 48))[0]
         wrong = value in ("nan", "inf", "-inf")
-        rows.append(
-            Content.assemble(
-                (f"{label:<13} ", "$text-muted"),
-                (f"{value:>9}", "bold $danger" if wrong else "bold"),
-                (f"  {beside:<{len(versus)}}" if versus else "", "$text-muted"),
-                "  ",
-                (graph, "$accent 60%"),
-            ).truncate(width)
+        row = Content.assemble(
+            (f"{label:<13} ", "$text-muted"),
+            (f"{value:>9}  ", "bold $danger" if wrong else "bold"),
+            (f"{beside:<{taken}}" if taken else "", "$text-muted"),
+            (graph if not beside or aside else "", "$accent 70%"),
         )
+        rows.append(row.truncate(width))
     return lines(rows)
 
 

@@ -17,6 +17,12 @@ def bytes_text(count: float | None) -> str:
     return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 99.95 else f"{value:.1f} {unit}"
 
 
+def bytes_of(part: float | None, whole: float | None) -> str:
+    """Bytes out of bytes, a common unit once: ``37.2 of 96.0 MiB``."""
+    a, b = bytes_text(part), bytes_text(whole)
+    return f"{a.split()[0]} of {b}" if a.split()[1:] == b.split()[1:] else f"{a} of {b}"
+
+
 def rate_text(bytes_per_second: float | None) -> str:
     """Bytes a second: ``140 MiB/s``."""
     return UNKNOWN if bytes_per_second is None else f"{bytes_text(bytes_per_second)}/s"
@@ -57,9 +63,7 @@ def clock_text(seconds: float | None) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """A plain measurement with four significant digits: ``0.8312``, ``3e-04``, ``nan``."""
+    """A plain measurement with four significant digits, small ones with a power of ten: ``0.8312``, ``2.30e-04``."""
     if value is None:
         return UNKNOWN
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.0e}" if 0 < abs(value) < 1e-3 and f"{value:.0e}" == f"{value:.2e}" else f"{value:.4g}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-3 else f"{value:.4g}"

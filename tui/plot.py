@@ -11,8 +11,8 @@ def columns(values: Sequence[float | None], width: int, height: int = 1) -> list
     """The last ``width`` values as columns from zero to their maximum, newest at the right; rows from the top down."""
     recent = [v if v is not None and math.isfinite(v) and v > 0 else 0.0 for v in values[-width:]] if width > 0 else []
     most = max(recent, default=0.0)
-    # Something is never drawn as nothing: every value above zero gets an eighth at least.
-    eighths = [max(round(v / most * height * 8), 1) if v > 0 else 0 for v in recent]
+    # An eighth at the top stays free, so that graphs under each other do not touch, and something is never nothing.
+    eighths = [max(round(v / most * (height * 8 - 1)), 1) if v > 0 else 0 for v in recent]
     pad = " " * (width - len(recent))
     return [pad + "".join(EIGHTHS_UP[min(max(e - row * 8, 0), 8)] for e in eighths) for row in reversed(range(height))]
 

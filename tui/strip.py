@@ -27,8 +27,8 @@ def layout(units: int, width: int) -> Layout:
 
 
 def strip_height(units: int, width: int) -> int:
-    """Rows that ``strip`` needs: three a band, one for what happens now, one for the legend."""
-    return layout(units, width).bands * 3 + 2
+    """Rows that ``strip`` needs: three a band, and one for what happens now."""
+    return layout(units, width).bands * 3 + 1
 
 
 def strip(units: Sequence[UnitInfo], now: Now, width: int) -> Content:
@@ -41,7 +41,7 @@ def strip(units: Sequence[UnitInfo], now: Now, width: int) -> Content:
     for start in range(0, len(units), plan.per_band):
         band = [_cell(unit, now.unit, links, plan.cell - 1) for unit in units[start : start + plan.per_band]]
         rows += [Content.assemble(*(part for span in row for part in (span, " "))) for row in zip(*band, strict=True)]
-    return lines([*rows, _happening(now).truncate(width, ellipsis=True), _legend(width)])
+    return lines([*rows, _happening(now).truncate(width, ellipsis=True)])
 
 
 def _cell(unit: UnitInfo, computing: str | None, links: Mapping[str, str], inner: int) -> tuple[Span, Span, Span]:
@@ -60,7 +60,7 @@ def _cell(unit: UnitInfo, computing: str | None, links: Mapping[str, str], inner
 
 
 def _happening(now: Now) -> Content:
-    spans: list[Span] = [(f"{now.phase or 'between steps':<9}", "$text-muted")]
+    spans: list[Span] = [(f"{now.phase or 'idle':<9}", "$text-muted")]
     if now.unit is not None:
         spans += [("▼ ", "bold $mark"), (f"{now.unit or 'root'}  ", "bold")]
     for flight in now.in_flight:
@@ -69,14 +69,14 @@ def _happening(now: Now) -> Content:
     return Content.assemble(*spans)
 
 
-def _legend(width: int) -> Content:
+def legend(width: int) -> Content:
+    """What the colours and marks mean: the longest form that fits whole."""
     tiers: list[Span] = [part for tier in TIERS for part in (("■ ", f"${tier}"), (f"{tier}  ", "$text-muted"))]
-    arrows: list[Span] = [(" ▼ ", "$mark"), ("computing", "$text-muted")]
+    marks: list[Span] = [("▼ ", "$mark"), ("computing", "$text-muted")]
     for label, colour, arrow in LINK_LABELS.values():
-        arrows += [(f"  {arrow} ", colour), (label, "$text-muted")]
-    upper: list[Span] = [("   above: parameters, below: optimizer state", "$text-muted")]
-    # The longest legend that fits whole.
-    for spans in ([*tiers, *arrows, *upper], [*tiers, *arrows]):
+        marks += [(f"  {arrow} ", colour), (label, "$text-muted")]
+    rows: list[Span] = [("above parameters, below optimizer state  ", "$text-muted")]
+    for spans in ([*rows, *tiers, *marks], [*tiers, *marks]):
         if sum(len(text) for text, _ in spans) <= width:
             return Content.assemble(*spans)
     return Content.assemble(*tiers).truncate(width)

@@ -9,7 +9,7 @@ from textual.widget import Widget
 
 from tui import draw
 from tui.format import number_text
-from tui.strip import strip, strip_height
+from tui.strip import legend, strip, strip_height
 from tui.view import RunView
 
 Part = Callable[[RunView], Any]
@@ -86,6 +86,10 @@ class Units(Panel):
         super().show(view)
         if resized:
             self.refresh(layout=True)
+
+    def on_resize(self) -> None:
+        """Fit the legend into the border."""
+        self.border_subtitle = legend(self.content_size.width - 4)
 
     def get_content_height(self, container: Size, viewport: Size, width: int) -> int:  # noqa: ARG002 - Textual's call
         """Rows that the strip needs."""
