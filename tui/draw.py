@@ -92,7 +92,7 @@ def memory(view: RunView, width: int) -> Content:
         bar = memory_bar(tier, now, peak, predicted, budget, width - 6 - len(share))
         rows.append(Content.assemble((f"{tier:<6}", f"bold ${tier}"), bar, (share, "$danger" if over else "")))
         if not any((now, peak, predicted)):
-            rows.append(Content.styled(" " * 6 + "not used", "$text-muted"))
+            rows.append(Content.styled(" " * 6 + ("not used" if record else UNKNOWN), "$text-muted"))
             continue
         actual = f"{bytes_text(now)} of {bytes_text(budget)}"
         text = fit(
@@ -136,19 +136,21 @@ def memory_bar(
 def traffic(steps: Sequence[StepRecord], width: int, height: int) -> Content:
     """Each link: its history, bytes in the last step, bytes a second; the history takes the rows that are left."""
     rows: list[Content] = []
-    tall = max(height // len(LINKS), 1)
+    share = max(height // len(LINKS), 1)
+    tall = share - 1 if share > 2 else share
     for link in LINKS:
         label, colour, _ = LINK_LABELS[link]
         moved = steps[-1].traffic_bytes.get(link) if steps else None
         rate = steps[-1].bytes_per_second(link) if steps else None
         idle = not any(s.traffic_bytes.get(link) for s in steps)
-        text = f"{label:<11} {bytes_text(moved):>8} {rate_text(rate):>10} "
-        if idle:
-            text = f"{label:<11} {UNKNOWN if moved is None else 'idle':>8} "
-        graph = columns([s.traffic_bytes.get(link) for s in steps], width - len(text), tall)
-        style = "$text-muted" if idle else ""
-        rows += [Content.assemble(" " * len(text), (row, f"{colour} 80%")) for row in graph[:-1]]
-        rows.append(Content.assemble((text, style), (graph[-1], f"{colour} 80%")))
+        figures = (
+            f"{UNKNOWN if moved is None else 'idle':>8}" if idle else f"{bytes_text(moved):>8} {rate_text(rate):>10}"
+        )
+        text = f"{label:<11} {figures} "
+        first, *more = columns([s.traffic_bytes.get(link) for s in steps], width - len(text), tall)
+        rows.append(Content.assemble((text, "$text-muted" if idle else ""), (first, f"{colour} 70%")))
+        rows += [Content.assemble(" " * len(text), (row, f"{colour} 70%")) for row in more]
+        rows += [Content("")] * (share - tall)
     return lines(rows)
 
 
