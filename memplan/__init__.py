@@ -1,1 +1,36 @@
-"""memplan: training models that do not fit."""
+"""memplan: training models that do not fit.
+
+import memplan
+
+profile = memplan.profile(model, batch)
+plan = memplan.plan(profile, machine=memplan.detect())
+engine, optimizer, loader, scheduler = memplan.initialize(model, plan=plan)
+"""
+
+from memplan.api import initialize, plan
+from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
+from memplan.machine import Machine, describe, detect
+from offload.engine import Engine
+from offload.errors import OffloadError
+from offload.plan import Plan
+from profiler.errors import ProfilerError
+from profiler.profile import ModelProfile
+from profiler.run import profile_model as profile
+
+__all__ = [
+    "Engine",
+    "Machine",
+    "MachineError",
+    "MemplanError",
+    "ModelProfile",
+    "NothingFits",
+    "OffloadError",
+    "Plan",
+    "PlanningError",
+    "ProfilerError",
+    "describe",
+    "detect",
+    "initialize",
+    "plan",
+    "profile",
+]

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrup
 import os
 import sys
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -13,20 +14,16 @@ import typer
 from rich.console import Console
 
 from memplan import show
-from memplan.audit import audit
+from memplan.api import plan as make_plan
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
-from memplan.errors import MemplanError, NothingFits
+from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.machine import Machine, describe, detect
-from memplan.rates import rates_of
 from memplan.report import write_report
-from memplan.search import plan as make_plan
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
-from memplan.units import units_of
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
-from profiler.blame import user_traceback
 from profiler.errors import ProfilerError
 from profiler.run import profile_source
 from profiler.source import ModelSource, load_source
@@ -89,7 +86,7 @@ def plan(
     out.mkdir(parents=True, exist_ok=True)
     found.save(out / "plan.json")
     config, notes = ds_config(found)
-    (out / "ds_config.json").write_text(config)
+    (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
     console.print(show.plan_tables(found))
     for note in notes:
         console.print(f"ds_config.json: {note}", highlight=False)
@@ -151,7 +148,9 @@ def report(
 
 
 @app.command()
-def doctor(nvme: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory to try as NVMe tier.")] = None) -> None:
+def doctor(
+    nvme: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory to try as NVMe tier.")] = None,
+) -> None:
     """What is wrong or slow on this machine, and the command that mends it."""
     found = checks(nvme)
     console.print(show.doctor_table(found))
@@ -161,11 +160,7 @@ def doctor(nvme: Annotated[Path | None, typer.Option(metavar="DIR", help="A dire
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
     precision = precision or default_precision(machine.device)
-    found = profile_source(source, batch_size, precision.value)
-    chosen = make_plan(found, machine, rates_of(machine, precision), batch_size=batch_size, precision=precision)
-    problems = audit(chosen, units_of(found))
-    assert not problems, problems
-    return chosen
+    return make_plan(profile_source(source, batch_size, precision.value), machine, batch_size)
 
 
 def main() -> None:
@@ -175,6 +170,9 @@ def main() -> None:
     except NothingFits as error:
         _say(error)
         sys.exit(NOTHING_FITS)
+    except TrainingFailed as error:
+        _say(error)
+        sys.exit(TRAINING_FAILED)
     except (MemplanError, ProfilerError, OffloadError, RunError) as error:
         _say(error)
         sys.exit(BAD_INPUT)

@@ -25,3 +25,15 @@ class NothingFits(PlanningError):  # noqa: N818 - it reads as the sentence it is
         self.tier = tier
         self.short_bytes = short_bytes
         self.changes = changes
+
+
+class RunDirectoryError(MemplanError):
+    """A run's directory holds what must not be lost, or lacks what is needed."""
+
+
+class TrainingFailed(MemplanError):  # noqa: N818 - it says what happened
+    """Training ended in an error of the person's own code; ``traceback`` holds that code's lines."""
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback

@@ -17,12 +17,15 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
-from memplan.errors import RunDirectoryError
+from memplan.errors import RunDirectoryError, TrainingFailed
 from memplan.formatting import format_bytes, format_count, format_seconds
 from offload import checkpoint
 from offload.engine import Engine
+from offload.errors import OffloadError
 from offload.events import EventLog
 from offload.plan import Plan, Precision
+from profiler.blame import user_traceback
+from profiler.errors import ProfilerError
 from profiler.source import ModelSource, call_model
 
 INTERRUPTED = 130
@@ -73,6 +76,11 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
             except BaseException as error:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 events.write("end", reason=reason, step=run.step, message=str(error) or type(error).__name__)
+                if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError):
+                    raise TrainingFailed(
+                        f"training failed in step {run.step + 1}: {type(error).__name__}: {error}",
+                        user_traceback(error, source.path),
+                    ) from error
                 raise
             reason = "interrupted" if stop.requested else "finished"
             events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")

@@ -1,0 +1,59 @@
+"""The library's two verbs that are more than a name: plan a profile, initialize an engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from memplan.audit import audit
+from memplan.machine import Machine, detect
+from memplan.rates import rates_of
+from memplan.search import plan as search_plan
+from memplan.units import units_of
+from offload.engine import Engine
+from offload.plan import Plan, Precision
+from profiler.profile import ModelProfile
+
+
+def plan(profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None) -> Plan:
+    """The fastest plan that is sure to fit ``machine``, by default this one.
+
+    ``batch_size`` is the samples of one optimizer step, by default those of the profile; the precision is the
+    profile's. The machine's rates are measured where it is here (about two seconds). Raises NothingFits.
+    """
+    machine = machine or detect()
+    precision = Precision(profile.precision)
+    size = profile.batch_size if batch_size is None else batch_size
+    found = search_plan(profile, machine, rates_of(machine, precision), batch_size=size, precision=precision)
+    problems = audit(found, units_of(profile))
+    assert not problems, problems
+    return found
+
+
+def initialize(
+    model: nn.Module,
+    plan: Plan | str | Path,
+    optimizer: torch.optim.Optimizer | None = None,
+    training_data: Dataset[Any] | None = None,
+    lr_scheduler: Any | Callable[[torch.optim.Optimizer], Any] | None = None,
+    max_grad_norm: float | None = None,
+) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+    """(engine, optimizer, dataloader, lr_scheduler) for training ``model`` by ``plan``, a Plan or a path to one.
+
+    ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters, by default one with torch's defaults.
+    ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
+    dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
+    """
+    if not isinstance(plan, Plan):
+        plan = Plan.load(Path(plan))
+    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm)
+    if callable(lr_scheduler):
+        lr_scheduler = lr_scheduler(engine.optimizer)
+    engine.lr_scheduler = lr_scheduler
+    loader = None
+    if training_data is not None:
+        loader = DataLoader(training_data, batch_size=plan.micro_batch_size, shuffle=True, drop_last=True)
+    return engine, engine.optimizer, loader, lr_scheduler

@@ -1,0 +1,170 @@
+"""Profiles, plans and checks as tables for people."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from memplan.doctor import Check
+from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
+from offload.plan import Plan, Tier
+from profiler.profile import LayerProfile, ModelProfile
+
+UNCOUNTED_SHOWN = 8
+STATUS_STYLES = {"ok": "green", "info": "blue", "warn": "yellow", "fail": "bold red"}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A layer, or several alike that follow each other."""
+
+    path: str
+    layer: LayerProfile
+    count: int
+
+
+def profile_tables(profile: ModelProfile) -> RenderableType:
+    """The layers, the totals, the peak by phase, and what was not counted."""
+    table = Table(
+        title=f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}", title_justify="left"
+    )
+    table.add_column("layer")
+    table.add_column("type")
+    for name in ("parameters", "forward", "backward", "activations"):
+        table.add_column(name, justify="right")
+    for row in _rows(profile.layers):
+        layer = row.layer
+        depth = row.path.count(".") + 1 if row.path else 0
+        table.add_row(
+            "  " * depth + (row.path.rpartition(".")[2] or "(model)"),
+            layer.type + (f" x {row.count}" if row.count > 1 else ""),
+            format_count(layer.parameters * row.count) if layer.parameters else "",
+            format_flops(layer.forward_flops * row.count) if layer.forward_flops else "",
+            format_flops(layer.backward_flops * row.count) if layer.backward_flops else "",
+            format_bytes(layer.activation_bytes * row.count) if layer.activation_bytes else "",
+        )
+    return Group(table, _totals(profile), *_remarks(profile))
+
+
+def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
+    """Every layer under its parent; the later ones of a run of equal siblings are folded into the first."""
+    children: dict[str, list[LayerProfile]] = {}
+    for layer in layers[1:]:
+        children.setdefault(layer.path.rpartition(".")[0], []).append(layer)
+
+    def signature(layer: LayerProfile) -> tuple[object, ...]:
+        figures = (layer.type, layer.parameters, layer.forward_flops, layer.backward_flops, layer.activation_bytes)
+        return (*figures, *(signature(child) for child in children.get(layer.path, ())))
+
+    def walk(layer: LayerProfile, path: str, count: int) -> Iterable[_Row]:
+        yield _Row(path, layer, count)
+        for _, alike in groupby(children.get(layer.path, ()), key=signature):
+            run = list(alike)
+            first, last = (r.path.rpartition(".")[2] for r in (run[0], run[-1]))
+            name = first if len(run) == 1 else f"{first}-{last}" if first.isdigit() else f"{first} .. {last}"
+            yield from walk(run[0], f"{path}.{name}".lstrip("."), count * len(run))
+
+    return walk(layers[0], "", 1)
+
+
+def _totals(profile: ModelProfile) -> Table:
+    peaks = profile.peaks
+    table = Table(title="peak of a plain training step on a GPU", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("parameters", f"{format_count(profile.parameter_elements)}")
+    trained = profile.trainable_elements
+    if trained != profile.parameter_elements:
+        table.add_row("of which trained", format_count(trained))
+    table.add_row("FLOPs forward + backward", format_flops(profile.forward_flops + profile.backward_flops))
+    for name, size in (
+        ("forward", peaks.forward_bytes),
+        ("backward", peaks.backward_bytes),
+        (f"step ({profile.optimizer})", peaks.step_bytes),
+    ):
+        table.add_row(f"peak in {name}", format_bytes(size))
+    table.add_section()
+    table.add_row("peak allocated", format_bytes(peaks.overall_bytes), style="bold")
+    table.add_row("peak reserved by the allocator", format_bytes(peaks.reserved_bytes))
+    return table
+
+
+def _remarks(profile: ModelProfile) -> Iterable[Text]:
+    if profile.uncounted_ops:
+        by_calls = sorted(profile.uncounted_ops.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} x {calls}" for name, calls in by_calls[:UNCOUNTED_SHOWN])
+        more = len(by_calls) - UNCOUNTED_SHOWN
+        yield Text(
+            f"no FLOPs counted for: {shown}" + (f" and {more} more (see --json)" if more > 0 else ""), style="dim"
+        )
+    for assumption in profile.assumptions:
+        yield Text(f"assumed: {assumption}", style="yellow")
+
+
+def plan_tables(plan: Plan) -> RenderableType:
+    """The plan, why, and the runners-up."""
+    reasons = Text("\n".join(f"- {reason}" for reason in plan.reasons))
+    parts: list[RenderableType] = [plan_summary(plan), _placements(plan), Text("why", style="bold"), reasons]
+    if plan.alternatives:
+        table = Table(title="runners-up", title_justify="left")
+        table.add_column("plan")
+        for name in ("step", "gpu", "host", "nvme"):
+            table.add_column(name, justify="right")
+        table.add_column("why not")
+        for other in plan.alternatives:
+            seconds = format_seconds(other.step_seconds) if other.step_seconds is not None else "?"
+            sizes = (format_bytes(b) for b in (other.gpu_peak_bytes, other.host_bytes, other.nvme_bytes))
+            table.add_row(other.description, seconds, *sizes, other.why_not)
+        parts.append(table)
+    return Group(*parts)
+
+
+def plan_summary(plan: Plan) -> RenderableType:
+    """What the plan does and what is expected of it, beside what was allowed."""
+    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
+    gpus = f"{plan.gpus} x {plan.device}"
+    recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
+    table = Table(
+        title=f"plan for {plan.model} on {gpus}: {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}",
+        title_justify="left",
+    )
+    table.add_column("tier")
+    table.add_column("predicted", justify="right")
+    table.add_column("allowed", justify="right")
+    p, b = plan.prediction, plan.budget
+    table.add_row("gpu", format_bytes(p.gpu_peak_bytes), format_bytes(b.gpu_bytes))
+    table.add_row("host", format_bytes(p.host_bytes), format_bytes(b.host_bytes))
+    table.add_row("nvme", format_bytes(p.nvme_bytes), format_bytes(b.nvme_bytes))
+    if p.step_seconds is None:
+        return table
+    return Group(table, Text(f"predicted step {format_seconds(p.step_seconds)}, bounded by {p.bottleneck}"))
+
+
+def _placements(plan: Plan) -> Table:
+    """Where the units live, runs of equal ones in one row."""
+    table = Table(title="placements, in forward order", title_justify="left")
+    for name in ("unit", "parameters", "gradients", "optimizer state"):
+        table.add_column(name)
+    for tiers, alike in groupby(plan.placements, key=lambda p: (p.parameters, p.gradients, p.optimizer)):
+        names = [p.unit or "(root)" for p in alike]
+        label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]} ({len(names)})"
+        table.add_row(label, *(_tier(tier) for tier in tiers))
+    return table
+
+
+def _tier(tier: Tier) -> Text:
+    return Text(tier.value, style={Tier.GPU: "green", Tier.HOST: "cyan", Tier.NVME: "magenta"}[tier])
+
+
+def doctor_table(checks: list[Check]) -> Table:
+    """One row a check, with the command that mends what is not right."""
+    table = Table(show_lines=False)
+    for name in ("", "what", "found", "to mend it"):
+        table.add_column(name)
+    for check in checks:
+        status = Text(check.status, style=STATUS_STYLES[check.status])
+        table.add_row(status, check.name, check.detail, check.remedy or "")
+    return table
