@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,13 +29,11 @@ class _Row:
 
 def profile_tables(profile: ModelProfile) -> RenderableType:
     """The layers, the totals, the peak by phase, and what was not counted."""
-    table = Table(
-        title=f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}", title_justify="left"
-    )
-    table.add_column("layer")
-    table.add_column("type")
-    for name in ("parameters", "forward", "backward", "activations"):
-        table.add_column(name, justify="right")
+    table = _table(f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("type", no_wrap=True)
+    for name in ("params", "forward", "backward", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(profile.layers):
         layer = row.layer
         depth = row.path.count(".") + 1 if row.path else 0
@@ -47,6 +46,10 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
             format_bytes(layer.activation_bytes * row.count) if layer.activation_bytes else "",
         )
     return Group(table, _totals(profile), *_remarks(profile))
+
+
+def _table(title: str | None = None, *, header: bool = True) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", show_header=header, box=SIMPLE_HEAD)
 
 
 def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
@@ -72,7 +75,7 @@ def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
 
 def _totals(profile: ModelProfile) -> Table:
     peaks = profile.peaks
-    table = Table(title="peak of a plain training step on a GPU", title_justify="left", show_header=False)
+    table = _table("a plain training step on a GPU", header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("parameters", f"{format_count(profile.parameter_elements)}")
@@ -97,9 +100,8 @@ def _remarks(profile: ModelProfile) -> Iterable[Text]:
         by_calls = sorted(profile.uncounted_ops.items(), key=lambda item: -item[1])
         shown = ", ".join(f"{name} x {calls}" for name, calls in by_calls[:UNCOUNTED_SHOWN])
         more = len(by_calls) - UNCOUNTED_SHOWN
-        yield Text(
-            f"no FLOPs counted for: {shown}" + (f" and {more} more (see --json)" if more > 0 else ""), style="dim"
-        )
+        rest = f" and {more} more (see --json)" if more > 0 else ""
+        yield Text(f"no FLOPs counted for: {shown}{rest}", style="dim")
     for assumption in profile.assumptions:
         yield Text(f"assumed: {assumption}", style="yellow")
 
@@ -109,7 +111,7 @@ def plan_tables(plan: Plan) -> RenderableType:
     reasons = Text("\n".join(f"- {reason}" for reason in plan.reasons))
     parts: list[RenderableType] = [plan_summary(plan), _placements(plan), Text("why", style="bold"), reasons]
     if plan.alternatives:
-        table = Table(title="runners-up", title_justify="left")
+        table = _table("runners-up")
         table.add_column("plan")
         for name in ("step", "gpu", "host", "nvme"):
             table.add_column(name, justify="right")
@@ -127,10 +129,9 @@ def plan_summary(plan: Plan) -> RenderableType:
     batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
     gpus = f"{plan.gpus} x {plan.device}"
     recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
-    table = Table(
-        title=f"plan for {plan.model} on {gpus}: {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}",
-        title_justify="left",
-    )
+    stage = f"ZeRO stage {plan.zero_stage}"
+    title = Text(f"plan for {plan.model} on {gpus}: {plan.precision}, {stage}, {batch}, {recompute}", style="bold")
+    table = _table()
     table.add_column("tier")
     table.add_column("predicted", justify="right")
     table.add_column("allowed", justify="right")
@@ -139,13 +140,13 @@ def plan_summary(plan: Plan) -> RenderableType:
     table.add_row("host", format_bytes(p.host_bytes), format_bytes(b.host_bytes))
     table.add_row("nvme", format_bytes(p.nvme_bytes), format_bytes(b.nvme_bytes))
     if p.step_seconds is None:
-        return table
-    return Group(table, Text(f"predicted step {format_seconds(p.step_seconds)}, bounded by {p.bottleneck}"))
+        return Group(title, table)
+    return Group(title, table, Text(f"predicted step {format_seconds(p.step_seconds)}, bounded by {p.bottleneck}\n"))
 
 
 def _placements(plan: Plan) -> Table:
     """Where the units live, runs of equal ones in one row."""
-    table = Table(title="placements, in forward order", title_justify="left")
+    table = _table("placements, in forward order")
     for name in ("unit", "parameters", "gradients", "optimizer state"):
         table.add_column(name)
     for tiers, alike in groupby(plan.placements, key=lambda p: (p.parameters, p.gradients, p.optimizer)):
@@ -161,7 +162,7 @@ def _tier(tier: Tier) -> Text:
 
 def doctor_table(checks: list[Check]) -> Table:
     """One row a check, with the command that mends what is not right."""
-    table = Table(show_lines=False)
+    table = _table()
     for name in ("", "what", "found", "to mend it"):
         table.add_column(name)
     for check in checks:
