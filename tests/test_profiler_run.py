@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
 from torch import nn
@@ -207,6 +207,7 @@ def test_a_backward_that_fails_is_explained():
         profile_model(mlp(), torch.randn(2, 100), loss=lambda y, _: Broken.apply(y).sum())
 
 
+@settings(deadline=None)
 @given(st.sampled_from(OPTIMIZERS), st.lists(st.integers(1, 1 << 30), min_size=1))
 def test_optimizer_state_stays_and_everything_else_is_freed(name, sizes):
     ids = iter(range(10**9))
