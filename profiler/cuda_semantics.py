@@ -3,7 +3,8 @@
 [Note: Standing in for CUDA] A step is traced with fake CPU tensors because fake CUDA tensors need a CUDA device.
 Three things would come out wrong: autocast follows the CPU's list of operators, dropout keeps a floating-point mask,
 and attention takes a path with a quadratic score matrix. Each is mended by registering a kernel of our own for the
-CPU's dispatch key, which reaches every caller, Python or C++, and by taking it away after the trace.
+CPU's dispatch key, which reaches every caller, Python or C++, and by taking it away after the trace. Meanwhile other
+threads meet these kernels too: do not train on the CPU while a trace runs.
 """
 
 import warnings

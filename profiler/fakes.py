@@ -38,6 +38,8 @@ def faked(model: nn.Module, mode: FakeTensorMode, cast: torch.dtype | None) -> I
     module has the very attributes it had before, whatever happened in between.
     """
     modules = list(model.modules())
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise ProfilerError("the model has a part compiled by torch.jit; profile it before it is compiled")
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
     memo: dict[int, Any] = {}
     try:

@@ -94,6 +94,8 @@ class Recorder(TorchDispatchMode):
 
     def watch(self, tensor: torch.Tensor, category: Category, module: str) -> int:
         """Log the tensor's storage, once, and its end when it comes; returns its id."""
+        if tensor.layout is not torch.strided:
+            raise ProfilerError(f"{self._place()} makes a {tensor.layout} tensor; only dense ones can be traced")
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._ids:

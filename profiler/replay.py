@@ -41,7 +41,7 @@ class Peaks:
 def replay(trace: Trace, optimizer: str, leave_out: Collection[Category] = ()) -> Peaks:
     """The peaks of the steady state with this optimizer, as if the categories in ``leave_out`` did not exist."""
     allocator = CachingAllocator()
-    _play(allocator, [e for e in trace.events if not isinstance(e, Alloc | Free) or e.phase == SETUP], leave_out)
+    _play(allocator, [e for e in trace.events if e.phase == SETUP], leave_out)
     peaks: dict[str, int] = {}
     for step in _steps(trace, optimizer):
         peaks = _play(allocator, step, leave_out)

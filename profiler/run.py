@@ -1,7 +1,8 @@
 """From a model to its ModelProfile."""
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,11 @@ from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, Ph
 from profiler.replay import replay
 from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
 from profiler.trace import Forward, Trace, trace_step
+
+Batches = dict[int, Callable[[], Any]]
+"""What makes a batch of a size."""
+Traces = dict[tuple[int, bool], Trace]
+"""By batch size, and whether the blocks are recomputed."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +50,11 @@ def profile_source(
     Raises SourceError when the file's model, batch and loss do not fit together, ProfilerError for other input.
     """
     check_optimizer(optimizer)
+    if batch_size < 1:
+        raise ProfilerError(f"batch_size is {batch_size}; it must be at least 1")
     model = source.build_abstract()
     subject = _Subject(model, source.forward, precision, repeated_blocks(model), source.path.name)
-    batches = {size: source.example_batch(size) for size in (batch_size, 1)}
+    batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
     return _profile(subject, batches, batch_size, optimizer, source.name)
 
 
@@ -71,9 +79,9 @@ def profile_model(
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
     forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
     subject = _Subject(model, forward, precision, repeated_blocks(model), "the model")
-    batches = {batch_size: batch}
-    if all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
-        batches[1] = tree_map_only(torch.Tensor, lambda t: t[:1], batch) if batch_size > 1 else batch
+    batches: Batches = {batch_size: lambda: batch}
+    if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
+        batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
     return _profile(subject, batches, batch_size, optimizer, name or type(model).__name__)
 
 
@@ -81,14 +89,14 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
-def _profile(subject: _Subject, batches: dict[int, Any], batch_size: int, optimizer: str, name: str) -> ModelProfile:
-    trace = subject.trace(batches[batch_size], recompute=False)
+def _profile(subject: _Subject, batches: Batches, batch_size: int, optimizer: str, name: str) -> ModelProfile:
+    trace = subject.trace(batches[batch_size](), recompute=False)
+    subject = replace(subject, blocks=tuple(path for path in trace.calls if path in subject.blocks))
     traces, remarks = _further_traces(subject, batches, {(batch_size, False): trace})
     peaks = replay(trace, optimizer)
     parameters = _parameters(subject.model, trace)
     layers = layer_profiles(subject.model, trace, parameters)
     uncounted = Counter(e.name for e in trace.events if isinstance(e, Op) and e.flops is None)
-    called = [path for path in trace.calls if path in subject.blocks]
     return ModelProfile(
         model=name,
         precision=subject.precision,
@@ -105,25 +113,21 @@ def _profile(subject: _Subject, batches: dict[int, Any], batch_size: int, optimi
             reserved_bytes=peaks.reserved_bytes,
         ),
         activations=tuple(_point(size, recompute, t, optimizer) for (size, recompute), t in traces.items()),
-        blocks=tuple(called),
+        blocks=subject.blocks,
         uncounted_ops=dict(uncounted.most_common()),
         assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
 
 
-Traces = dict[tuple[int, bool], Trace]
-"""By batch size, and whether the blocks are recomputed."""
-
-
-def _further_traces(subject: _Subject, batches: dict[int, Any], known: Traces) -> tuple[Traces, list[str]]:
+def _further_traces(subject: _Subject, batches: Batches, known: Traces) -> tuple[Traces, list[str]]:
     """The known traces and those of the other points; one that does not work is left out, with a sentence on why."""
     traces, remarks = dict(known), []
-    for size, batch in batches.items():
+    for size, make in batches.items():
         for recompute in (False, True) if subject.blocks else (False,):
             if (size, recompute) in traces:
                 continue
             try:
-                traces[size, recompute] = subject.trace(batch, recompute)
+                traces[size, recompute] = subject.trace(make(), recompute)
             except ProfilerError as error:
                 how = " with recomputed blocks" if recompute else ""
                 remarks.append(f"batch size {size}{how} is left out: {str(error).splitlines()[0]}")

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from profiler.allocator import CachingAllocator, segment_bytes
@@ -21,6 +21,7 @@ def overlapping(spans: list[tuple[int, int]]) -> bool:
     return any(a + n > b for (a, n), (b, _) in pairwise(ordered))
 
 
+@settings(deadline=None)
 @given(ACTIONS)
 def test_blocks_never_overlap_and_everything_allocated_is_reserved(actions):
     allocator, alive = CachingAllocator(), {}
@@ -44,6 +45,7 @@ def test_blocks_never_overlap_and_everything_allocated_is_reserved(actions):
     assert allocator.allocated_bytes == 0
 
 
+@settings(deadline=None)
 @given(st.lists(SIZES))
 def test_a_second_round_of_the_same_requests_reserves_nothing_more(sizes):
     allocator = CachingAllocator()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
 from torch import nn
@@ -207,6 +207,7 @@ def test_a_backward_that_fails_is_explained():
         profile_model(mlp(), torch.randn(2, 100), loss=lambda y, _: Broken.apply(y).sum())
 
 
+@settings(deadline=None)
 @given(st.sampled_from(OPTIMIZERS), st.lists(st.integers(1, 1 << 30), min_size=1))
 def test_optimizer_state_stays_and_everything_else_is_freed(name, sizes):
     ids = iter(range(10**9))
@@ -221,3 +222,59 @@ def test_optimizer_state_stays_and_everything_else_is_freed(name, sizes):
         assert kept == (STATE_COPIES[name] * sum(sizes) + counters if first else 0)
         assert sum(made[i] for i in freed) == (sum(sizes) if name == "adamw" else 0)
         assert all(e.category is Category.OPTIMIZER for e in events if isinstance(e, Alloc))
+
+
+def test_points_that_can_not_be_traced_are_left_out_with_the_reason():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))  # batch norm needs two rows
+    profile = profile_model(model, torch.randn(8, 4), loss=mean_square)
+    assert [p.batch_size for p in profile.activations] == [8]
+    assert any("batch size 1 is left out" in s and "more than 1 value" in s for s in profile.assumptions)
+
+
+def test_a_key_value_cache_does_not_grow_when_blocks_are_recomputed():
+    batch = tokens(1, 32)
+    inputs = {"input_ids": batch, "labels": batch, "attention_mask": torch.ones_like(batch)}
+    profile = profile_model(llama(), inputs, precision="bf16")
+    assert [p.recompute for p in profile.activations] == [False, True]
+    assert not profile.assumptions
+
+
+def test_layers_dropped_at_random_are_all_kept():
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                if torch.rand([]) < 0.9:
+                    continue
+                x = layer(x)
+            return x
+
+    model = Dropped()
+    profile = profile_model(model, torch.randn(2, 8, requires_grad=True), loss=mean_square)
+    assert profile.blocks == ("layers.0", "layers.1", "layers.2")
+    assert profile.forward_flops == 3 * 2 * 2 * 8 * 8
+    assert ["nothing is dropped" in s for s in profile.assumptions] == [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_grouped_matrix_products_trace_and_count_in_any_dtype(dtype):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(4, 16, 32, dtype=dtype))
+
+        def forward(self, x, ends):
+            return torch._grouped_mm(x, self.weight, offs=ends)
+
+    batch = (torch.randn(8, 16, dtype=dtype), torch.tensor([2, 4, 6, 8], dtype=torch.int32))
+    profile = profile_model(Experts(), batch, loss=mean_square, batch_size=8)
+    assert profile.forward_flops == 2 * 8 * 16 * 32
+    assert profile.backward_flops == 2 * 8 * 16 * 32
+
+
+def test_sparse_gradients_are_refused_in_a_sentence():
+    with pytest.raises(ProfilerError, match="sparse_coo tensor; only dense ones"):
+        profile_model(nn.Embedding(8, 4, sparse=True), torch.zeros(2, dtype=torch.long), loss=mean_square)

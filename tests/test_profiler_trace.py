@@ -347,3 +347,16 @@ def test_an_unknown_precision_and_a_lazy_module_are_refused_in_a_sentence():
         lazy = nn.LazyLinear(4)
     with pytest.raises(ProfilerError, match="lazy module"):
         trace_step(lazy, torch.ones(1, 4), forward_with(mean_square))
+
+
+def test_a_compiled_module_is_refused_and_sparse_buffers_too():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(ProfilerError, match=r"torch\.jit"):
+        trace_step(nn.Sequential(scripted), torch.ones(1, 4), forward_with(mean_square))
+    model = nn.Linear(4, 4)
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    with pytest.raises(ProfilerError, match="only dense ones"):
+        trace_step(model, torch.ones(1, 4), forward_with(mean_square))
+    assert model.graph.is_sparse
