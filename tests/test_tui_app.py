@@ -129,3 +129,10 @@ async def test_a_panel_is_drawn_again_only_when_its_part_has_changed(tmp_path, m
 def test_a_directory_that_is_not_there_is_refused_in_a_sentence(tmp_path):
     with pytest.raises(RunError, match="is not a directory; give the directory"):
         watch(tmp_path / "nowhere")
+
+
+async def test_events_that_can_not_be_read_end_the_dashboard_with_the_reason(tmp_path):
+    (tmp_path / "events.jsonl").mkdir()
+    app = Dashboard(tmp_path)
+    await asyncio.wait_for(app.run_async(headless=True), 20)
+    assert isinstance(app.failure, RunError) and "events.jsonl can not be read" in str(app.failure)
