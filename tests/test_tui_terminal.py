@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 from fake_run import make_events, make_plan, run_event, step_event
 
@@ -108,6 +110,15 @@ def test_ctrl_c_ends_the_dashboard_with_130(terminal, tmp_path):
         file.writelines(json.dumps(event) + "\n" for event in make_events(done=5))
     terminal.wait_for("step 5 of 400")
     terminal.tmux("send-keys", "C-c")
+    assert terminal.exit_code() == 130
+
+
+def test_an_interrupt_from_elsewhere_ends_the_dashboard_with_130(terminal, tmp_path):
+    (tmp_path / "events.jsonl").touch()
+    terminal.wait_for("waiting for the run to start")
+    [shell] = terminal.tmux("list-panes", "-F", "#{pane_pid}").split()
+    [dashboard] = psutil.Process(int(shell)).children()
+    dashboard.send_signal(signal.SIGINT)
     assert terminal.exit_code() == 130
 
 

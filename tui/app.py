@@ -61,7 +61,7 @@ class Dashboard(App[int]):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (72, "-wide"), (100, "-roomy")]  # noqa: RUF012 - so declared by Textual
     VERTICAL_BREAKPOINTS = [(0, "-short"), (28, "-medium"), (44, "-tall")]  # noqa: RUF012 - so declared by Textual
     BINDINGS: ClassVar = [
-        Binding("q", "leave", "leave"),
+        Binding("q,ctrl+q", "leave", "leave"),
         Binding("ctrl+c", "stop", "stop", priority=True),
     ]
 
@@ -171,8 +171,8 @@ def _state(view: RunView, clock: float) -> draw.Span:
 def watch(run_dir: Path, *, leave_at_end: bool = False) -> int:
     """Show the dashboard of a run in this terminal until the person leaves or, if asked, until the run ends.
 
-    Returns 0, or 130 when the person pressed ctrl+c: who trains then stops. Raises RunError when ``run_dir`` is not a
-    directory or its events can not be read; a directory without events is waited for.
+    Returns 0, or 130 when the person pressed ctrl+c (or SIGINT came): who trains then stops. Raises RunError when
+    ``run_dir`` is not a directory or its events can not be read; a directory without events is waited for.
     """
     if not run_dir.is_dir():
         raise RunError(f"{run_dir} is not a directory; give the directory that `memplan train --out` wrote")
@@ -183,4 +183,5 @@ def watch(run_dir: Path, *, leave_at_end: bool = False) -> int:
         return INTERRUPTED
     if app.failure is not None:
         raise app.failure
-    return result if result is not None else app.return_code or 0
+    # Textual ends without a result when a signal cancels it, and with a return code when it breaks.
+    return result if result is not None else app.return_code or INTERRUPTED
