@@ -33,7 +33,7 @@ h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin: 2re
 .state { color: #6a7380; margin-top: .2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #e6e9ed; vertical-align: top; }
-th { font-weight: 600; color: #6a7380; } 
+th { font-weight: 600; color: #6a7380; }
 .pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 1.5rem; }
 @media (max-width: 800px) { .pair { grid-template-columns: minmax(0, 1fr); } }
 .scroll { overflow-x: auto; } .chart { min-height: 300px; }
@@ -262,8 +262,8 @@ def _figure(traces: Iterable[go.Scatter | go.Bar], y_title: str, x_title: str = 
     figure.update_layout(
         template="plotly_white",
         height=300,
-        margin={"l": 60, "r": 20, "t": 10, "b": 40},
-        legend={"orientation": "h", "y": 1.12},
+        margin={"l": 60, "r": 20, "t": 48, "b": 40},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         showlegend=False,
         xaxis_title=x_title,
         yaxis_title=y_title,

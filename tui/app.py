@@ -61,7 +61,7 @@ class Dashboard(App[int]):
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (72, "-wide"), (100, "-roomy")]  # noqa: RUF012 - so declared by Textual
     VERTICAL_BREAKPOINTS = [(0, "-short"), (28, "-medium"), (44, "-tall")]  # noqa: RUF012 - so declared by Textual
     BINDINGS: ClassVar = [
-        Binding("q", "leave", "leave"),
+        Binding("q,ctrl+q", "leave", "leave"),
         Binding("ctrl+c", "stop", "stop", priority=True),
     ]
 
@@ -81,6 +81,8 @@ class Dashboard(App[int]):
         self._clock = clock
         self._left = threading.Event()
         self.view = RunView()
+        self.failure: RunError | None = None
+        """Why the events could not be read on."""
 
     def compose(self) -> ComposeResult:
         """The panels, in the order in which they are read."""
@@ -115,8 +117,13 @@ class Dashboard(App[int]):
     def _follow(self) -> None:
         tail, view, shown = Tail(self._events), RunView(), None
         while not self._left.is_set():
-            for event in tail.poll():
-                view = fold(view, event)
+            try:
+                for event in tail.poll():
+                    view = fold(view, event)
+            except OSError as error:
+                self.failure = RunError(f"{self._events} can not be read: {error.strerror}")
+                self.call_from_thread(self.exit, 1)
+                return
             if view is not shown:
                 self.post_message(self.Snapshot(view))
                 shown = view
@@ -164,8 +171,8 @@ def _state(view: RunView, clock: float) -> draw.Span:
 def watch(run_dir: Path, *, leave_at_end: bool = False) -> int:
     """Show the dashboard of a run in this terminal until the person leaves or, if asked, until the run ends.
 
-    Returns 0, or 130 when the person pressed ctrl+c: who trains then stops. Raises RunError when ``run_dir`` is not a
-    directory; a directory without events is waited for.
+    Returns 0, or 130 when the person pressed ctrl+c (or SIGINT came): who trains then stops. Raises RunError when
+    ``run_dir`` is not a directory or its events can not be read; a directory without events is waited for.
     """
     if not run_dir.is_dir():
         raise RunError(f"{run_dir} is not a directory; give the directory that `memplan train --out` wrote")
@@ -174,4 +181,7 @@ def watch(run_dir: Path, *, leave_at_end: bool = False) -> int:
         result = app.run()
     except KeyboardInterrupt:
         return INTERRUPTED
-    return result if result is not None else app.return_code or 0
+    if app.failure is not None:
+        raise app.failure
+    # Textual ends without a result when a signal cancels it, and with a return code when it breaks.
+    return result if result is not None else app.return_code or INTERRUPTED

@@ -220,7 +220,7 @@ def notes(sentences: Sequence[Note], width: int, height: int) -> Content:
         Content.assemble((f"{clock_text(n.seconds):>7}  ", "$text-muted"), n.message).truncate(width, ellipsis=True)
         for n in sentences[-height:]
     ]
-    return lines(rows or [Content.styled("no notes", "$text-muted")])
+    return lines(rows or [Content.styled("no notes", "$text-muted").truncate(width)])
 
 
 def ending(end: End | None, leaving: bool) -> Content:

@@ -62,11 +62,14 @@ class Loss(Panel):
 
     def __init__(self) -> None:
         super().__init__(lambda view, w, h: draw.loss(view.losses, w, h), heading="loss", id="loss")
+        self._latest = ""
 
     def show(self, view: RunView) -> None:
         """Take over a view."""
         super().show(view)
-        self.border_subtitle = f"now {number_text(view.steps[-1].loss)}" if view.steps else ""
+        latest = f"now {number_text(view.steps[-1].loss)}" if view.steps else ""
+        if latest != self._latest:
+            self._latest = self.border_subtitle = latest
 
 
 class Units(Panel):
