@@ -27,7 +27,10 @@ SPARE_GPU_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One fact about the machine. ``status`` is ok, info, warn or fail; ``remedy`` the command that mends it."""
+    """One fact about the machine. ``status`` is ok, info, warn or fail; ``remedy`` is what mends it.
+
+    Every warn and fail has a remedy.
+    """
 
     name: str
     status: str
@@ -36,7 +39,7 @@ class Check:
 
 
 def checks(nvme_dir: Path | None = None) -> list[Check]:
-    """Everything that can be told without changing anything; the disk is looked at in ``nvme_dir`` or the temporary one."""
+    """Everything that can be told without changing anything; the disk is ``nvme_dir``'s, or that of temporary files."""
     directory = nvme_dir if nvme_dir is not None else Path(tempfile.gettempdir())
     return [*_software(), *_gpus(), *_memory(), *_cores(), *_disk(directory)]
 

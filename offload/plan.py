@@ -81,7 +81,7 @@ class Prediction:
     nvme_bytes: int
     step_seconds: float | None
     bottleneck: str | None
-    """The lane that bounds the step: compute, host_to_device, device_to_host, nvme or cpu_update."""
+    """The lane that bounds the step: compute, host_to_device, device_to_host, nvme, cpu_update or collective."""
     lane_seconds: dict[str, float] = field(default_factory=dict)
     """Busy seconds of every lane in one optimizer step."""
 
