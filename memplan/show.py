@@ -22,7 +22,8 @@ STATUS_STYLES = {"ok": "green", "info": "blue", "warn": "yellow", "fail": "bold 
 class _Row:
     """A layer, or several alike that follow each other."""
 
-    path: str
+    name: str
+    depth: int
     layer: LayerProfile
     count: int
 
@@ -36,9 +37,8 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
         table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(profile.layers):
         layer = row.layer
-        depth = row.path.count(".") + 1 if row.path else 0
         table.add_row(
-            "  " * depth + (row.path.rpartition(".")[2] or "(model)"),
+            "  " * row.depth + row.name,
             layer.type + (f" x {row.count}" if row.count > 1 else ""),
             format_count(layer.parameters * row.count) if layer.parameters else "",
             format_flops(layer.forward_flops * row.count) if layer.forward_flops else "",
@@ -49,7 +49,15 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
 
 
 def _table(title: str | None = None, *, header: bool = True) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", show_header=header, box=SIMPLE_HEAD)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        show_header=header,
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+    )
 
 
 def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
@@ -62,15 +70,15 @@ def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
         figures = (layer.type, layer.parameters, layer.forward_flops, layer.backward_flops, layer.activation_bytes)
         return (*figures, *(signature(child) for child in children.get(layer.path, ())))
 
-    def walk(layer: LayerProfile, path: str, count: int) -> Iterable[_Row]:
-        yield _Row(path, layer, count)
+    def walk(layer: LayerProfile, name: str, depth: int, count: int) -> Iterable[_Row]:
+        yield _Row(name, depth, layer, count)
         for _, alike in groupby(children.get(layer.path, ()), key=signature):
             run = list(alike)
             first, last = (r.path.rpartition(".")[2] for r in (run[0], run[-1]))
             name = first if len(run) == 1 else f"{first}-{last}" if first.isdigit() else f"{first} .. {last}"
-            yield from walk(run[0], f"{path}.{name}".lstrip("."), count * len(run))
+            yield from walk(run[0], name, depth + 1, count * len(run))
 
-    return walk(layers[0], "", 1)
+    return walk(layers[0], "(model)", 0, 1)
 
 
 def _totals(profile: ModelProfile) -> Table:
