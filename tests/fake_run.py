@@ -141,3 +141,11 @@ def write_run(run_dir: Path, events: list[dict[str, Any]]) -> None:
     make_plan().save(run_dir / "plan.json")
     with (run_dir / "events.jsonl").open("a") as file:
         file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def folded(events: list[dict[str, Any]]) -> RunView:
+    """The view after all events."""
+    view = RunView()
+    for event in events:
+        view = fold(view, event)
+    return view
