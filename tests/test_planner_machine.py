@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_profiles import machine_of
+from tests.synthetic_profiles import machine_of
 
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
 from memplan.errors import MachineError

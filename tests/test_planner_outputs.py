@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_profiles import RATES, machine_of, transformer
+from tests.synthetic_profiles import RATES, machine_of, transformer
 
 from memplan import doctor
 from memplan.audit import audit

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic_profiles import machine_of
+from tests.synthetic_profiles import machine_of
 
 from memplan.errors import MachineError
 from memplan.rates import REFERENCE, measure_rates, rates_of

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from synthetic_profiles import RATES, cases, machine_of, transformer
+from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes

@@ -1,4 +1,4 @@
-from synthetic_profiles import layer, parameter, profile_of, transformer
+from tests.synthetic_profiles import layer, parameter, profile_of, transformer
 
 from memplan.units import owner, unit_paths, units_of
 from offload.residency import aligned

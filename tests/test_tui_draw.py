@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from fake_run import folded, make_events, make_plan, run_event, step_event
+from tests.fake_run import folded, make_events, make_plan, run_event, step_event
 from hypothesis import given
 from hypothesis import strategies as st
 
