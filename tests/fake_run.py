@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.plan import Alternative, Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+from tui.view import RunView, fold
 
 MIB = 1 << 20
 START = 1_760_000_000.0

@@ -3,7 +3,11 @@
 import math
 
 import pytest
+<<<<<<< HEAD
 from tests.fake_run import folded, make_events, make_plan, run_event, step_event
+=======
+from tests.fake_run import folded, make_events, make_plan, run_event, step_event
+>>>>>>> tui
 from hypothesis import given
 from hypothesis import strategies as st
 
