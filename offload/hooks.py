@@ -20,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from offload.unit import Unit
 from offload.weights import WeightReference
 
-
 KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
 """What transformers' blocks call the cache among their keyword arguments."""
 

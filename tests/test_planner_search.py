@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
@@ -17,6 +16,7 @@ from memplan.timing import lanes, step_seconds
 from memplan.units import units_of
 from offload.plan import Buckets, Placement, Plan, Precision, Tier
 from offload.residency import footprint
+from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=60)
 

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 from torch import nn
 
 from profiler import profile_model
 from profiler.events import BACKWARD, FORWARD, STEP
+from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,13 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
 from torch import nn
 
 from profiler import ModelProfile, ProfilerError, SourceError, profile_model
 from profiler.events import Alloc, Category, Free
 from profiler.layers import repeated_blocks
 from profiler.optimizers import OPTIMIZERS, optimizer_events
+from tests.profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
 
 KIB = 1 << 10
 WORKSPACES = 2 * 32 * KIB * KIB

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from tests.profiler_models import GPT, conv_net, llama, mean_square, mlp, next_token_loss, really_allocated, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +11,7 @@ from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, SETUP, Alloc, Category, Free, Op
 from profiler.layers import repeated_blocks
 from profiler.trace import Trace, trace_step
+from tests.profiler_models import GPT, conv_net, llama, mean_square, mlp, next_token_loss, really_allocated, tokens
 
 KIB = 1 << 10
 

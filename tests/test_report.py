@@ -6,9 +6,9 @@ import shutil
 import subprocess
 
 import pytest
-from tests.fake_run import make_events, make_plan, run_event, step_event, write_run
 
 from memplan.report import write_report
+from tests.fake_run import make_events, make_plan, run_event, step_event, write_run
 from tui import RunError
 
 CHROMIUM = next(

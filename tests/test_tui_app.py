@@ -4,8 +4,8 @@ import asyncio
 import json
 
 import pytest
-from tests.fake_run import make_events, write_run
 
+from tests.fake_run import make_events, write_run
 from tui import Dashboard, RunError, watch
 from tui.widgets import Panel
 

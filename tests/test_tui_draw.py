@@ -3,14 +3,10 @@
 import math
 
 import pytest
-<<<<<<< HEAD
-from tests.fake_run import folded, make_events, make_plan, run_event, step_event
-=======
-from tests.fake_run import folded, make_events, make_plan, run_event, step_event
->>>>>>> tui
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fake_run import folded, make_events, make_plan, run_event, step_event
 from tui import draw
 from tui.format import bytes_of, bytes_text, clock_text, count_text, number_text, seconds_text
 from tui.plot import braille, columns, tick_texts, ticks

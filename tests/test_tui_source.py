@@ -3,10 +3,10 @@
 import json
 from itertools import pairwise
 
-from tests.fake_run import make_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fake_run import make_events
 from tui.source import Tail
 
 

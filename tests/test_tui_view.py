@@ -4,14 +4,10 @@ import math
 from statistics import fmean
 
 import pytest
-<<<<<<< HEAD
-from tests.fake_run import MIB, START, folded, make_events, make_plan, run_event, step_event
-=======
-from tests.fake_run import MIB, START, folded, make_events, make_plan, run_event, step_event
->>>>>>> tui
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.fake_run import MIB, START, folded, make_events, make_plan, run_event, step_event
 from tui.view import CURVE_POINTS, HISTORY, NOTES, Curve, RunView, fold
 
 
