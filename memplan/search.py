@@ -61,7 +61,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     busy = lanes(tables, counts, family.work, problem.rates)
     host = int(tables.host_bytes(counts)) * problem.gpus
     return Prediction(
-        gpu_peak_bytes=int(tables.gpu_bytes(counts)) + (family.activations or 0),
+        gpu_peak_bytes=family.gpu_peak_bytes(counts),
         host_bytes=host,
         pinned_bytes=host if problem.device == "cuda" else 0,
         nvme_bytes=int(tables.nvme_bytes(counts)) * problem.gpus,

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_profiles import machine_of
 
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
 from memplan.errors import MachineError
 from memplan.machine import CONTEXT_BYTES, describe, detect, parse_bytes, parse_nvme
+from tests.synthetic_profiles import machine_of
 
 GIB = 1 << 30
 CPU = machine_of(20 * GIB, 2 * GIB)

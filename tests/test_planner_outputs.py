@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_profiles import RATES, machine_of, transformer
 
 from memplan import doctor
 from memplan.audit import audit
@@ -16,6 +15,7 @@ from memplan.machine import parse_bytes
 from memplan.search import plan
 from memplan.units import units_of
 from offload.plan import Placement, Precision, Tier
+from tests.synthetic_profiles import RATES, machine_of, transformer
 
 PROFILE = transformer(4, precision="bf16")
 BASE = plan(PROFILE, machine_of(1 << 30, 1 << 30, device="cuda"), RATES, batch_size=8)

@@ -2,11 +2,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from synthetic_profiles import machine_of
 
 from memplan.errors import MachineError
 from memplan.rates import REFERENCE, measure_rates, rates_of
 from offload.plan import Precision
+from tests.synthetic_profiles import machine_of
 
 
 @pytest.mark.parametrize("precision", Precision)

@@ -5,18 +5,18 @@ from dataclasses import replace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from synthetic_profiles import RATES, cases, machine_of, transformer
 
 from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
 from memplan.errors import NothingFits, PlanningError
 from memplan.machine import parse_bytes
-from memplan.memory import Counts, gpu_upper_bytes
+from memplan.memory import Counts
 from memplan.search import _problem, plan
 from memplan.timing import lanes, step_seconds
 from memplan.units import units_of
 from offload.plan import Buckets, Placement, Plan, Precision, Tier
 from offload.residency import footprint
+from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=60)
 
@@ -144,7 +144,7 @@ def test_with_equal_units_no_placement_of_any_kind_is_faster(elements, precision
                 continue
             placements = [Placement(name, *tiers) for name, tiers in zip(names, combination, strict=True)]
             bytes_ = footprint(problem.shapes, placements, search.buckets, problem.precision)
-            upper = gpu_upper_bytes(bytes_.gpu_bytes, search.activations, "cuda")
+            upper = bytes_.gpu_bytes + search.activations.upper_bytes
             if upper > machine.gpu_bytes or bytes_.host_bytes > machine.host_bytes:
                 continue
             if bytes_.nvme_bytes > machine.nvme_bytes:

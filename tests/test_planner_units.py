@@ -1,7 +1,6 @@
-from synthetic_profiles import layer, parameter, profile_of, transformer
-
 from memplan.units import owner, unit_paths, units_of
 from offload.residency import aligned
+from tests.synthetic_profiles import layer, parameter, profile_of, transformer
 
 
 def names(profile):
