@@ -33,7 +33,7 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
     table = _table(f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}")
     table.add_column("layer", no_wrap=True)
     table.add_column("type", no_wrap=True)
-    for name in ("params", "forward", "backward", "saved"):
+    for name in ("params", "fwd FLOP", "bwd FLOP", "saved"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(profile.layers):
         layer = row.layer
@@ -41,11 +41,16 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
             "  " * row.depth + row.name,
             layer.type + (f" x {row.count}" if row.count > 1 else ""),
             format_count(layer.parameters * row.count) if layer.parameters else "",
-            format_flops(layer.forward_flops * row.count) if layer.forward_flops else "",
-            format_flops(layer.backward_flops * row.count) if layer.backward_flops else "",
+            _flops(layer.forward_flops * row.count),
+            _flops(layer.backward_flops * row.count),
             format_bytes(layer.activation_bytes * row.count) if layer.activation_bytes else "",
         )
     return Group(table, _totals(profile), *_remarks(profile))
+
+
+def _flops(count: int) -> str:
+    """``10.2 G``: the column's head has the unit."""
+    return format_flops(count).removesuffix("FLOP").rstrip() if count else ""
 
 
 def _table(title: str | None = None, *, header: bool = True) -> Table:

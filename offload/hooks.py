@@ -21,6 +21,10 @@ from offload.unit import Unit
 from offload.weights import WeightReference
 
 
+KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
+"""What transformers' blocks call the cache among their keyword arguments."""
+
+
 class Listener(Protocol):
     """Who is told of a unit's uses."""
 
@@ -58,8 +62,17 @@ def attach(units: list[Unit], recompute: tuple[str, ...], root: nn.Module, liste
     """Watch the uses of every unit but the root, and recompute the modules of these paths; undone by the handles."""
     handles = [handle for unit in units if unit.name for handle in _watch(unit, listener)]
     for path in recompute:
-        checkpoint(root.get_submodule(path))
+        module = root.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(_without_cache, with_kwargs=True))
+        checkpoint(module)
     return handles
+
+
+def _without_cache(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block that runs twice would append to its key-value cache twice; training needs none."""
+    return args, {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
 
 
 def saved_tensors(listener: Listener) -> AbstractContextManager[Any]:

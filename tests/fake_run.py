@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.plan import Alternative, Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+from tui.view import RunView, fold
 
 MIB = 1 << 20
 START = 1_760_000_000.0
@@ -141,3 +142,11 @@ def write_run(run_dir: Path, events: list[dict[str, Any]]) -> None:
     make_plan().save(run_dir / "plan.json")
     with (run_dir / "events.jsonl").open("a") as file:
         file.writelines(json.dumps(event) + "\n" for event in events)
+
+
+def folded(events: list[dict[str, Any]]) -> RunView:
+    """The view after all events."""
+    view = RunView()
+    for event in events:
+        view = fold(view, event)
+    return view

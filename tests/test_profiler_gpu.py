@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
+from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 from torch import nn
 
 from profiler import profile_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
+from tests.profiler_models import GPT, VOCABULARY, conv_net, llama, mean_square, mlp, next_token_loss, tokens
 from torch import nn
 
 from profiler import ModelProfile, ProfilerError, SourceError, profile_model

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from profiler_models import GPT, conv_net, llama, mean_square, mlp, next_token_loss, really_allocated, tokens
+from tests.profiler_models import GPT, conv_net, llama, mean_square, mlp, next_token_loss, really_allocated, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from fake_run import make_events, make_plan, run_event, step_event, write_run
+from tests.fake_run import make_events, make_plan, run_event, step_event, write_run
 
 from memplan.report import write_report
 from tui import RunError

@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from fake_run import make_events, write_run
+from tests.fake_run import make_events, write_run
 
 from tui import Dashboard, RunError, watch
 from tui.widgets import Panel

@@ -3,10 +3,13 @@
 import math
 
 import pytest
-from fake_run import make_events, make_plan, run_event, step_event
+<<<<<<< HEAD
+from tests.fake_run import folded, make_events, make_plan, run_event, step_event
+=======
+from tests.fake_run import folded, make_events, make_plan, run_event, step_event
+>>>>>>> tui
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tui_view import folded
 
 from tui import draw
 from tui.format import bytes_of, bytes_text, clock_text, count_text, number_text, seconds_text
@@ -80,9 +83,10 @@ def test_memory_says_actual_budget_and_prediction():
     assert "118 MiB of 512 MiB, predicted 118 MiB" in picture
 
 
-def test_a_tier_over_its_budget_is_drawn_in_the_colour_of_danger():
+def test_a_tier_over_its_budget_says_so_in_the_colour_of_danger():
     step = {**step_event(1, 0.0), "peak_bytes": {"gpu": 2**40}}
     picture = draw.memory(folded([run_event(make_plan(), 9), step]), 60)
+    assert "peak 1.0 TiB, over the budget of 96.0 MiB" in picture.plain
     assert any("$danger" in str(span.style) for span in picture.spans)
 
 

@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 
-from fake_run import make_events
+from tests.fake_run import make_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_run import make_events, make_plan, run_event, step_event
+from tests.fake_run import make_events, make_plan, run_event, step_event
 
 pytestmark = [
     pytest.mark.terminal,

@@ -4,18 +4,15 @@ import math
 from statistics import fmean
 
 import pytest
-from fake_run import MIB, START, make_events, make_plan, run_event, step_event
+<<<<<<< HEAD
+from tests.fake_run import MIB, START, folded, make_events, make_plan, run_event, step_event
+=======
+from tests.fake_run import MIB, START, folded, make_events, make_plan, run_event, step_event
+>>>>>>> tui
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tui.view import CURVE_POINTS, HISTORY, NOTES, Curve, RunView, fold
-
-
-def folded(events):
-    view = RunView()
-    for event in events:
-        view = fold(view, event)
-    return view
 
 
 def test_the_view_says_what_the_run_event_said():

@@ -5,6 +5,7 @@ Colours are named, not given: ``$gpu``, ``$host``, ``$nvme`` and the rest are va
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from textual.content import Content
 
@@ -78,33 +79,61 @@ def progress(view: RunView, width: int) -> Content:
     ).truncate(width)
 
 
+@dataclass(frozen=True)
+class _Held:
+    """One tier's memory in bytes."""
+
+    tier: str
+    now: float | None
+    peak: float | None
+    predicted: float | None
+    budget: float | None
+
+    @property
+    def over(self) -> bool:
+        return self.budget is not None and self.peak is not None and self.peak > self.budget
+
+    def sentences(self) -> tuple[str, ...]:
+        """The same figures in fewer and fewer characters."""
+        if self.over:
+            long = f"peak {bytes_text(self.peak)}, over the budget of {bytes_text(self.budget)}"
+            return (long, long, long, f"peak {bytes_text(self.peak)} over {bytes_text(self.budget)}", "over budget")
+        now, peak, predicted = bytes_text(self.now), bytes_text(self.peak), bytes_text(self.predicted)
+        return (
+            f"{now} of {bytes_text(self.budget)}   peak {peak}   predicted {predicted}",
+            f"{now} of {bytes_text(self.budget)}, predicted {predicted}",
+            f"{bytes_of(self.now, self.budget)}, pred. {predicted}",
+            bytes_of(self.now, self.budget),
+            now,
+        )
+
+
 def memory(view: RunView, width: int) -> Content:
     """Two lines a tier: a bar against the budget, and the same in numbers."""
-    run, record = view.run, view.steps[-1] if view.steps else None
-    rows: list[Content] = []
-    for tier in TIERS:
-        now = record.memory_bytes.get(tier) if record else None
-        peak = record.peak_bytes.get(tier) if record else None
-        budget = run.budget_bytes.get(tier) if run else None
-        predicted = run.predicted_bytes.get(tier) if run else None
-        over = budget is not None and peak is not None and peak > budget
-        share = f" {now / budget:4.0%}" if now is not None and budget else ""
-        bar = memory_bar(tier, now, peak, predicted, budget, width - 6 - len(share))
-        rows.append(Content.assemble((f"{tier:<6}", f"bold ${tier}"), bar, (share, "$danger" if over else "")))
-        if not any((now, peak, predicted)):
-            rows.append(Content.styled(" " * 6 + ("not used" if record else UNKNOWN), "$text-muted"))
-            continue
-        actual = f"{bytes_text(now)} of {bytes_text(budget)}"
-        text = fit(
-            width - 6,
-            f"{actual}   peak {bytes_text(peak)}   predicted {bytes_text(predicted)}",
-            f"{actual}, peak {bytes_text(peak)}, predicted {bytes_text(predicted)}",
-            f"{actual}, predicted {bytes_text(predicted)}",
-            f"{bytes_of(now, budget)}, pred. {bytes_text(predicted)}",
-            bytes_of(now, budget),
-            bytes_text(now),
+    run, last = view.run, view.steps[-1] if view.steps else None
+    tiers = [
+        _Held(
+            tier,
+            last.memory_bytes.get(tier) if last else None,
+            last.peak_bytes.get(tier) if last else None,
+            run.predicted_bytes.get(tier) if run else None,
+            run.budget_bytes.get(tier) if run else None,
         )
-        rows.append(Content.assemble(" " * 6, (text, "$danger" if over else "")))
+        for tier in TIERS
+    ]
+    used = [t for t in tiers if t.now or t.peak or t.predicted]
+    # All tiers speak in the same form: the longest that fits for each of them.
+    forms = list(zip(*(t.sentences() for t in used), strict=True))
+    form = next((form for form in forms if max(map(len, form)) <= width - 6), forms[-1] if forms else ())
+    texts = dict(zip(used, form, strict=True))
+    rows: list[Content] = []
+    for t in tiers:
+        share = f" {t.now / t.budget:4.0%}" if t.now is not None and t.budget else ""
+        alarm = "$danger" if t.over else ""
+        bar = memory_bar(t.tier, t.now, t.peak, t.predicted, t.budget, width - 6 - len(share))
+        rows.append(Content.assemble((f"{t.tier:<6}", f"bold ${t.tier}"), bar, (share, alarm)))
+        quiet = "not used" if last else UNKNOWN
+        rows.append(Content.assemble(" " * 6, (texts[t], alarm) if t in texts else (quiet, "$text-muted")))
     return lines(rows)
 
 
