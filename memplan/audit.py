@@ -83,8 +83,9 @@ def _host_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int
         if p.optimizer is Tier.NVME:
             brought.append(chunk * rest)
         if p.parameters is Tier.NVME:
-            brought.append(chunk * weight if trained else 0)
-            largest_read = max(largest_read, _pages(min(shape.elements, plan.buckets.update_elements) * weight))
+            read = min(shape.elements, plan.buckets.update_elements) * weight
+            brought.append(read if trained else 0)
+            largest_read = max(largest_read, _pages(read))
         largest_update = max(largest_update, sum(map(_pages, brought)))
     return total + 3 * largest_update + 3 * largest_read
 

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from memplan.memory import (
+    Activations,
     ChainTables,
     Counts,
     Sharding,
-    activation_bytes,
+    activations_of,
     chain_order,
     executed_flops,
-    gpu_upper_bytes,
 )
 from memplan.rates import Rates
 from memplan.timing import Work, lanes, step_seconds
@@ -70,10 +70,9 @@ class Problem:
         """The same with another budget in one tier."""
         return replace(self, budget=replace(self.budget, **{f"{tier.value}_bytes": size}))
 
-    def activations(self, family: Family) -> int | None:
+    def activations(self, family: Family) -> Activations | None:
         """Bytes beside the model's state; ``None`` where this recompute was not profiled."""
-        points = self.profile.activations
-        return activation_bytes(points, family.micro_batch_size, family.recompute, self.device)
+        return activations_of(self.profile, family.micro_batch_size, family.recompute, self.device)
 
     def families(self) -> Iterator[Family]:
         """All of them."""
@@ -171,11 +170,11 @@ class FamilySearch:
     def __init__(self, problem: Problem, family: Family, buckets: Buckets) -> None:
         self.problem, self.family, self.buckets = problem, family, buckets
         self.sharding = Sharding(family.zero_stage, problem.gpus)
-        self.tables = ChainTables(
-            chain_of(problem.shapes), buckets, problem.precision, self.sharding, problem.profile.buffer_bytes
-        )
+        self.tables = ChainTables(chain_of(problem.shapes), buckets, problem.precision, self.sharding)
         self.work = problem.work(family)
-        self.activations = problem.activations(family)
+        activations = problem.activations(family)
+        assert activations is not None  # families are made from what was profiled
+        self.activations = activations
         # The ranks share what the host and the disk have.
         self.host_budget = problem.budget.host_bytes // problem.gpus
         self.nvme_budget = problem.budget.nvme_bytes // problem.gpus
@@ -222,10 +221,13 @@ class FamilySearch:
             for i in np.argsort(excess)
         )
 
+    def gpu_peak_bytes(self, counts: Counts) -> int:
+        """The peak to expect on one GPU."""
+        return int(self.tables.gpu_bytes(counts)) + self.activations.peak_bytes
+
     def gpu_upper_bytes(self, counts: Counts) -> int:
-        """The largest peak to expect on one GPU."""
-        assert self.activations is not None
-        return int(gpu_upper_bytes(self.tables.gpu_bytes(counts), self.activations, self.problem.device))
+        """The largest peak to expect on one GPU: what decides whether a candidate fits."""
+        return int(self.tables.gpu_bytes(counts)) + self.activations.upper_bytes
 
     def _pairs(self) -> tuple[Counts, np.ndarray, np.ndarray] | None:
         """Every (gradients, parameters) pair with the least state off the GPU that makes it fit there.
@@ -233,12 +235,10 @@ class FamilySearch:
         With it come the host bytes that must go to NVMe (none where that is not positive), and seconds that no
         candidate of the pair can go below.
         """
-        if self.activations is None:
-            return None
         t, n = self.tables, self.tables.units
         gradients, parameters = (grid.ravel() for grid in np.mgrid[0 : n + 1, 0 : n + 1])
         resident = t.gpu_bytes(Counts(0, gradients, parameters))
-        over = gpu_upper_bytes(resident, self.activations, self.problem.device) - self.problem.budget.gpu_bytes
+        over = resident + self.activations.upper_bytes - self.problem.budget.gpu_bytes
         freed = t.state_elements * state_bytes(t.precision)
         state = np.maximum(np.searchsorted(freed, over), np.maximum(gradients, parameters))
         kept = state <= n

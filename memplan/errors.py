@@ -17,7 +17,7 @@ class NothingFits(PlanningError):  # noqa: N818 - it reads as the sentence it is
     """Every candidate needs more memory than the machine has.
 
     ``tier`` (gpu, host or nvme) is the one that is short of the least, ``short_bytes`` by how much, and ``changes`` are
-    the smallest single changes that would do, as command-line options, the smallest first.
+    changes of which each would do, as command-line options, the smallest of one tier first.
     """
 
     def __init__(self, message: str, tier: str, short_bytes: int, changes: tuple[str, ...]) -> None:

@@ -84,11 +84,12 @@ def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:
     again = problem.activations(replace(best.family, recompute=True))
     if kept is None or again is None:
         return []
+    full, less = format_bytes(kept.peak_bytes), format_bytes(again.peak_bytes)
     if best.family.recompute:
-        return [f"Blocks are recomputed in backward: activations take {format_bytes(again)}, not {format_bytes(kept)}."]
+        return [f"Blocks are recomputed in backward: activations take {less}, not {full}."]
     return [
-        f"Nothing is recomputed: activations take {format_bytes(kept)} where recompute would leave "
-        f"{format_bytes(again)}, at the price of another forward pass."
+        f"Nothing is recomputed: activations take {full} where recompute would leave {less}, "
+        "at the price of another forward pass."
     ]
 
 
@@ -146,7 +147,7 @@ def _resident(problem: Problem, best: Candidate) -> Alternative:
     return Alternative(
         description=f"{_family_text(problem, best.family)}; everything on gpu",
         step_seconds=float(search.seconds(RESIDENT)),
-        gpu_peak_bytes=int(search.tables.gpu_bytes(RESIDENT)) + (search.activations or 0),
+        gpu_peak_bytes=search.gpu_peak_bytes(RESIDENT),
         host_bytes=0,
         nvme_bytes=0,
         why_not=f"does not fit: short {format_bytes(short)} in the gpu tier",
@@ -165,7 +166,7 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
     return Alternative(
         description=describe_candidate(problem, candidate),
         step_seconds=candidate.seconds,
-        gpu_peak_bytes=int(search.tables.gpu_bytes(candidate.counts)) + (search.activations or 0),
+        gpu_peak_bytes=search.gpu_peak_bytes(candidate.counts),
         host_bytes=int(search.tables.host_bytes(candidate.counts)) * problem.gpus,
         nvme_bytes=int(search.tables.nvme_bytes(candidate.counts)) * problem.gpus,
         why_not=why_not,
@@ -186,7 +187,7 @@ def _misfit(problem: Problem, family: Family, best: Candidate) -> Alternative:
     return Alternative(
         description=f"{_family_text(problem, family)}; {_counts_text(problem, counts)}",
         step_seconds=float(np.asarray(search.seconds(counts))),
-        gpu_peak_bytes=int(search.tables.gpu_bytes(counts)) + (search.activations or 0),
+        gpu_peak_bytes=search.gpu_peak_bytes(counts),
         host_bytes=int(search.tables.host_bytes(counts)) * problem.gpus,
         nvme_bytes=0,
         why_not=why_not,

@@ -14,7 +14,7 @@ import numpy as np
 
 from offload.plan import Buckets, Placement, Precision, Tier
 from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
-from profiler.profile import ActivationPoint
+from profiler.profile import ActivationPoint, ModelProfile
 
 Ints = Any
 """An int, or an integer array: the tables take both."""
@@ -22,7 +22,7 @@ Ints = Any
 ACTIVATION_MARGIN = 1.08
 """Upper bound of the activations over their estimate: the replayed allocator and a real one differ by a few percent."""
 FIXED_MARGIN_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-"""Library workspaces that no trace sees: 32 MiB a cuBLAS handle and stream on Hopper, two streams; little on a CPU."""
+"""What no trace sees: kernels' scratch memory, and segments that the allocator splits otherwise; little on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +89,31 @@ def placements_of(shapes: Sequence[UnitShape], order: Sequence[int], counts: Cou
     )
 
 
-def activation_bytes(points: Sequence[ActivationPoint], batch_size: int, recompute: bool, device: str) -> int | None:
-    """Peak bytes beside the model's own state at a batch size; ``None`` where this recompute was not profiled.
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch beside the model's own state."""
 
-    On CUDA these are reserved bytes, on the CPU allocated ones. Between two profiled batch sizes the line through them
-    counts, and beyond them its extension. A single point is an upper bound for smaller batches, and proportional for
-    larger ones.
+    peak_bytes: int
+    """What tensors hold at the peak: the estimate."""
+    upper_bytes: int
+    """The most to expect of the device's memory, what the allocator keeps for itself and a margin included."""
+
+
+def activations_of(profile: ModelProfile, batch_size: int, recompute: bool, device: str) -> Activations | None:
+    """The activations at a batch size; ``None`` where this recompute was not profiled.
+
+    Between two profiled batch sizes the line through them counts, and beyond them its extension. A single point is an
+    upper bound for smaller batches, and proportional for larger ones.
     """
-    return _at_batch(
-        [(p.batch_size, p.reserved_bytes if device == "cuda" else p.allocated_bytes) for p in _of(points, recompute)],
-        batch_size,
-    )
+    points = _of(profile.activations, recompute)
+    # The allocator that keeps memory back, and the libraries' workspaces, are CUDA's.
+    spared = profile.workspace_bytes if device == "cpu" else 0
+    allocated = _at_batch([(p.batch_size, max(0, p.allocated_bytes - spared)) for p in points], batch_size)
+    reserved = _at_batch([(p.batch_size, p.reserved_bytes) for p in points], batch_size)
+    if allocated is None or reserved is None:
+        return None
+    most = allocated if device == "cpu" else max(allocated, reserved)
+    return Activations(allocated, int(most * ACTIVATION_MARGIN) + FIXED_MARGIN_BYTES[device])
 
 
 def executed_flops(points: Sequence[ActivationPoint], batch_size: int, recompute: bool) -> int:
@@ -127,11 +141,6 @@ def _at_batch(known: Sequence[tuple[int, int]], batch_size: int) -> int | None:
     return max(0, v0 + -(-slope * (batch_size - b0) // (b1 - b0)))
 
 
-def gpu_upper_bytes(state: Ints, activations: int, device: str) -> Ints:
-    """The largest peak that is to be expected: what decides whether a plan fits."""
-    return state + int(activations * ACTIVATION_MARGIN) + FIXED_MARGIN_BYTES[device]
-
-
 class ChainTables:
     """Bytes of one rank for every candidate of a chain; with one GPU equal to ``footprint``, to the byte."""
 
@@ -141,9 +150,8 @@ class ChainTables:
         buckets: Buckets,
         precision: Precision,
         sharding: Sharding,
-        buffer_bytes: int = 0,
     ) -> None:
-        """``shapes`` in the order of the chain; ``buffer_bytes`` of the module's buffers stay on the GPU."""
+        """``shapes`` in the order of the chain."""
         self.units = len(shapes)
         self.precision = precision
         self.sharding = sharding
@@ -162,11 +170,20 @@ class ChainTables:
         self.host_state = _prefix([aligned(n * s8, BLOCK_BYTES) for n in state])
         self.nvme_state = _prefix([_extent_bytes(n, s8, buckets) for n in state])
         self.nvme_parameters = _prefix([_extent_bytes(n, w, buckets) for n in held])
-        self._fixed = buffer_bytes + max((s.largest_elements for s in shapes), default=0) * w
+        self._fixed = max((s.largest_elements for s in shapes), default=0) * w
         if sharding.gpus > 1:
             self._fixed += self._gathering(shapes, buckets) * w
-        self._update_spans = _range_maximum([min(n, buckets.update_elements) for n in state])
-        self._weight_spans = np.maximum.accumulate([0, *(min(n, buckets.update_elements) for n in held)])
+        # What a chunk of a unit brings through the staging ring, by what of it is on NVMe; late gradients add theirs.
+        spans = [min(n, buckets.update_elements) for n in state]
+        weight = [aligned(min(n, buckets.update_elements) * w, BLOCK_BYTES) for n in held]
+        state_chunk = [aligned(n * s8, BLOCK_BYTES) for n in spans]
+        both = [a + b if n else 0 for a, b, n in zip(state_chunk, weight, spans, strict=True)]
+        late = [aligned(n * w, BLOCK_BYTES) for n in spans]
+        self._staged = [
+            (_range_maximum(chunk), _range_maximum([a + b for a, b in zip(chunk, late, strict=True)]))
+            for chunk in (both, state_chunk, [0] * len(shapes))
+        ]
+        self._weights_staged = np.maximum.accumulate([0, *weight])
 
     def _gathering(self, shapes: Sequence[UnitShape], buckets: Buckets) -> int:
         """Elements that several ranks need beside their shards: the reduce bucket and, in stage 3, whole units."""
@@ -217,29 +234,18 @@ class ChainTables:
 
     def staging_bytes(self, c: Counts) -> Ints:
         """The rings through which chunks of state and weights pass, as ``offload.residency.staging_bytes``."""
-        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
         update: Ints = 0
         # In the chain, the units that bring the same things with a chunk lie side by side.
         edges = (0, c.nvme_parameters, c.nvme_state, c.state)
-        for i, sizes in enumerate(((w, s8), (s8,), ())):
-            begin, end = edges[i], edges[i + 1]
-            inner = self._span(begin, np.minimum(end, c.gradients))
-            outer = self._span(np.maximum(begin, c.gradients), end)
-            update = np.maximum(update, sum(_blocks(inner * size) for size in sizes))
-            update = np.maximum(update, sum(_blocks(outer * size) for size in (*sizes, w)))
-        return UPDATE_RING * (update + _blocks(self._weight_spans[c.nvme_parameters] * w))
-
-    def _span(self, begin: Ints, end: Ints) -> Ints:
-        return self._update_spans[begin, end]
+        for begin, end, (gathered, late) in zip(edges[:-1], edges[1:], self._staged, strict=True):
+            update = np.maximum(update, gathered[begin, np.minimum(end, c.gradients)])
+            update = np.maximum(update, late[np.maximum(begin, c.gradients), end])
+        return UPDATE_RING * (update + self._weights_staged[c.nvme_parameters])
 
 
 def _prefix(values: Sequence[int]) -> np.ndarray:
     """Sums of the first 0, 1, ... values."""
     return np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.int64)))).astype(np.int64)
-
-
-def _blocks(size: Ints) -> Ints:
-    return -(-size // BLOCK_BYTES) * BLOCK_BYTES
 
 
 def _extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
@@ -266,6 +272,6 @@ def _range_maximum(values: Sequence[int]) -> np.ndarray:
     """``table[i, j]``: the largest of ``values[i:j]``, 0 where that is empty."""
     count = len(values)
     table = np.zeros((count + 1, count + 1), dtype=np.int64)
-    for i in range(count):
-        table[i, i + 1 :] = np.maximum.accumulate(values[i:])
-    return table
+    # Row i starts at its own unit: what lies before is 0.
+    table[:, 1:] = np.triu(np.broadcast_to(np.asarray(values, dtype=np.int64), (count + 1, count)))
+    return np.maximum.accumulate(table, axis=1)

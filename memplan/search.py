@@ -27,7 +27,7 @@ def plan(
     the profile to be in. Raises PlanningError where profile and wishes contradict each other, NothingFits where no
     candidate fits.
     """
-    problem = _problem(profile, machine, rates, batch_size, precision)
+    problem = problem_of(profile, machine, rates, batch_size, precision)
     found = search(problem)
     if not found:
         raise _nothing_fits(problem, machine)
@@ -61,7 +61,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     busy = lanes(tables, counts, family.work, problem.rates)
     host = int(tables.host_bytes(counts)) * problem.gpus
     return Prediction(
-        gpu_peak_bytes=int(tables.gpu_bytes(counts)) + (family.activations or 0),
+        gpu_peak_bytes=family.gpu_peak_bytes(counts),
         host_bytes=host,
         pinned_bytes=host if problem.device == "cuda" else 0,
         nvme_bytes=int(tables.nvme_bytes(counts)) * problem.gpus,
@@ -71,9 +71,10 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     )
 
 
-def _problem(
+def problem_of(
     profile: ModelProfile, machine: Machine, rates: Rates, batch_size: int, precision: Precision | None
 ) -> Problem:
+    """What is to be searched; raises PlanningError where profile and wishes contradict each other."""
     profiled = Precision(profile.precision)
     if precision is not None and precision is not profiled:
         raise PlanningError(
@@ -104,26 +105,34 @@ def _problem(
 
 def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
     """What is short, and what would do."""
-    needs = sorted(
-        (need - getattr(problem.budget, f"{tier.value}_bytes"), list(Tier).index(tier), tier, need)
-        for tier in Tier
-        if (need := smallest_budget(problem, tier, machine.context_bytes if tier is Tier.GPU else 0)) is not None
-    )
-    changes = tuple(
-        OPTIONS[tier].format(_size_text(need + (machine.context_bytes if tier is Tier.GPU else 0)))
-        for _, _, tier, need in needs
-    )
-    short, _, tier, _ = needs[0]
-    levers = ["everything offloaded"]
+    context = {Tier.GPU: machine.context_bytes}
+
+    def need_of(of: Problem, tier: Tier) -> int | None:
+        return smallest_budget(of, tier, context.get(tier, 0))
+
+    def option(tier: Tier, need: int) -> str:
+        return OPTIONS[tier].format(_size_text(need + context.get(tier, 0)))
+
+    needs = {tier: need for tier in Tier if (need := need_of(problem, tier)) is not None}
+    short = {tier: need - getattr(problem.budget, f"{tier.value}_bytes") for tier, need in needs.items()}
+    tiers = sorted(needs, key=lambda tier: short[tier])
+    changes = [option(tier, needs[tier]) for tier in tiers]
+    if tiers == [Tier.GPU]:
+        # No other tier helps alone, but a larger host tier may make a smaller GPU do.
+        gpu = need_of(problem.with_budget(Tier.HOST, 1 << 60), Tier.GPU)
+        if gpu is not None and gpu < needs[Tier.GPU]:
+            host = need_of(problem.with_budget(Tier.GPU, gpu), Tier.HOST)
+            if host is not None:
+                changes.append(f"{option(Tier.GPU, gpu)} {option(Tier.HOST, host)}")
+    levers = "everything offloaded that has room elsewhere"
     if any(p.recompute for p in problem.profile.activations):
-        levers.append("recompute")
-    others = f" (or {' or '.join(changes[1:])})" if len(changes) > 1 else ""
+        levers += ", recompute"
     return NothingFits(
-        f"Nothing fits: the {tier.value} tier is short {format_bytes(short)} even with {', '.join(levers)} and "
-        f"micro-batch 1; smallest change: {changes[0]}{others}",
-        tier.value,
-        short,
-        changes,
+        f"Nothing fits: the {tiers[0].value} tier is short {format_bytes(short[tiers[0]])} even with {levers} and "
+        f"micro-batch 1; smallest change: {' or '.join(changes)}",
+        tiers[0].value,
+        short[tiers[0]],
+        tuple(changes),
     )
 
 

@@ -102,6 +102,8 @@ class ModelProfile:
     """Paths of the repeated blocks (the layers of a transformer), in forward order."""
     uncounted_ops: dict[str, int] = field(default_factory=dict)
     """Operations without a FLOP formula, with their number of calls in one step."""
+    workspace_bytes: int = 0
+    """Of the peaks and the activations, what CUDA's libraries keep for themselves: not there where the CPU computes."""
     assumptions: tuple[str, ...] = ()
     """What was assumed where a value depends on data, one sentence each."""
 
@@ -183,5 +185,6 @@ class ModelProfile:
             activations=tuple(ActivationPoint(**point) for point in data["activations"]),
             blocks=tuple(data["blocks"]),
             uncounted_ops=dict(data["uncounted_ops"]),
+            workspace_bytes=data["workspace_bytes"],
             assumptions=tuple(data["assumptions"]),
         )

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.blame import explained
 from profiler.errors import ProfilerError
-from profiler.events import BACKWARD, FORWARD, MODEL_STATE, STEP, Op
+from profiler.events import BACKWARD, FORWARD, MODEL_STATE, STEP, Alloc, Category, Op
 from profiler.layers import layer_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
@@ -115,6 +115,7 @@ def _profile(subject: _Subject, batches: Batches, batch_size: int, optimizer: st
         activations=tuple(_point(size, recompute, t, optimizer) for (size, recompute), t in traces.items()),
         blocks=subject.blocks,
         uncounted_ops=dict(uncounted.most_common()),
+        workspace_bytes=sum(e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.WORKSPACE),
         assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
 

@@ -42,7 +42,7 @@ def profile_of(
     activation: int = 10_000,
     flops: int = 3_000_000,
     recompute: bool = True,
-    buffer_bytes: int = 0,
+    workspace_bytes: int = 0,
 ) -> ModelProfile:
     """Activations of ``activation`` bytes a sample and a fixed quarter of that; recompute keeps a third."""
     points = [
@@ -63,7 +63,8 @@ def profile_of(
         batch_size=batch_size,
         layers=tuple(layers),
         parameters=tuple(parameters),
-        buffer_bytes=buffer_bytes,
+        buffer_bytes=0,
+        workspace_bytes=workspace_bytes,
         peaks=PhasePeaks(0, 0, 0, 0, 0),
         activations=tuple(points),
         blocks=tuple(blocks),
@@ -115,7 +116,7 @@ def transformers(draw: st.DrawFn, most_blocks: int = 6) -> ModelProfile:
         activation=draw(st.integers(0, 2_000_000)),
         flops=draw(st.integers(1, 10**9)),
         recompute=draw(st.booleans()),
-        buffer_bytes=draw(st.integers(0, 10_000)),
+        workspace_bytes=draw(st.integers(0, 10_000)),
     )
 
 

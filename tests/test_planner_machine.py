@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
 from memplan.errors import MachineError
-from memplan.machine import CONTEXT_BYTES, describe, detect, parse_bytes, parse_nvme
+from memplan.machine import CONTEXT_BYTES, describe, detect, nvml_handles, parse_bytes, parse_nvme
 from tests.synthetic_profiles import machine_of
 
 GIB = 1 << 30
@@ -145,3 +145,28 @@ def test_without_control_groups_there_is_no_limit(tmp_path):
     assert memory_limit(tmp_path, tmp_path / "none") is None
     assert memory_headroom(tmp_path, tmp_path / "none") is None
     assert cpu_quota(tmp_path, tmp_path / "none") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_offers_what_is_free_less_the_context():
+    machine = detect()
+    total = torch.cuda.get_device_properties(0).total_memory
+    assert machine.device == "cuda"
+    assert machine.gpus == torch.cuda.device_count()
+    assert 0 < machine.gpu_bytes <= total - CONTEXT_BYTES
+    assert machine.gpu_name
+    assert 0 < machine.host_bytes < psutil.virtual_memory().total
+
+
+def test_only_visible_gpus_are_asked(monkeypatch):
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 3)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
+    for visible, handles in ((None, [0, 1, 2]), ("2,0", [2, 0]), ("GPU-ab, 1", ["GPU-ab", 1]), ("", []), ("-1", [])):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert nvml_handles() == handles

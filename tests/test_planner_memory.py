@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.memory import ChainTables, Counts, Sharding, activation_bytes, chain_order, placements_of
+from memplan.memory import ChainTables, Counts, Sharding, activations_of, chain_order, placements_of
 from offload.plan import Buckets, Precision
 from offload.residency import UnitShape, footprint
 from profiler.profile import ActivationPoint
+from tests.synthetic_profiles import transformer
 
 sizes = st.lists(st.integers(1, 200_000), max_size=3)
 shape_lists = st.lists(st.tuples(sizes, sizes), min_size=1, max_size=5).map(
@@ -35,9 +38,9 @@ def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, precisi
     shapes, counts = chain
     buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements)
     order = chain_order(shapes)
-    tables = ChainTables([shapes[i] for i in order], buckets, precision, Sharding(0, 1), buffer_bytes=77)
+    tables = ChainTables([shapes[i] for i in order], buckets, precision, Sharding(0, 1))
     expected = footprint(shapes, placements_of(shapes, order, counts), buckets, precision)
-    assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes + 77
+    assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes
     assert int(tables.host_bytes(counts)) == expected.host_bytes
     assert int(tables.nvme_bytes(counts)) == expected.nvme_bytes
 
@@ -63,20 +66,37 @@ def test_the_root_leaves_the_gpu_last_and_equal_blocks_first():
     assert [shapes[i].name for i in chain_order(shapes)] == ["b0", "b1", "b2", "embed", ""]
 
 
-def points(*known: tuple[int, int]) -> list[ActivationPoint]:
-    return [ActivationPoint(batch, False, value, 2 * value, 1) for batch, value in known]
+def profile_with(*known: tuple[int, int], workspace_bytes: int = 0):
+    profile = transformer(2, workspace_bytes=workspace_bytes)
+    return replace(
+        profile, activations=tuple(ActivationPoint(batch, False, value, 2 * value, 1) for batch, value in known)
+    )
+
+
+def peaks(profile, *batches: int, device: str = "cpu") -> list[int]:
+    return [activations_of(profile, batch, False, device).peak_bytes for batch in batches]
 
 
 def test_activations_lie_on_the_line_through_the_profiled_batches():
-    known = points((1, 100), (5, 300))
-    assert [activation_bytes(known, b, False, "cpu") for b in (1, 3, 5, 9)] == [100, 200, 300, 500]
-    assert activation_bytes(known, 3, False, "cuda") == 400
+    assert peaks(profile_with((1, 100), (5, 300)), 1, 3, 5, 9) == [100, 200, 300, 500]
 
 
 def test_one_point_bounds_smaller_batches_and_scales_to_larger_ones():
-    known = points((4, 100))
-    assert [activation_bytes(known, b, False, "cpu") for b in (1, 4, 8)] == [100, 100, 200]
+    assert peaks(profile_with((4, 100)), 1, 4, 8) == [100, 100, 200]
+
+
+def test_what_fits_is_decided_by_reserved_bytes_on_cuda_and_by_allocated_ones_on_the_cpu():
+    profile = profile_with((4, 1 << 30))
+    on_cuda, on_cpu = (activations_of(profile, 4, False, device) for device in ("cuda", "cpu"))
+    assert on_cuda.upper_bytes > 2 << 30
+    assert 1 << 30 < on_cpu.upper_bytes < 2 << 30
+
+
+def test_the_workspaces_of_cuda_are_not_expected_on_the_cpu():
+    profile = profile_with((4, 100), workspace_bytes=30)
+    assert peaks(profile, 4) == [70]
+    assert peaks(profile, 4, device="cuda") == [100]
 
 
 def test_recompute_that_was_not_profiled_has_no_activations():
-    assert activation_bytes(points((4, 100)), 4, True, "cpu") is None
+    assert activations_of(profile_with((4, 100)), 4, True, "cpu") is None

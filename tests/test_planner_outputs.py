@@ -2,6 +2,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -147,3 +148,21 @@ def test_the_doctor_sees_more_threads_than_cores(monkeypatch, tmp_path):
     monkeypatch.setattr("torch.get_num_threads", lambda: 8)
     check = next(c for c in doctor.checks(tmp_path) if c.name == "Cores")
     assert (check.status, check.remedy) == ("warn", "export OMP_NUM_THREADS=1")
+
+
+def test_the_doctor_sees_a_busy_gpu_behind_a_narrow_link(monkeypatch, tmp_path):
+    answers = {
+        "nvmlSystemGetCudaDriverVersion": 13000,
+        "nvmlDeviceGetName": "a card",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=8 << 30, free=16 << 30, total=24 << 30),
+        "nvmlDeviceGetCurrPcieLinkWidth": 4,
+        "nvmlDeviceGetMaxPcieLinkWidth": 16,
+    }
+    monkeypatch.setattr(doctor, "nvml_handles", lambda: ["handle"])
+    for name, answer in answers.items():
+        monkeypatch.setattr(f"pynvml.{name}", lambda *_, answer=answer: answer)
+    found = {c.name: c for c in doctor.checks(tmp_path)}
+    assert found["GPU 0 memory"].status == "warn"
+    assert found["GPU 0 memory"].remedy.startswith("nvidia-smi")
+    assert found["GPU 0 link"].detail == "PCIe x4, the card can do x16"
+    assert "13.0" in found["CUDA driver"].detail

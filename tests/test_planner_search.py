@@ -1,6 +1,7 @@
 import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,8 +11,8 @@ from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
 from memplan.errors import NothingFits, PlanningError
 from memplan.machine import parse_bytes
-from memplan.memory import Counts, gpu_upper_bytes
-from memplan.search import _problem, plan
+from memplan.memory import Counts
+from memplan.search import plan, problem_of
 from memplan.timing import lanes, step_seconds
 from memplan.units import units_of
 from offload.plan import Buckets, Placement, Plan, Precision, Tier
@@ -33,7 +34,7 @@ def every_count(units: int):
 
 def brute_force(profile, machine, batch_size):
     """The best seconds of every count of every family, priced one by one."""
-    problem = _problem(profile, machine, RATES, batch_size, None)
+    problem = problem_of(profile, machine, RATES, batch_size, None)
     for size in update_sizes(problem):
         best = None
         for family, depth in itertools.product(problem.families(), PREFETCH_DEPTHS):
@@ -132,7 +133,7 @@ def test_with_equal_units_no_placement_of_any_kind_is_faster(elements, precision
     )
     total = 3 * elements * (14 if precision == "bf16" else 16)
     machine = machine_of(int(gpu * total) + (64 << 20), int(host * total), total * 3 if disk else 0, device="cuda")
-    problem = _problem(profile, machine, RATES, 2, None)
+    problem = problem_of(profile, machine, RATES, 2, None)
     size = next(update_sizes(problem))
     best = None
     for family in problem.families():
@@ -144,7 +145,7 @@ def test_with_equal_units_no_placement_of_any_kind_is_faster(elements, precision
                 continue
             placements = [Placement(name, *tiers) for name, tiers in zip(names, combination, strict=True)]
             bytes_ = footprint(problem.shapes, placements, search.buckets, problem.precision)
-            upper = gpu_upper_bytes(bytes_.gpu_bytes, search.activations, "cuda")
+            upper = bytes_.gpu_bytes + search.activations.upper_bytes
             if upper > machine.gpu_bytes or bytes_.host_bytes > machine.host_bytes:
                 continue
             if bytes_.nvme_bytes > machine.nvme_bytes:
@@ -188,12 +189,12 @@ def test_the_smallest_change_that_is_named_makes_it_fit(case, batch_size):
         assume(False)
     assert short.short_bytes > 0
     for change in short.changes:
-        option, _, size = change.partition(" ")
-        tier = {"--gpu-memory": "gpu", "--host-memory": "host", "--nvme": "nvme"}[option]
-        wanted = parse_bytes(size.removeprefix("DIR:"))
-        changed = replace(machine, **{f"{tier}_bytes": wanted})
-        if tier == "nvme":
-            changed = replace(changed, nvme_dir=machine_of(1, 1, 1).nvme_dir)
+        words = change.split()
+        changed = replace(machine, nvme_dir=Path("/swap"))
+        for option, size in zip(words[::2], words[1::2], strict=True):
+            tier = {"--gpu-memory": "gpu", "--host-memory": "host", "--nvme": "nvme"}[option]
+            wanted = parse_bytes(size.removeprefix("DIR:"))
+            changed = replace(changed, **{f"{tier}_bytes": wanted})
         plan(profile, changed, RATES, batch_size=batch_size)
         grain = 1 << 10 if wanted < 1 << 23 else 1 << 20  # what the size was rounded up to
         with pytest.raises(NothingFits):
