@@ -64,7 +64,8 @@ class Problem:
         flops = executed_flops(self.profile.activations, family.micro_batch_size, family.recompute)
         forward, backward = self.profile.forward_flops, self.profile.backward_flops
         executed = 2 * forward + backward if family.recompute else forward + backward
-        return Work(self.device, family.micro_batches, flops, forward / executed if executed else 0.0)
+        share = forward / executed if executed else 0.0
+        return Work(self.device, family.micro_batches, flops, _leaf_calls(self.profile), share)
 
     def with_budget(self, tier: Tier, size: int) -> "Problem":
         """The same with another budget in one tier."""
@@ -105,6 +106,12 @@ class Candidate:
             self.family.zero_stage,
             -self.buckets.prefetch_units,
         )
+
+
+def _leaf_calls(profile: ModelProfile) -> int:
+    """Calls of modules without children in one forward pass."""
+    parents = {layer.path.rpartition(".")[0] for layer in profile.layers if layer.path}
+    return sum(layer.calls for layer in profile.layers if layer.path not in parents)
 
 
 def rounded(seconds: float | np.ndarray) -> np.ndarray:

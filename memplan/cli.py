@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrup
 
 import os
 import sys
+from dataclasses import replace
 from datetime import datetime
 from json import dumps
 from pathlib import Path
@@ -121,7 +122,8 @@ def train(
     if plan is not None:
         chosen = Plan.load(plan)
     else:
-        machine = describe(detect(), None, gpu_memory, host_memory, nvme)
+        # This version trains on one GPU, however many are here.
+        machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
         chosen = _plan(source, machine, batch_size, precision)
         console.print(show.plan_summary(chosen))

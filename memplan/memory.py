@@ -156,6 +156,7 @@ class ChainTables:
         self.precision = precision
         self.sharding = sharding
         w, s8 = precision.weight_bytes, state_bytes(precision)
+        self.trainable_elements = sum(s.trainable_elements for s in shapes)
         held = [sharding.parameters(s.elements) for s in shapes]
         gradient = [sharding.gradients(s.trainable_elements) for s in shapes]
         state = [sharding.state(s.trainable_elements) for s in shapes]

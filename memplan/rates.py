@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from memplan.errors import MachineError
 from memplan.machine import Machine
@@ -21,6 +22,7 @@ TRAINING_SHARE = 0.57
 Measured on one H200: 3.21e9 parameters, 8 x 2048 tokens, every layer recomputed, take 4.3e14 executed FLOPs in
 0.978 s, of which about 0.03 s are the optimizer's: 455 of 790 TFLOP/s.
 """
+REFERENCE_CALL_SECONDS = 60e-6
 COPY_BYTES = 64 << 20
 UPDATE_CHUNK = 1 << 20
 IO_BYTES = 8 << 20
@@ -40,6 +42,10 @@ class Rates:
     """Adam on state in host memory, by all cores together."""
     gpu_update_seconds_per_element: float
     """Adam on state beside the parameters."""
+    device_bytes_per_second: float
+    """Of the compute device's memory, read and written together."""
+    call_seconds: float
+    """What forward and backward of one small module take whatever its size: the framework's own time."""
     collective_bytes_per_second: float
     """Bytes that each GPU sends to the others, while they send too."""
     source: str
@@ -61,6 +67,8 @@ REFERENCE = Rates(
     cpu_update_seconds_per_element=0.50e-9,
     # 26 bytes an element through memory that copies 4270 GB/s.
     gpu_update_seconds_per_element=26 / 4270e9,
+    device_bytes_per_second=4270e9,
+    call_seconds=REFERENCE_CALL_SECONDS,
     # Without a faster fabric the GPUs talk over their host links.
     collective_bytes_per_second=50.9e9,
     source="Rates are a reference, measured on one H200 (PCIe 5 x16) with 16 cores; the machine described may differ.",
@@ -83,20 +91,22 @@ def measure_rates(machine: Machine, precision: Precision) -> Rates:
         except OSError as error:
             raise MachineError(f"the NVMe directory {machine.nvme_dir} can not be used: {error}") from error
     cpu_update = _update_seconds_per_element()
+    memory = _device_memory_rate(machine.device)
     gpu_update = cpu_update
     if machine.device == "cuda":
         # Weight, gradient and state are read, weight and state written.
-        moved = 3 * precision.weight_bytes + 2 * state_bytes(precision)
-        gpu_update = moved / (2 * _device_copy_rate())
+        gpu_update = (3 * precision.weight_bytes + 2 * state_bytes(precision)) / memory
     name = machine.gpu_name or f"{machine.cores} CPU cores"
     return Rates(
-        compute_flops_per_second={precision: _matmul_rate(machine.device, precision) * TRAINING_SHARE},
+        compute_flops_per_second={precision: _training_rate(machine.device, precision)},
         host_to_device_bytes_per_second=to_device,
         device_to_host_bytes_per_second=to_host,
         nvme_read_bytes_per_second=read,
         nvme_write_bytes_per_second=write,
         cpu_update_seconds_per_element=cpu_update,
         gpu_update_seconds_per_element=gpu_update,
+        device_bytes_per_second=memory,
+        call_seconds=_call_seconds(machine.device),
         collective_bytes_per_second=min(to_device, to_host),
         source=f"Rates were measured on this machine ({name}) just now.",
     )
@@ -120,12 +130,32 @@ def _nothing() -> None:
     """The CPU has no queue to wait for."""
 
 
-def _matmul_rate(device: str, precision: Precision) -> float:
-    size = 8192 if device == "cuda" else 768
+def _training_rate(device: str, precision: Precision) -> float:
+    """FLOPs a second of forward and backward of a transformer's feed-forward block, norm and activation included."""
+    tokens, width = (16384, 4096) if device == "cuda" else (1024, 384)
     dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+    step = _block_step(tokens, width, device, dtype)
+    # Two matrices of width x 4 width; backward is twice the forward.
+    return 3 * 2 * tokens * 8 * width**2 / _best_seconds(step, device)
+
+
+def _call_seconds(device: str) -> float:
+    """Forward and backward of a module that is too small to take time by itself."""
+    modules = 4
+    return _best_seconds(_block_step(8, 16, device, torch.float32), device, repeats=20) / modules
+
+
+def _block_step(tokens: int, width: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of a feed-forward block of four modules."""
+    layers = (nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    block = nn.Sequential(*layers).to(device=device, dtype=dtype)
+    inputs = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+    gradient = torch.ones_like(inputs)
+
+    def step() -> None:
+        block(inputs).backward(gradient)
+
+    return step
 
 
 def _copy_rates(device: str) -> tuple[float, float]:
@@ -137,10 +167,10 @@ def _copy_rates(device: str) -> tuple[float, float]:
     return COPY_BYTES / to_device, COPY_BYTES / to_host
 
 
-def _device_copy_rate() -> float:
-    a = torch.empty(4 * COPY_BYTES, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return a.numel() / _best_seconds(lambda: b.copy_(a), "cuda")
+def _device_memory_rate(device: str) -> float:
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device)
 
 
 def _update_seconds_per_element() -> float:

@@ -27,6 +27,8 @@ class Work:
     micro_batches: int
     micro_batch_flops: int
     """Executed: forward, recompute and backward."""
+    micro_batch_calls: int
+    """Calls of modules without children."""
     forward_share: float
     """Of the executed FLOPs, those of the forward pass."""
 
@@ -76,16 +78,21 @@ def lanes(tables: ChainTables, counts: Counts, work: Work, rates: Rates) -> Lane
     # A GPU passes over every weight, gradient and norm once a step wherever the state lives, so that a plan never gains
     # by moving away what fits.
     step_pass = 0.0 if work.device == "cpu" else t.state_elements[-1] * rates.gpu_update_seconds_per_element
+    # Each call costs the framework's own time: a GPU computes beside it, a CPU does not. Each micro-batch's gradients
+    # pass through memory once more on their way into the flat buffers: read, added to what is there, written.
+    math, calls = work.micro_batch_flops / flops_per_second, work.micro_batch_calls * rates.call_seconds
+    gathering = 3 * t.trainable_elements * w / rates.device_bytes_per_second
+    micro_batch = (math + calls if work.device == "cpu" else max(math, calls)) + gathering
     # Before the first unit is there nothing computes; its followers arrive beside it.
     first = np.where(np.asarray(counts.parameters) > 0, t.parameter_elements[min(1, t.units)], 0) * w
     return Lanes(
-        compute=work.micro_batch_flops * k / flops_per_second + step_pass,
+        compute=micro_batch * k + step_pass,
         host_to_device=(fetched + returned + gradients * (k - 1)) / h2d,
         device_to_host=(gradients * k + late_gradients) / d2h,
         nvme=update_io + weight_reads * gpus / read,
         cpu_update=cpu_update,
         collective=_collective_bytes(t, k) / rates.collective_bytes_per_second if gpus > 1 else 0.0,
-        forward=work.micro_batch_flops * work.forward_share / flops_per_second,
+        forward=micro_batch * work.forward_share,
         update=np.maximum(np.maximum(cpu_update, update_io), np.maximum(returned / h2d, late_gradients / d2h)),
         first_fetch=first / h2d,
     )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from profiler.errors import ProfilerError
 from profiler.source import ModelSource, call_model
 
 INTERRUPTED = 130
+LOSSES_AVERAGED = 10
 PROGRESS_SECONDS = 2.0
 """Shortest time between two progress lines."""
 
@@ -84,7 +86,8 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
                 raise
             reason = "interrupted" if stop.requested else "finished"
             events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")
-    loss = f", loss {run.last_loss:.4f}" if run.last_loss is not None else ""
+    count = len(run.losses)
+    loss = f", loss {sum(run.losses) / count:.4f} over the last {count} steps" if count else ""
     console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
     return INTERRUPTED if stop.requested else 0
 
@@ -102,7 +105,7 @@ class _Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
         self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
-        self.last_loss: float | None = None
+        self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
 
     @property
     def step(self) -> int:
@@ -159,11 +162,12 @@ class _Run:
             if len(micro_batches) < self.plan.gradient_accumulation_steps:
                 self.events.write("note", message="train_batches ended before the last step")
                 return
-            self.last_loss = self._step(micro_batches)
+            loss = self._step(micro_batches)
+            self.losses.append(loss)
             seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
             step = {
                 "step": self.engine.global_step,
-                "loss": self.last_loss,
+                "loss": loss,
                 "gradient_norm": self.engine.gradient_norm,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
@@ -260,7 +264,7 @@ class _Progress:
         now = time.monotonic()
         if now - self._last_line >= PROGRESS_SECONDS or step["step"] in (1, last_step):
             self._last_line = now
-            self._console.print(progress_line(step, last_step), highlight=False)
+            self._console.print(progress_line(step, last_step), highlight=False, soft_wrap=True)
         return False
 
 

@@ -281,10 +281,11 @@ class Engine:
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference:
         """Autograd must not keep a weight that may go away: it gets a reference."""
         reference = self._mover.reference(tensor)
-        if reference is None:
+        if reference is not None:
+            return reference
+        if not self._mover.is_resident(tensor):
             self.meter.saved(tensor)
-            return tensor
-        return reference
+        return tensor
 
     def unpack(self, packed: torch.Tensor | WeightReference) -> torch.Tensor:
         """The tensor again; a unit that is away is fetched."""

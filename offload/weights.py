@@ -88,6 +88,7 @@ class WeightMover:
         self._updated: dict[str, Done] = {}
         # [Note: parameters that are away]
         self._nan = torch.full((), torch.nan, dtype=rings.dtype, device=rings.device)
+        self._resident = {s.device_weights.data_ptr() for s in states if s.device_weights is not None}
         for state in states:
             if state.device_weights is not None:
                 self._bind(state, state.device_weights)
@@ -159,6 +160,10 @@ class WeightMover:
         """Wait for all updates that weights may still be under, without fetching them."""
         for updated in list(self._updated.values()):
             updated.synchronize()
+
+    def is_resident(self, tensor: torch.Tensor) -> bool:
+        """Whether this tensor lies in weights that never leave the device."""
+        return tensor.untyped_storage().data_ptr() in self._resident
 
     def reference(self, tensor: torch.Tensor) -> WeightReference | None:
         """How to find this tensor again, if it lies in a slot that may be taken before backward."""
