@@ -8,6 +8,7 @@ The engine changes nothing of the model but where its parameters' data is. In ``
 while the next forward pass runs, and every unit's weights are waited for where they are needed.
 """
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -100,7 +101,8 @@ class Engine:
         for state in self.states:
             unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
 
-        self._up, self._down, self._update_lane = (Lane(n, device) for n in ("up", "down", "update"))
+        self._up, self._down = Lane("up", device), Lane("down", device)
+        self._update_lane = Lane("update", device, _update_threads(device))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
         self._rings = SlotRings.make(counts, dtype, device)
@@ -326,6 +328,11 @@ class Engine:
         flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
         flights += [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]
         self._events.write("now", step=self.global_step + 1, phase=self._phase, unit=unit, in_flight=flights)
+
+
+def _update_threads(device: torch.device) -> int:
+    """Cores for the update on the host: two are left to the threads that feed a GPU."""
+    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
 
 
 def _check_can_run(plan: Plan) -> None:
