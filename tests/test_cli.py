@@ -1,0 +1,199 @@
+"""The commands as a person runs them: what they print, write, and end with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GOOD = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(64, 4, 256, batch_first=True) for _ in range(12))
+        self.head = nn.Linear(64, 50)
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+def build_model():
+    return Net()
+
+def example_batch(batch_size):
+    return torch.randint(0, 50, (batch_size, 12))
+
+def loss(outputs, batch):
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), batch.flatten())
+"""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+TIERS = ("--gpu-memory", "6MiB", "--host-memory", "4MiB")
+
+
+def memplan(*words: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "memplan", *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "swap").mkdir()
+    path = tmp_path / "net.py"
+    path.write_text(GOOD)
+    return path
+
+
+def events(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def test_profile_prints_layers_and_writes_json(model: Path, tmp_path: Path) -> None:
+    done = memplan("profile", model, "--batch-size", 4, "--json", "p.json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "TransformerEncoderLayer x 12" in done.stdout
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert {"schema", "model", "layers", "totals", "uncounted_ops", "peaks"} <= found.keys()
+    assert {"forward", "backward", "step", "overall"} <= found["peaks"].keys()
+    assert all(peak["allocated_bytes"] > 0 for peak in found["peaks"].values())
+    assert found["peaks"]["overall"]["reserved_bytes"] >= found["peaks"]["overall"]["allocated_bytes"]
+    assert found["totals"]["parameters"] == 606_258
+
+
+def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:
+    nvme = ("--nvme", f"{tmp_path / 'swap'}:64MiB")
+    done = memplan("plan", model, *TIERS, *nvme, "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    keys = {"schema", "zero_stage", "placements", "buckets", "micro_batch_size", "gradient_accumulation_steps"}
+    assert keys | {"recompute", "prediction", "reasons", "alternatives"} <= plan.keys()
+    prediction = {"gpu_peak_bytes", "host_bytes", "pinned_bytes", "nvme_bytes", "step_seconds", "bottleneck"}
+    assert prediction <= plan["prediction"].keys()
+    assert plan["reasons"]
+    assert plan["alternatives"]
+    assert {tier for p in plan["placements"] for tier in p.values()} >= {"gpu", "nvme"}
+    config = json.loads((tmp_path / "out" / "ds_config.json").read_text())
+    assert config["train_batch_size"] == 8
+
+    words = ("train", model, "--plan", "out/plan.json", "--no-tui", "--out", "run")
+    done = memplan(*words, "--steps", 4, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    steps = [e for e in events(tmp_path / "run") if e["event"] == "step"]
+    assert [e["step"] for e in steps] == [1, 2, 3, 4]
+    assert steps[-1]["memory_bytes"]["host"] == plan["prediction"]["host_bytes"]
+    assert steps[-1]["memory_bytes"]["nvme"] == plan["prediction"]["nvme_bytes"]
+    assert steps[-1]["peak_bytes"]["gpu"] <= plan["budget"]["gpu_bytes"]
+    assert list((tmp_path / "swap").iterdir()) == []
+
+    assert "holds a run" in memplan(*words, "--steps", 8, folder=tmp_path).stderr, "a run is never overwritten"
+    done = memplan(*words, "--steps", 6, "--resume", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = [e for e in events(tmp_path / "run") if e["event"] == "step"]
+    assert [e["step"] for e in again] == [1, 2, 3, 4, 5, 6]
+
+    done = memplan(*words[:-1], "undisturbed", "--steps", 6, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    undisturbed = [e["loss"] for e in events(tmp_path / "undisturbed") if e["event"] == "step"]
+    assert [e["loss"] for e in again] == pytest.approx(undisturbed, rel=1e-5)
+
+    assert memplan("report", "run", folder=tmp_path).returncode == 0
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_nothing_fits_ends_with_3_and_the_change_it_names_makes_it_fit(model: Path, tmp_path: Path) -> None:
+    done = memplan("plan", model, "--gpu-memory", "60KiB", "--host-memory", "8MiB", folder=tmp_path)
+    assert done.returncode == 3
+    assert "short" in done.stderr
+    assert "gpu" in done.stderr
+    size = done.stderr.split("--gpu-memory ")[1].split()[0].rstrip(".,;)")
+    done = memplan("plan", model, "--gpu-memory", size, "--host-memory", "8MiB", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says", "line"),
+    [
+        ("import torch\nraise KeyError('weights')\n", "KeyError", "raise KeyError"),
+        ("x = 1\n", "build_model", ""),
+        (GOOD.replace("def example_batch", "def other"), "example_batch", ""),
+        (GOOD.replace("x = layer(x)", "x = layer(x[..., :7])"), "forward", "x[..., :7]"),
+        (GOOD.replace("def loss", "def other"), "loss(outputs, batch)", ""),
+    ],
+)
+def test_a_bad_model_file_ends_with_2_and_the_persons_own_line(
+    text: str, says: str, line: str, model: Path, tmp_path: Path
+) -> None:
+    model.write_text(text)
+    for command in (("profile", model), ("plan", model), ("train", model, "--no-tui", "--out", "run")):
+        done = memplan(*command, folder=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert says in done.stderr
+        assert line in done.stderr
+        assert str(ROOT) not in done.stderr, "no line of memplan's own code"
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--plan", "missing.json"), "missing.json"),
+        (("--nvme", "nowhere:1GiB"), "nowhere"),
+        (("--gpu-memory", "lots"), "--gpu-memory"),
+        (("--resume",), "--out"),
+        (("--resume", "--out", "nowhere"), "no checkpoint"),
+    ],
+)
+def test_a_persons_mistake_is_a_sentence(words: tuple, says: str, model: Path, tmp_path: Path) -> None:
+    done = memplan("train", model, "--no-tui", *words, folder=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_plan_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
+    assert memplan("plan", model, folder=tmp_path).returncode == 0
+    model.write_text(GOOD.replace("nn.Embedding(50, 64)", "nn.Embedding(60, 64)"))
+    done = memplan("train", model, "--plan", "plan.json", "--no-tui", folder=tmp_path)
+    assert done.returncode == 2
+    assert "embed.weight is [50, 64] in the plan and [60, 64] in the model" in done.stderr
+
+
+def test_an_error_in_the_persons_data_ends_training_with_their_line(model: Path, tmp_path: Path) -> None:
+    model.write_text(GOOD + "\ndef train_batches(n):\n    yield example_batch(n)\n    yield 1 / 0\n")
+    done = memplan("train", model, "--no-tui", "--out", "run", folder=tmp_path)
+    assert done.returncode in (1, 2)
+    assert "1 / 0" in done.stderr
+    assert events(tmp_path / "run")[-1]["reason"] == "failed"
+
+
+def test_ctrl_c_saves_a_checkpoint_frees_the_disk_and_ends_with_130(model: Path, tmp_path: Path) -> None:
+    words = ["train", model, *TIERS, "--nvme", f"{tmp_path / 'swap'}:64MiB", "--no-tui", "--out", "run"]
+    command = [sys.executable, "-m", "memplan", *map(str, words), "--steps", "100000"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL) as process:
+        log = tmp_path / "run" / "events.jsonl"
+        for _ in range(600):
+            if log.exists() and '"step"' in log.read_text():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert list((tmp_path / "swap").iterdir()) == []
+    last = events(tmp_path / "run")[-1]
+    assert last["reason"] == "interrupted"
+    done = memplan("train", model, "--no-tui", "--out", "run", "--resume", "--steps", last["step"] + 2, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_doctor_says_what_it_found(tmp_path: Path) -> None:
+    done = memplan("doctor", "--nvme", tmp_path, folder=tmp_path)
+    assert done.returncode in (0, 1)
+    assert "PyTorch" in done.stdout
