@@ -89,6 +89,9 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
     count = len(run.losses)
     loss = f", loss {sum(run.losses) / count:.4f} over the last {count} steps" if count else ""
     console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
+    predicted = run.predicted_bytes()
+    held = (f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items())
+    console.print(f"peak of predicted: {', '.join(held)}", soft_wrap=True, highlight=False)
     return INTERRUPTED if stop.requested else 0
 
 
@@ -106,6 +109,7 @@ class _Run:
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
         self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
+        self.peak_bytes: dict[str, int] = {}
 
     @property
     def step(self) -> int:
@@ -134,11 +138,7 @@ class _Run:
             micro_batch_size=plan.micro_batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps,
             budget_bytes={t: getattr(plan.budget, f"{t}_bytes") for t in ("gpu", "host", "nvme")},
-            predicted_bytes={
-                "gpu": plan.prediction.gpu_peak_bytes,
-                "host": plan.prediction.host_bytes,
-                "nvme": plan.prediction.nvme_bytes,
-            },
+            predicted_bytes=self.predicted_bytes(),
             predicted_step_seconds=plan.prediction.step_seconds,
             bottleneck=plan.prediction.bottleneck,
             units=[
@@ -153,6 +153,11 @@ class _Run:
             ],
         )
 
+    def predicted_bytes(self) -> dict[str, int]:
+        """What the plan expects in each tier."""
+        expected = self.plan.prediction
+        return {"gpu": expected.gpu_peak_bytes, "host": expected.host_bytes, "nvme": expected.nvme_bytes}
+
     def loop(self, stop: "_Stop", progress: "_Progress") -> None:
         """Step until the last step, the end of the data, or a wish to stop."""
         before = self.engine.traffic_bytes()
@@ -165,6 +170,7 @@ class _Run:
             loss = self._step(micro_batches)
             self.losses.append(loss)
             seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
+            held, self.peak_bytes = self.engine.meter.now_bytes(), self.engine.meter.peak_bytes()
             step = {
                 "step": self.engine.global_step,
                 "loss": loss,
@@ -172,8 +178,8 @@ class _Run:
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
                 "tokens": sum(token_count(batch) for batch in micro_batches),
-                "memory_bytes": self.engine.meter.now_bytes(),
-                "peak_bytes": self.engine.meter.peak_bytes(),
+                "memory_bytes": held,
+                "peak_bytes": self.peak_bytes,
                 "traffic_bytes": {link: moved[link] - before[link] for link in moved},
             }
             before = moved

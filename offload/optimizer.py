@@ -9,8 +9,9 @@ import torch
 
 from offload.state import AdamState
 
-CPU_ELEMENTS = 1 << 20
-"""Elements a CPU update works on at a time, so that its temporaries stay in the cache."""
+CPU_ELEMENTS = 1 << 16
+"""Elements a CPU update works on at a time and thread, so that its temporaries stay in the cache: on the cores tried,
+16 Ki were 1.3 and 1 Mi 1.2 times slower."""
 DEVICE_ELEMENTS = 1 << 24
 """The same on a GPU, so that its temporaries stay small beside the model."""
 
@@ -56,7 +57,7 @@ def split_master_(master: torch.Tensor, weight: torch.Tensor, remainder: torch.T
     bits = master.view(torch.int32)
     high = bits.add(0x8000).bitwise_right_shift_(16)
     weight.view(torch.int16).copy_(high)
-    remainder.copy_(bits.sub(high.bitwise_left_shift_(16)))
+    remainder.copy_(bits)  # bits - (high << 16) is what the low 16 bits are as a signed number
 
 
 def update_span(
@@ -71,7 +72,7 @@ def update_span(
     ``weight`` and ``gradient`` are bf16 where ``state`` has a remainder, fp32 otherwise; ``clip`` scales the gradient,
     a scalar of the same device where it is a tensor.
     """
-    at_once = CPU_ELEMENTS if weight.device.type == "cpu" else DEVICE_ELEMENTS
+    at_once = CPU_ELEMENTS * torch.get_num_threads() if weight.device.type == "cpu" else DEVICE_ELEMENTS
     for start in range(0, len(weight), at_once):
         part = slice(start, start + at_once)
         scaled = gradient[part].float().mul(clip)

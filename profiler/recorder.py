@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from profiler.cudnn import layout_workspace_bytes
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of
@@ -162,6 +163,10 @@ class Recorder(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self.watch(tensor, Category.ACTIVATION, module)
+        if passing := layout_workspace_bytes(func, args, out):
+            number = self.new_id()
+            self.events.append(Alloc(number, passing, Category.ACTIVATION, module, self.phase))
+            self.events.append(Free(number, self.phase))
         self.events.append(Op(name, flops, module, self.phase, self._recomputing()))
         return out
 

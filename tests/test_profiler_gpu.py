@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from profiler import profile_model
+from profiler import PRECISIONS, profile_model
 from profiler.events import BACKWARD, FORWARD, STEP
 from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 
@@ -61,7 +61,7 @@ def _to_device(batch, dtype):
     return batch.to("cuda", dtype) if batch.is_floating_point() else batch.cuda()
 
 
-def _measure(model, batch, loss_fn, precision, optimizer):
+def measure(model, batch, loss_fn, precision, optimizer):
     """Peak bytes by phase of the third step of the plain loop, and the bytes reserved by its end."""
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
@@ -92,12 +92,12 @@ def _measure(model, batch, loss_fn, precision, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("precision", ["fp32", "amp", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model_name", MODELS)
 def test_predicted_peak_is_within_8_percent_of_the_device(model_name, precision, optimizer):
     model, batch, loss = MODELS[model_name]()
     predicted = profile_model(model, batch, loss=loss, precision=precision, optimizer=optimizer)
-    actual, reserved = _measure(model, batch, loss, precision, optimizer)
+    actual, reserved = measure(model, batch, loss, precision, optimizer)
     figures = {
         FORWARD: (predicted.peaks.forward_bytes, actual[FORWARD]),
         BACKWARD: (predicted.peaks.backward_bytes, actual[BACKWARD]),

@@ -1,0 +1,63 @@
+"""What the benchmarks share: the machine, the models, and where results go."""
+
+import json
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+RESULTS = Path(__file__).parent / "results"
+
+LLAMAS = {
+    # hidden, layers, heads, key-value heads, ffn, vocabulary
+    "tiny": (256, 4, 8, 4, 1024, 4096),
+    "1b": (2048, 16, 32, 8, 8192, 128256),
+    "3b": (3072, 28, 24, 8, 8192, 128256),
+}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(psutil.Process().cpu_affinity() or ()),
+        "host_bytes": psutil.virtual_memory().total,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def llama(size: str) -> nn.Module:
+    """A Llama with tied embeddings in fp32, from a configuration; the same weights every time."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, heads, kv_heads, ffn, vocabulary = LLAMAS[size]
+    config = LlamaConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=ffn,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    return model.train()
+
+
+def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
+    """Write ``results/NAME.json`` with the machine."""
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"benchmark": name, "machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
+    return path
