@@ -58,6 +58,7 @@ def llama(size: str) -> nn.Module:
 
 def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:
     """Write ``results/NAME.json`` with the machine."""
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"benchmark": name, "machine": machine(), **facts, "rows": rows}, indent=1) + "\n")
     return path
