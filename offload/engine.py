@@ -39,6 +39,8 @@ from offload.unit import check_model, partition
 from offload.updater import ClipFactor, UnitUpdate, Updater
 from offload.weights import WeightMover, WeightReference
 
+FEEDING_CORES = 2
+"""Cores that the update on the host leaves to the threads that feed a GPU."""
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
 
@@ -112,6 +114,8 @@ class Engine:
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self._updater = Updater(plan.precision, self._update_lane, self._down, self._up, self.store, update_ring)
         self._closers += [self._up.close, self._down.close, self._update_lane.close]
+        if device.type != "cpu" and update_bytes + needed.host_bytes:
+            self._leave_cores_to_the_update()
 
         self._root = next((u.name for u in units if not u.name and u.fields), None)
         self._ring_of = {
@@ -128,6 +132,13 @@ class Engine:
         self._guard: AbstractContextManager[Any] = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings)
         self._last_now = 0.0
+
+    def _leave_cores_to_the_update(self) -> None:
+        """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations."""
+        threads = torch.get_num_threads()
+        self._closers.append(lambda: torch.set_num_threads(threads))
+        torch.set_num_threads(min(FEEDING_CORES, threads))
+        torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
 
     # The training loop
 
@@ -331,8 +342,7 @@ class Engine:
 
 
 def _update_threads(device: torch.device) -> int:
-    """Cores for the update on the host: two are left to the threads that feed a GPU."""
-    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - 2)
+    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
 
 
 def _check_can_run(plan: Plan) -> None:
