@@ -8,13 +8,9 @@ The engine changes nothing of the model but where its parameters' data is. In ``
 while the next forward pass runs, and every unit's weights are waited for where they are needed.
 """
 
-import atexit
-import os
-import threading
 import time
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,9 +27,10 @@ from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
 from offload.memory import MemoryMeter
-from offload.plan import Plan, Precision, Tier
+from offload.plan import Plan, Precision
+from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
-from offload.schedule import Fetch, expected_order, schedule
+from offload.setup import FEEDING_CORES, check_can_run, close_at_exit, explained, move_buffers, update_threads
 from offload.slots import SlotRings
 from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
@@ -42,8 +39,6 @@ from offload.unit import check_model, partition
 from offload.updater import ClipFactor, UnitUpdate, Updater
 from offload.weights import WeightMover, WeightReference, send_away
 
-FEEDING_CORES = 2
-"""Cores that the update on the host leaves to the threads that feed a GPU."""
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
 
@@ -66,7 +61,7 @@ class Engine:
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
     ) -> None:
-        _check_can_run(plan)
+        check_can_run(plan)
         check_model(plan, model)
         self.model, self.plan = model, plan
         self.hyperparameters = Hyperparameters(model, optimizer)
@@ -84,8 +79,6 @@ class Engine:
         self._bounded: set[str] = set()
         """Units of this pass whose inputs tell when their backward is over."""
         self._phase: str | None = None
-        self._seen: list[str] = []
-        self._position = -1
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
@@ -93,7 +86,7 @@ class Engine:
         except BaseException:
             self._release()
             raise
-        _close_at_exit(self)
+        close_at_exit(self)
 
     def _attach(self) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
@@ -111,7 +104,7 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device)
         self._closers.append(self.arena.close)
-        _move_buffers(self.model, device, plan.precision)
+        move_buffers(self.model, device, plan.precision)
         self.states = allocate(units, plan, device, self.arena, self.store)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
         for state in self.states:
@@ -119,7 +112,7 @@ class Engine:
             send_away(state, nan)  # so that the model's own copy goes unit by unit
 
         self._up, self._down, self._update_lane = (
-            self._lane(name, threads) for name, threads in (("up", 1), ("down", 1), ("update", _update_threads(device)))
+            self._lane(name, threads) for name, threads in (("up", 1), ("down", 1), ("update", update_threads(device)))
         )
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
@@ -133,13 +126,7 @@ class Engine:
             self._leave_cores_to_the_update()
 
         self._root = next((u.name for u in units if not u.name and u.shape.elements), None)
-        self._ring_of = {
-            u.name: u.shape.elements
-            for u in units
-            if u.name and u.shape.elements and u.placement.parameters is not Tier.GPU
-        }
-        self._capacity = counts
-        self._expect(expected_order([u.name for u in units if u.name], training=True))
+        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
         for handle in hooks.attach([u for u in units if u.shape.elements], plan.recompute, self.model, self):
             self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
@@ -166,8 +153,8 @@ class Engine:
         """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
         self._updater.check()
         args, kwargs = self.to_device((args, kwargs))
-        self._phase, self._position = "forward", -1
-        self._seen.clear()
+        self._phase = "forward"
+        self._prefetcher.begin_pass()
         self._bounded.clear()
         self._mover.begin_pass()
         if torch.is_grad_enabled():
@@ -182,8 +169,8 @@ class Engine:
                 outputs = self.model(*args, **kwargs)
         except BaseException as error:
             self._mover.unuse_all()
-            if (explained := _explained(error)) is not None:
-                raise explained from error
+            if (sentence := explained(error)) is not None:
+                raise sentence from error
             raise
         finally:
             self._phase = None
@@ -209,16 +196,14 @@ class Engine:
             self._gradients.end_backward()
         except BaseException as error:
             self.zero_grad()
-            if (explained := _explained(error)) is not None:
-                raise explained from error
+            if (sentence := explained(error)) is not None:
+                raise sentence from error
             raise
         finally:
             self._phase = None
             self._mover.unuse_all()
         self._guard = nullcontext()
-        if tuple(self._seen) != self._order:
-            self._expect(tuple(self._seen))
-        self._prefetch_first()
+        self._prefetcher.end_pass()
 
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
@@ -248,7 +233,7 @@ class Engine:
         self.optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._prefetch_first()
+        self._prefetcher.prefetch_first()
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
@@ -329,13 +314,7 @@ class Engine:
     def begin_use(self, name: str) -> None:
         """A unit is about to compute: have its weights, and start the fetches of the schedule."""
         self._mover.use(name)
-        if not self._seen or self._seen[-1] != name:
-            self._seen.append(name)
-            position = next((i for i in range(self._position + 1, len(self._order)) if self._order[i] == name), None)
-            if position is not None:
-                self._position = position
-                for fetch in self._schedule[position]:
-                    self._mover.prefetch(fetch)
+        if self._prefetcher.used(name):
             self._tell_now(name)
 
     def bounded(self, name: str) -> None:
@@ -383,17 +362,6 @@ class Engine:
                     change = "frozen" if field.trainable else "unfrozen"
                     raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
-    def _expect(self, order: tuple[str, ...]) -> None:
-        """Make the schedule for passes that use units in this order."""
-        self._order = order
-        self._schedule = schedule(order, self._ring_of, self._capacity, self.plan.buckets.prefetch_units)
-
-    def _prefetch_first(self) -> None:
-        """Start the fetches that the next forward pass begins with."""
-        streamed = [name for name in dict.fromkeys(self._order) if name in self._ring_of]
-        for name in streamed[: self.plan.buckets.prefetch_units]:
-            self._mover.prefetch(Fetch(name, None))
-
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
         return tree_map(self._move, batch)
@@ -412,55 +380,3 @@ class Engine:
         flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
         flights += [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]
         self._events.write("now", step=self.global_step + 1, phase=self._phase, unit=unit, in_flight=flights)
-
-
-def _update_threads(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
-
-
-def _close_at_exit(engine: Engine) -> None:
-    """A script need not call ``close``: its threads end before the interpreter does."""
-    reference = weakref.ref(engine)
-
-    def close() -> None:
-        if (open_engine := reference()) is not None:
-            with suppress(Exception):  # nobody is left to be told
-                open_engine.close()
-
-    # Before the executors' own, after which nothing can be written any more; atexit would be too late.
-    getattr(threading, "_register_atexit", atexit.register)(close)
-
-
-def _check_can_run(plan: Plan) -> None:
-    if plan.gpus != 1:
-        raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
-
-
-def _explained(error: BaseException) -> OffloadError | None:
-    """A sentence where the model gets in the way of streaming; None for the model's own errors."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and "_BoundaryBackward" in text:
-        return OffloadError(
-            "a module that is a unit of the plan changes its input in place, which hides the end of its backward; "
-            f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"
-        )
-    return None
-
-
-def _move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Buffers, and parameters that no unit owns, to the device.
-
-    In bf16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's must;
-    those of other modules (rotary tables, masks) keep their precision.
-    """
-    for module in model.modules():
-        follows = precision is Precision.BF16 and any(p.is_floating_point() for p in module.parameters(recurse=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            dtype = torch.bfloat16 if follows and buffer.is_floating_point() else None
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, buffer.to(device=device, dtype=dtype), persistent=persistent)
-        for parameter in module.parameters(recurse=False):
-            if not parameter.is_floating_point() or not parameter.numel():
-                parameter.data = parameter.data.to(device)
