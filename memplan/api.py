@@ -52,7 +52,8 @@ def initialize(
     engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm)
     if callable(lr_scheduler):
         lr_scheduler = lr_scheduler(engine.optimizer)
-    engine.lr_scheduler = lr_scheduler
+    if lr_scheduler is not None:
+        engine.step_scheduler(lr_scheduler)
     loader = None
     if training_data is not None:
         loader = DataLoader(training_data, batch_size=plan.micro_batch_size, shuffle=True, drop_last=True)

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -108,6 +107,8 @@ class _Run:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
         self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
+        self.drawn = 0
+        """Micro-batches drawn from the data."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self.peak_bytes: dict[str, int] = {}
 
@@ -121,9 +122,8 @@ class _Run:
         self.batches = self.source.train_batches(self.plan.micro_batch_size)
         if self.options.resume:
             path = checkpoint.latest(self.run_dir / "checkpoints")
-            # The batches that were used are drawn again before the random states are put back.
-            used = checkpoint.read_manifest(path)["extra"]["batches"]
-            next(islice(self.batches, used, used), None)
+            for _ in range(checkpoint.read_manifest(path)["extra"]["batches"]):
+                self._draw(1)
             checkpoint.load(self.engine, path)
         engine, plan = self.engine, self.plan
         self.events.write(
@@ -163,7 +163,7 @@ class _Run:
         before = self.engine.traffic_bytes()
         while self.engine.global_step < self.options.last_step and not stop.requested:
             began = time.perf_counter()
-            micro_batches = list(islice(self.batches, self.plan.gradient_accumulation_steps))
+            micro_batches = self._draw(self.plan.gradient_accumulation_steps)
             if len(micro_batches) < self.plan.gradient_accumulation_steps:
                 self.events.write("note", message="train_batches ended before the last step")
                 return
@@ -197,6 +197,23 @@ class _Run:
         step, seconds = self.engine.global_step, time.perf_counter() - began
         self.events.write("checkpoint", step=step, path=str(path), seconds=seconds, bytes=size)
         return path
+
+    def _draw(self, count: int) -> list[Any]:
+        """The next batches, fewer at the end of the data.
+
+        Each is drawn under a random state of its own, which its number decides: a resumed run draws the same ones
+        again, whatever the model has drawn in between.
+        """
+        drawn = []
+        for _ in range(count):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.options.seed * 2**32 + self.drawn)
+                batch = next(self.batches, None)
+            if batch is None:
+                break
+            drawn.append(batch)
+            self.drawn += 1
+        return drawn
 
     def _step(self, micro_batches: list[Any]) -> float:
         losses = []

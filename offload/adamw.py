@@ -22,6 +22,10 @@ class Hyperparameters:
         for group in optimizer.param_groups:
             if refused := [key for key in ("amsgrad", "maximize", "differentiable") if group.get(key)]:
                 raise OffloadError(f"AdamW with {refused[0]}=True is not supported; leave it out")
+        if optimizer.state:
+            raise OffloadError(
+                "the optimizer has state already; give the engine one that has not stepped, or resume from a checkpoint"
+            )
         self.optimizer = optimizer
         self.steps: dict[str, int] = {}
         """Updates of each parameter so far, by name: one that got no gradient was not updated."""
@@ -31,7 +35,7 @@ class Hyperparameters:
         """How the unit's elements are updated now, and count it; parameters without gradient are left out."""
         segments: list[Segment] = []
         for field in unit.trainable:
-            if field.name not in present or field.parameter not in self._group_of:
+            if field.name not in present or field.parameter not in self._group_of or not field.shape.numel():
                 continue
             self.steps[field.name] = self.steps.get(field.name, 0) + 1
             how = self._how(field)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,16 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
             for what, tensor in parts.items()
         }
         save_file(tensors, partial / f"unit-{index}.safetensors")
-    rest = {f"buffer/{name}": b.detach().cpu().contiguous() for name, b in engine.model.named_buffers()}
+    # Clones: buffers may share memory with each other.
+    rest = {f"buffer/{name}": b.detach().cpu().clone().contiguous() for name, b in engine.model.named_buffers()}
     save_file(rest | _random_states(engine.device), partial / "rest.safetensors")
     manifest = {
         "schema": SCHEMA,
         "step": engine.global_step,
         "files": {p.name: {"bytes": p.stat().st_size, "crc32c": _checksum(p)} for p in sorted(partial.iterdir())},
         "parameter_steps": engine.hyperparameters.steps,
-        "scheduler": engine.lr_scheduler.state_dict() if engine.lr_scheduler is not None else None,
-        "groups": [{"lr": float(group["lr"])} for group in engine.optimizer.param_groups],
+        "scheduler": _plain(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
+        "groups": [_plain(_settings(group)) for group in engine.optimizer.param_groups],
         "python_random": random.getstate(),
         "extra": extra,
     }
@@ -94,12 +96,14 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     if needed != held:
         name = min(needed ^ held).removeprefix("weight/")
         raise CheckpointError(f"{path} is of another model: parameter {name} is in only one of the two")
+    _check_fits(engine, manifest, places, path)
     engine.finish()
+    engine.zero_grad()
     for state in engine.states:
         whole = Contents.zeros(state)
         for name, parts in contents.named(state, whole):
             for what, tensor in parts.items():
-                _read_into(tensor, places, f"{what}/{name}", path)
+                _read_into(tensor, places, f"{what}/{name}")
         engine.replace(state, whole)
     rest = load_file(path / "rest.safetensors")
     with torch.no_grad():
@@ -108,9 +112,9 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     engine.global_step = manifest["step"]
     engine.hyperparameters.steps = dict(manifest["parameter_steps"])
     for group, saved in zip(engine.optimizer.param_groups, manifest["groups"], strict=True):
-        group["lr"] = saved["lr"]
+        group.update(_restored(saved))
     if engine.lr_scheduler is not None and manifest["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(manifest["scheduler"])
+        engine.lr_scheduler.load_state_dict(_restored(manifest["scheduler"]))
     version, internal, gauss = manifest["python_random"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(rest["random/cpu"])
@@ -149,14 +153,60 @@ def _tensor_names(file: Path) -> Iterator[str]:
         raise CheckpointError(f"{file} can not be read: {error}") from error
 
 
-def _read_into(tensor: torch.Tensor, places: dict[str, Path], key: str, path: Path) -> None:
-    if key not in places:
-        raise CheckpointError(f"{path} has no {key}; the parameter was frozen when the checkpoint was made")
+def _check_fits(engine: Engine, manifest: dict[str, Any], places: dict[str, Path], path: Path) -> None:
+    """Raise CheckpointError unless everything that will be read is there in the shape it must have."""
+    wanted = {f"buffer/{name}": tuple(b.shape) for name, b in engine.model.named_buffers()}
+    for state in engine.states:
+        for field in state.unit.fields:
+            kinds = ("weight", "exp_avg", "exp_avg_sq") if field.trainable else ("weight",)
+            wanted |= {f"{kind}/{field.name}": tuple(field.shape) for kind in kinds}
+    for key, shape in wanted.items():
+        if key not in places:
+            raise CheckpointError(f"{path} has no {key}; it was made of another model, or with that parameter frozen")
+        with safe_open(places[key], framework="pt") as tensors:
+            saved = tuple(tensors.get_slice(key).get_shape())
+        if saved != shape:
+            raise CheckpointError(f"{path} is of another model: {key} is {list(saved)}, not {list(shape)}")
+    groups, here = len(manifest["groups"]), len(engine.optimizer.param_groups)
+    if groups != here:
+        raise CheckpointError(f"{path} was made with {groups} parameter groups, the optimizer has {here}")
+
+
+def _read_into(tensor: torch.Tensor, places: dict[str, Path], key: str) -> None:
     with safe_open(places[key], framework="pt") as tensors:
-        saved = tensors.get_tensor(key)
-    if saved.shape != tensor.shape:
-        raise CheckpointError(f"{path} is of another model: {key} is {list(saved.shape)}, not {list(tensor.shape)}")
-    tensor.copy_(saved)
+        tensor.copy_(tensors.get_tensor(key))
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters; numbers in tensors as numbers."""
+    return {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
+
+
+def _plain(value: Any) -> Any:
+    """The value for JSON; dicts whose keys are not all strings (and Counters) as tagged pairs, tuples as such."""
+    if isinstance(value, dict):
+        if type(value) is dict and all(isinstance(key, str) for key in value):
+            return {key: _plain(item) for key, item in value.items()}
+        kind = "Counter" if isinstance(value, Counter) else "dict"
+        return {"__kind__": kind, "pairs": [[_plain(key), _plain(item)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"__kind__": "tuple", "items": [_plain(item) for item in value]}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def _restored(value: Any) -> Any:
+    """The inverse of ``_plain``."""
+    if isinstance(value, list):
+        return [_restored(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("__kind__")
+    if kind == "tuple":
+        return tuple(_restored(item) for item in value["items"])
+    if kind is None:
+        return {key: _restored(item) for key, item in value.items()}
+    pairs = {_restored(key): _restored(item) for key, item in value["pairs"]}
+    return Counter(pairs) if kind == "Counter" else pairs
 
 
 def _random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
     if state.host_weights is not None:
         state.host_weights.copy_(flat[: len(state.host_weights)])
     if state.weight_extents is not None:
-        assert store is not None
         for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
+            assert store is not None
             raw = page_aligned(extent.size_bytes)
             raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(flat[a:b])
             store.write(extent, raw).result()
@@ -65,8 +65,8 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
     flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
     remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
     if state.weight_extents is not None:
-        assert store is not None
         for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
+            assert store is not None
             raw = page_aligned(extent.size_bytes)
             store.read(extent, raw).result()
             flat[a:b] = raw[: (b - a) * flat.itemsize].view(flat.dtype)

@@ -8,7 +8,6 @@ The engine changes nothing of the model but where its parameters' data is. In ``
 while the next forward pass runs, and every unit's weights are waited for where they are needed.
 """
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,23 +23,22 @@ from offload import contents as unit_contents
 from offload import hooks
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
-from offload.errors import OffloadError
+from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
 from offload.memory import MemoryMeter
-from offload.plan import Plan, Precision, Tier
+from offload.plan import Plan, Precision
+from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
-from offload.schedule import Fetch, expected_order, schedule
+from offload.setup import FEEDING_CORES, check_can_run, close_at_exit, explained, move_buffers, update_threads
 from offload.slots import SlotRings
 from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
 from offload.streams import Lane
 from offload.unit import check_model, partition
 from offload.updater import ClipFactor, UnitUpdate, Updater
-from offload.weights import WeightMover, WeightReference
+from offload.weights import WeightMover, WeightReference, send_away
 
-FEEDING_CORES = 2
-"""Cores that the update on the host leaves to the threads that feed a GPU."""
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
 
@@ -63,20 +61,24 @@ class Engine:
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
     ) -> None:
-        _check_can_run(plan)
+        check_can_run(plan)
         check_model(plan, model)
         self.model, self.plan = model, plan
         self.hyperparameters = Hyperparameters(model, optimizer)
         self.optimizer = self.hyperparameters.optimizer
-        self.lr_scheduler = lr_scheduler
+        self.lr_scheduler: Any = None
+        if lr_scheduler is not None:
+            self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
         self.device = torch.device(plan.device, 0) if plan.device != "cpu" else torch.device("cpu")
         self.global_step = 0
         self._events = events
         self._micro_batch = 0
+        self._forward_step = 0
+        """Value of ``global_step`` at the last forward pass with gradients."""
+        self._bounded: set[str] = set()
+        """Units of this pass whose inputs tell when their backward is over."""
         self._phase: str | None = None
-        self._seen: list[str] = []
-        self._position = -1
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
@@ -84,11 +86,15 @@ class Engine:
         except BaseException:
             self._release()
             raise
+        close_at_exit(self)
 
     def _attach(self) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device = self.plan, self.device
         units = partition(self.model, plan.placements)
+        modules = dict(self.model.named_modules())
+        if missing := [path for path in plan.recompute if path not in modules]:
+            raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
         needed = footprint(shapes, placements, plan.buckets, plan.precision)
         self.store: Store | None = None
@@ -98,40 +104,41 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device)
         self._closers.append(self.arena.close)
-        _move_buffers(self.model, device, plan.precision)
+        move_buffers(self.model, device, plan.precision)
         self.states = allocate(units, plan, device, self.arena, self.store)
+        nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
         for state in self.states:
             unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
+            send_away(state, nan)  # so that the model's own copy goes unit by unit
 
-        self._up, self._down = Lane("up", device), Lane("down", device)
-        self._update_lane = Lane("update", device, _update_threads(device))
+        self._up, self._down, self._update_lane = (
+            self._lane(name, threads) for name, threads in (("up", 1), ("down", 1), ("update", update_threads(device)))
+        )
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring)
-        self._gradients = GradientCollector(self.states, plan, device, self._down, self._up)
+        self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
+        self._gradients = GradientCollector(self.states, plan, device, self._down, self._up, self._complete)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self._updater = Updater(plan.precision, self._update_lane, self._down, self._up, self.store, update_ring)
-        self._closers += [self._up.close, self._down.close, self._update_lane.close]
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
-        self._root = next((u.name for u in units if not u.name and u.fields), None)
-        self._ring_of = {
-            u.name: u.shape.elements
-            for u in units
-            if u.name and u.shape.elements and u.placement.parameters is not Tier.GPU
-        }
-        self._capacity = counts
-        self._expect(expected_order([u.name for u in units if u.name], training=True))
-        handles = hooks.attach([u for u in units if u.fields], plan.recompute, self.model, self)
-        self._closers += [handle.remove for handle in handles]
+        self._root = next((u.name for u in units if not u.name and u.shape.elements), None)
+        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
+        for handle in hooks.attach([u for u in units if u.shape.elements], plan.recompute, self.model, self):
+            self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings)
         self._last_now = 0.0
+
+    def _lane(self, name: str, cpu_threads: int) -> Lane:
+        lane = Lane(name, self.device, cpu_threads)
+        self._closers.append(lane.close)
+        return lane
 
     def _leave_cores_to_the_update(self) -> None:
         """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations."""
@@ -146,50 +153,68 @@ class Engine:
         """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
         self._updater.check()
         args, kwargs = self.to_device((args, kwargs))
-        self._phase, self._position = "forward", -1
-        self._seen.clear()
+        self._phase = "forward"
+        self._prefetcher.begin_pass()
+        self._bounded.clear()
+        self._mover.begin_pass()
+        if torch.is_grad_enabled():
+            self._forward_step = self.global_step
         self.meter.begin_forward()
         if self._root is not None:
             self._mover.use(self._root)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
+        guard = self._guard if torch.is_grad_enabled() else nullcontext()
         try:
-            with hooks.saved_tensors(self), autocast, self._guard:
-                return self.model(*args, **kwargs)
-        except RuntimeError as error:
-            if (explained := _explained(error)) is not None:
-                raise explained from error
+            with hooks.saved_tensors(self), autocast, guard:
+                outputs = self.model(*args, **kwargs)
+        except BaseException as error:
+            self._mover.unuse_all()
+            if (sentence := explained(error)) is not None:
+                raise sentence from error
             raise
         finally:
             self._phase = None
-            if not torch.is_grad_enabled():
-                self._mover.unuse_all()
+        if not torch.is_grad_enabled():
+            self._mover.unuse_all()
+        return outputs
 
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
+        if self._forward_step != self.global_step:
+            raise OffloadError(
+                "step() was called between this loss's forward pass and its backward; call it after both"
+            )
         accumulation = self.plan.gradient_accumulation_steps
         self._micro_batch += 1
         self._phase = "backward"
-        self._gradients.begin_backward(last_micro_batch=self._micro_batch == accumulation)
+        if self._root is not None:
+            self._mover.use(self._root)  # an evaluation in between may have let it go
+        self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         try:
             with self._guard:
                 (loss / accumulation if accumulation > 1 else loss).backward()
             self._gradients.end_backward()
-        except RuntimeError as error:
-            if (explained := _explained(error)) is not None:
-                raise explained from error
+        except BaseException as error:
+            self.zero_grad()
+            if (sentence := explained(error)) is not None:
+                raise sentence from error
             raise
         finally:
             self._phase = None
             self._mover.unuse_all()
         self._guard = nullcontext()
-        if tuple(self._seen) != self._order:
-            self._expect(tuple(self._seen))
-        self._prefetch_first()
+        self._prefetcher.end_pass()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
+        self._gradients.discard()
+        self._micro_batch = 0
 
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
+        self._check_trainable()
         self._micro_batch = 0
         self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
         updates = []
@@ -197,18 +222,26 @@ class Engine:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                update = UnitUpdate(state, segments, landed)
-                updates.append(update)
-                if state.device_state is None:
-                    self._mover.will_change(name, update.promise)
+                updates.append(UnitUpdate(state, segments, landed))
         self._updater.begin(updates, self._clip, self.device)
+        for update in updates:
+            if update.state.device_state is None:
+                self._mover.will_change(update.state.unit.name, update.promise)
         self._gradients.clear()
         self.global_step += 1
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
         self.optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._prefetch_first()
+        self._prefetcher.prefetch_first()
+
+    def step_scheduler(self, scheduler: Any) -> None:
+        """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
+        if getattr(scheduler, "optimizer", None) is not self.optimizer:
+            raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
+        self.lr_scheduler = scheduler
 
     @property
     def gradient_norm(self) -> float | None:
@@ -240,6 +273,8 @@ class Engine:
         """Fp32 masters of all parameters, and the model's buffers, as whole tensors on the host."""
         self.finish()
         tensors = {name: t.detach().cpu().clone() for name, t in self.model.named_buffers()}
+        owned = {field.name for state in self.states for field in state.unit.fields}
+        tensors |= {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if n not in owned}
         for state in self.states:
             whole = unit_contents.read(state, self.plan.precision, self.store)
             tensors |= {name: parts["weight"] for name, parts in unit_contents.named(state, whole)}
@@ -264,22 +299,27 @@ class Engine:
         self._release() if error is not None else self.close()
 
     def _release(self) -> None:
+        """Close everything, the last made first; what fails is raised when all is closed."""
+        failed: BaseException | None = None
         while self._closers:
-            self._closers.pop()()
+            try:
+                self._closers.pop()()
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     # hooks.Listener
 
     def begin_use(self, name: str) -> None:
         """A unit is about to compute: have its weights, and start the fetches of the schedule."""
         self._mover.use(name)
-        if not self._seen or self._seen[-1] != name:
-            self._seen.append(name)
-            position = next((i for i in range(self._position + 1, len(self._order)) if self._order[i] == name), None)
-            if position is not None:
-                self._position = position
-                for fetch in self._schedule[position]:
-                    self._mover.prefetch(fetch)
+        if self._prefetcher.used(name):
             self._tell_now(name)
+
+    def bounded(self, name: str) -> None:
+        """Its inputs will tell when its backward is over."""
+        self._bounded.add(name)
 
     def end_forward_use(self, name: str) -> None:
         """Its forward is over; a recompute's forward is part of its backward."""
@@ -310,16 +350,17 @@ class Engine:
 
     # Helpers
 
-    def _expect(self, order: tuple[str, ...]) -> None:
-        """Make the schedule for passes that use units in this order."""
-        self._order = order
-        self._schedule = schedule(order, self._ring_of, self._capacity, self.plan.buckets.prefetch_units)
+    def _complete(self, name: str) -> None:
+        """All gradients of a unit are there: without inputs that need one, its backward is over."""
+        if name not in self._bounded and name != self._root:
+            self._mover.unuse(name)
 
-    def _prefetch_first(self) -> None:
-        """Start the fetches that the next forward pass begins with."""
-        streamed = [name for name in dict.fromkeys(self._order) if name in self._ring_of]
-        for name in streamed[: self.plan.buckets.prefetch_units]:
-            self._mover.prefetch(Fetch(name, None))
+    def _check_trainable(self) -> None:
+        for state in self.states:
+            for field in state.unit.fields:
+                if field.parameter.requires_grad != field.trainable:
+                    change = "frozen" if field.trainable else "unfrozen"
+                    raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
@@ -339,42 +380,3 @@ class Engine:
         flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
         flights += [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]
         self._events.write("now", step=self.global_step + 1, phase=self._phase, unit=unit, in_flight=flights)
-
-
-def _update_threads(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
-
-
-def _check_can_run(plan: Plan) -> None:
-    if plan.gpus != 1:
-        raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
-    if plan.device == "cuda" and not torch.cuda.is_available():
-        raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
-
-
-def _explained(error: RuntimeError) -> OffloadError | None:
-    """A sentence where the model gets in the way of streaming; None for the model's own errors."""
-    text = str(error)
-    if "_BoundaryBackward" in text:
-        return OffloadError(
-            "a module that is a unit of the plan changes its input in place, which hides the end of its backward; "
-            f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"
-        )
-    return None
-
-
-def _move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Buffers, and parameters that no unit owns, to the device.
-
-    In bf16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's must;
-    those of other modules (rotary tables, masks) keep their precision.
-    """
-    for module in model.modules():
-        follows = precision is Precision.BF16 and any(p.is_floating_point() for p in module.parameters(recurse=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            dtype = torch.bfloat16 if follows and buffer.is_floating_point() else None
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, buffer.to(device=device, dtype=dtype), persistent=persistent)
-        for parameter in module.parameters(recurse=False):
-            if not parameter.is_floating_point():
-                parameter.data = parameter.data.to(device)

@@ -44,9 +44,11 @@ class GradientCollector:
         device: torch.device,
         down: Lane,
         up: Lane,
+        on_complete: Callable[[str], None],
     ) -> None:
         self._gatherings = {s.unit.name: _Gathering(s) for s in states}
         self._down, self._up, self._device = down, up, device
+        self._on_complete = on_complete
         self._last_micro_batch = True
         dtype = weight_dtype(plan.precision)
         counts = gradient_slot_counts([s.unit.shape for s in states], [s.unit.placement for s in states])
@@ -92,6 +94,15 @@ class GradientCollector:
             gathering.present = set()
             gathering.landed = gathering.square_norm = None
 
+    def discard(self) -> None:
+        """Forget what was gathered: a backward pass failed, or other numbers take the place of all of this."""
+        for gathering in self._gatherings.values():
+            if gathering.target is not None and gathering.state.host_gradients is not None:
+                slot = (gathering.target, Done.now(self._device))
+                self._idle[gathering.state.unit.shape.trainable_elements].append(slot)
+            gathering.target = None
+        self.clear()
+
     def close(self) -> None:
         """Give the parameters back to plain autograd."""
         for handle in self._handles:
@@ -100,17 +111,18 @@ class GradientCollector:
     def _hook(self, gathering: _Gathering, field: Field) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
-            assert gradient is not None
-            target = field.view(self._target(gathering))
-            if field.name in gathering.present:
-                target.add_(gradient)
-            else:
-                target.copy_(gradient)
-                gathering.present.add(field.name)
-            parameter.grad = None
+            if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
+                target = field.view(self._target(gathering))
+                if field.name in gathering.present:
+                    target.add_(gradient)
+                else:
+                    target.copy_(gradient)
+                    gathering.present.add(field.name)
+                parameter.grad = None
             gathering.awaited -= 1
             if gathering.awaited == 0:
                 self._land(gathering)
+                self._on_complete(gathering.state.unit.name)
 
         return torch.no_grad()(take)
 
@@ -137,7 +149,8 @@ class GradientCollector:
         ring = self._idle[elements]
         if not ring:
             shapes = ((g, g.state.unit.shape.trainable_elements) for g in self._gatherings.values())
-            self._land(next(g for g, size in shapes if size == elements and g.target is not None))
+            gathering = (g for g, size in shapes if size == elements and g.target is not None)
+            self._land(next(g for g in gathering if g.state.host_gradients is not None))
         return ring.popleft()
 
     def _land(self, gathering: _Gathering) -> None:

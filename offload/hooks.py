@@ -4,17 +4,17 @@
 In forward a unit is in use from its module's pre-forward hook to its forward hook. In backward it is in use from the
 moment the gradient of one of the module's outputs is known, or one of its weights is unpacked, or its module runs
 again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, the use
-lasts to the end of the pass.
+lasts until all of the unit's parameters have theirs.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.distributed._composable import checkpoint
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from offload.unit import Unit
@@ -29,6 +29,9 @@ class Listener(Protocol):
 
     def begin_use(self, name: str) -> None:
         """The unit is about to compute."""
+
+    def bounded(self, name: str) -> None:
+        """The end of the unit's backward will be told."""
 
     def end_forward_use(self, name: str) -> None:
         """The unit's forward is over."""
@@ -49,6 +52,7 @@ class _Boundary(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passed: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ctx.passed = passed
+        ctx.set_materialize_grads(False)  # what the module does not use gets no gradient, not a zero
         return tuple(t.view_as(t) for t in tensors)
 
     @staticmethod
@@ -57,21 +61,56 @@ class _Boundary(torch.autograd.Function):
         return None, *gradients
 
 
-def attach(units: list[Unit], recompute: tuple[str, ...], root: nn.Module, listener: Listener) -> list[RemovableHandle]:
+class _Recompute:
+    """A module whose activations are computed again in backward, until ``remove``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._handle = module.register_forward_pre_hook(_without_cache, with_kwargs=True, prepend=True)
+        if checkpoint.state(module) is None:
+            checkpoint(module, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
+        self._state = checkpoint.state(module)
+        self._state.enable_hook = True
+
+    def remove(self) -> None:
+        """Compute it once again."""
+        self._handle.remove()
+        self._state.enable_hook = False
+
+
+def attach(
+    units: list[Unit], recompute: tuple[str, ...], root: nn.Module, listener: Listener
+) -> Iterator[RemovableHandle | _Recompute]:
     """Watch the uses of every unit but the root, and recompute the modules of these paths; undone by the handles."""
-    handles = [handle for unit in units if unit.name for handle in _watch(unit, listener)]
     for path in recompute:
-        module = root.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(_without_cache, with_kwargs=True))
-        checkpoint(module)
-    return handles
+        yield _Recompute(root.get_submodule(path))
+    for unit in units:
+        if unit.name:
+            yield from _watch(unit, listener)
+
+
+@contextmanager
+def _buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Running a module again must not count twice what it keeps in buffers, as batch norm's statistics."""
+    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.data.copy_(before)
 
 
 def _without_cache(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A block that runs twice would append to its key-value cache twice; training needs none."""
-    return args, {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
+    if not torch.is_grad_enabled():
+        return args, kwargs
+    return args, {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    """Whether it is an object that a block appends to; tensors and tuples (prefix tuning's) are not."""
+    return name in KEY_VALUE_CACHES and not isinstance(value, torch.Tensor | tuple)
 
 
 def saved_tensors(listener: Listener) -> AbstractContextManager[Any]:
@@ -86,7 +125,7 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
         listener.begin_use(name)
         if not torch.is_grad_enabled():
             return None
-        return _with_boundary((args, kwargs), lambda: listener.end_backward_use(name))
+        return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
 
     def after_forward(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         listener.end_forward_use(name)
@@ -99,15 +138,36 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
 
 
 def _needing_gradient(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_flatten(tree)[0] if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
-def _with_boundary(inputs: Any, passed: Callable[[], None]) -> Any:
-    """The same inputs, with a boundary in the graph of those that need a gradient; None where none does."""
-    leaves, spec = tree_flatten(inputs)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
-    if not places:
+def _with_boundary(
+    args: tuple[Any, ...], kwargs: dict[str, Any], passed: Callable[[], None], bounded: Callable[[], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The same inputs, with a boundary in the graph of the tensors that need a gradient; None where none does.
+
+    Lists, dicts and other objects are passed on as they are, for a module may change them; a tensor that is given twice
+    stays one tensor.
+    """
+    given: dict[int, torch.Tensor] = {}
+    _collect((args, tuple(kwargs.values())), given)
+    if not given:
         return None
-    for place, tensor in zip(places, _Boundary.apply(passed, *(leaves[i] for i in places)), strict=True):
-        leaves[place] = tensor
-    return tree_unflatten(leaves, spec)
+    bounded()
+    swapped = dict(zip(given, _Boundary.apply(passed, *given.values()), strict=True))
+    return _swap(args, swapped), {name: _swap(value, swapped) for name, value in kwargs.items()}
+
+
+def _collect(value: Any, given: dict[int, torch.Tensor]) -> None:
+    """The tensors that need a gradient, in tuples of any depth, by identity."""
+    if isinstance(value, torch.Tensor) and value.requires_grad:
+        given[id(value)] = value
+    elif type(value) is tuple:
+        for item in value:
+            _collect(item, given)
+
+
+def _swap(value: Any, swapped: dict[int, torch.Tensor]) -> Any:
+    if type(value) is tuple:
+        return tuple(_swap(item, swapped) for item in value)
+    return swapped.get(id(value), value)

@@ -27,7 +27,7 @@ class MemoryMeter:
 
     def saved(self, tensor: torch.Tensor) -> None:
         """Autograd saved a tensor."""
-        if self._device.type == "cpu":
+        if self._device.type == "cpu" and tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             self._saved[storage.data_ptr()] = storage.nbytes()
 

@@ -92,8 +92,7 @@ def _allocate_unit(unit: Unit, plan: Plan, device: torch.device, arena: Arena, s
     elif place.parameters is Tier.HOST:
         state.host_weights = on_host(all_elements)
     else:
-        assert store is not None
-        state.weight_extents = [store.take((b - a) * dtype.itemsize) for a, b in state.weight_spans]
+        state.weight_extents = [_extent(store, (b - a) * dtype.itemsize) for a, b in state.weight_spans]
     if place.gradients is Tier.GPU:
         state.device_gradients = on_device(trainable)
     else:
@@ -104,6 +103,10 @@ def _allocate_unit(unit: Unit, plan: Plan, device: torch.device, arena: Arena, s
     elif place.optimizer is Tier.HOST:
         state.host_state = carve_state(arena.take(size), trainable, precision)
     else:
-        assert store is not None
-        state.state_extents = [store.take((b - a) * state_bytes(precision)) for a, b in state.spans]
+        state.state_extents = [_extent(store, (b - a) * state_bytes(precision)) for a, b in state.spans]
     return state
+
+
+def _extent(store: Store | None, size_bytes: int) -> Extent:
+    assert store is not None, "an extent is needed, so the footprint counted one and a store was made"
+    return store.take(size_bytes)

@@ -48,6 +48,8 @@ class Done:
         self._parts = other._parts
 
         def pass_on(enqueued: Future[torch.Event | None]) -> None:
+            if self._enqueued.done():
+                return  # it was failed meanwhile
             if (error := enqueued.exception()) is not None:
                 self._enqueued.set_exception(error)
             else:
@@ -145,3 +147,5 @@ class Lane:
                 done.finish(event)
             # The job holds its tensors; they may go now, not when the next job comes.
             del item, job, after, done
+        if self._stream is not None:
+            self._stream.synchronize()  # whoever closes the lane frees what it was copying

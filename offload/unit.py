@@ -71,7 +71,7 @@ def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, 
     """One Unit a placement, in the same order.
 
     A parameter belongs to the unit whose path begins its name; one that several units share, or none has, belongs
-    to the root unit. Only floating-point parameters are owned: others stay where the model has them.
+    to the root unit. Only floating-point parameters with elements are owned: others stay where the model has them.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if missing := [p.unit for p in placements if p.unit not in modules]:
@@ -79,7 +79,9 @@ def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, 
     paths = [p.unit for p in placements if p.unit]
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point():
+        if parameter.is_complex() and parameter.requires_grad:
+            raise PlanError(f"parameter {name} is complex; this version trains real parameters only")
+        if parameter.is_floating_point() and parameter.numel():
             names.setdefault(parameter, []).append(name)
     owned: dict[str, list[tuple[str, nn.Parameter]]] = {p.unit: [] for p in placements}
     for parameter, aliases in names.items():

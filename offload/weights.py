@@ -31,35 +31,66 @@ class WeightReference(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    conjugate: bool
+    negative: bool
+
+
+def send_away(state: UnitState, nan: torch.Tensor) -> None:
+    """Leave a unit's parameters with nothing but their shape; ``nan`` is a scalar of their type and device."""
+    for field in state.unit.fields:
+        field.parameter.data = nan.expand(field.shape)
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Address of the tensor's memory; 0 for a sparse or other tensor that has no plain storage."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 class AwayGuard(TorchDispatchMode):
-    """Raises OffloadError when an operation reads a parameter that is away."""
+    """Raises OffloadError when an operation reads a parameter that is away or not up to date, or changes one.
 
-    def __init__(self, nan: torch.Tensor, names: Callable[[torch.Size], list[str]]) -> None:
+    ``stale`` names the unit of an address whose update nobody has waited for in this pass; ``held`` tells addresses of
+    weights.
+    """
+
+    def __init__(
+        self,
+        nan: torch.Tensor,
+        names: Callable[[torch.Size], list[str]],
+        stale: Callable[[int], bool],
+        held: Callable[[int], bool],
+    ) -> None:
         super().__init__()
-        self._storage = nan.untyped_storage().data_ptr()
-        self._names = names
+        self._nan, self._names, self._stale, self._held = storage_address(nan), names, stale, held
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at the tensors of one operation, then do it."""
-        for leaf in tree_leaves((args, kwargs)):
-            # Views and detaching read no data, and autograd makes them of parameters that are away.
-            if isinstance(leaf, torch.Tensor) and not func.is_view and self._is_away(leaf):
+        # Views and detaching read no data, and autograd makes them of parameters that are away.
+        if not func.is_view:
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, torch.Tensor) and self._out_of_reach(storage_address(leaf)):
+                    raise OffloadError(
+                        f"{func} reads a parameter of shape {list(leaf.shape)} outside of the forward of its module, "
+                        f"while its unit is away: one of {self._names(leaf.shape)}. Leave that module's parameters to "
+                        "the root unit: take its unit out of the plan."
+                    )
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            changes = argument.alias_info is not None and argument.alias_info.is_write
+            if changes and isinstance(value, torch.Tensor) and self._held(storage_address(value)):
                 raise OffloadError(
-                    f"{func} reads a parameter of shape {list(leaf.shape)} while its unit is away, outside of the "
-                    f"forward of the module that owns it; one of {self._names(leaf.shape)}. Place its unit's "
-                    "parameters on the gpu, or leave it to the root unit."
+                    f"{func} changes a parameter of shape {list(value.shape)} in place: one of "
+                    f"{self._names(value.shape)}. The engine keeps other copies of it, which would not change; train "
+                    "this model without offloading that parameter's optimizer state and weights."
                 )
         return func(*args, **(kwargs or {}))
 
-    def _is_away(self, tensor: torch.Tensor) -> bool:
-        try:
-            return tensor.untyped_storage().data_ptr() == self._storage
-        except (NotImplementedError, RuntimeError):  # sparse and other tensors without a plain storage
-            return False
+    def _out_of_reach(self, address: int) -> bool:
+        return address != 0 and (address == self._nan or self._stale(address))
 
 
 class WeightMover:
@@ -72,6 +103,7 @@ class WeightMover:
         lane: Lane,
         store: Store | None,
         reader_ring: Sequence[torch.Tensor],
+        nan: torch.Tensor,
     ) -> None:
         self._states = {s.unit.name: s for s in states}
         self._rings = rings
@@ -87,8 +119,10 @@ class WeightMover:
         self._in_use: set[str] = set()
         self._updated: dict[str, Done] = {}
         # [Note: parameters that are away]
-        self._nan = torch.full((), torch.nan, dtype=rings.dtype, device=rings.device)
-        self._resident = {s.device_weights.data_ptr() for s in states if s.device_weights is not None}
+        self._nan = nan
+        self._resident = {s.device_weights.data_ptr(): s for s in states if s.device_weights is not None}
+        self._used: set[str] = set()
+        """Units used since the last ``begin_pass``."""
         for state in states:
             if state.device_weights is not None:
                 self._bind(state, state.device_weights)
@@ -100,9 +134,14 @@ class WeightMover:
         """Slots made beyond the plan so far."""
         return self._rings.overflow_count
 
+    def begin_pass(self) -> None:
+        """A forward pass begins."""
+        self._used.clear()
+
     def use(self, name: str) -> None:
         """The unit is about to compute: its weights are there when this returns, and stay until ``unuse``."""
         state = self._states[name]
+        self._used.add(name)
         if state.device_weights is not None:
             if (updated := self._updated.pop(name, None)) is not None:
                 updated.wait()
@@ -139,8 +178,20 @@ class WeightMover:
 
     def guard(self) -> AwayGuard:
         """A context in which operations on parameters that are away raise."""
-        fields = [f for s in self._states.values() if s.device_weights is None for f in s.unit.fields]
-        return AwayGuard(self._nan, lambda shape: [f.name for f in fields if f.shape == shape])
+        fields = [f for s in self._states.values() for f in s.unit.fields]
+        return AwayGuard(
+            self._nan,
+            lambda shape: [f.name for f in fields if f.shape == shape],
+            stale=self._is_stale,
+            held=lambda address: address in self._slot_at or self._is_mirrored(address),
+        )
+
+    def _is_mirrored(self, address: int) -> bool:
+        state = self._resident.get(address)
+        return state is not None and state.host_weights is not None
+
+    def _is_stale(self, address: int) -> bool:
+        return self._is_mirrored(address) and self._resident[address].unit.name not in self._used
 
     def in_flight(self) -> list[str]:
         """Units whose weights are on their way."""
@@ -163,20 +214,23 @@ class WeightMover:
 
     def is_resident(self, tensor: torch.Tensor) -> bool:
         """Whether this tensor lies in weights that never leave the device."""
-        return tensor.untyped_storage().data_ptr() in self._resident
+        return storage_address(tensor) in self._resident
 
     def reference(self, tensor: torch.Tensor) -> WeightReference | None:
         """How to find this tensor again, if it lies in a slot that may be taken before backward."""
-        slot = self._slot_at.get(tensor.untyped_storage().data_ptr())
+        slot = self._slot_at.get(storage_address(tensor))
         if slot is None or slot.holds is None:
             return None
         name = slot.holds.unit.name
-        return WeightReference(name, int(tensor.storage_offset()), tensor.shape, tensor.stride(), tensor.dtype)
+        place = (int(tensor.storage_offset()), tensor.shape, tensor.stride())
+        return WeightReference(name, *place, tensor.dtype, tensor.is_conj(), tensor.is_neg())
 
     def resolve(self, reference: WeightReference) -> torch.Tensor:
         """The tensor of a reference; its unit must be in use."""
         buffer = self._slot_of[reference.unit].buffer.view(reference.dtype)
-        return buffer.as_strided(reference.size, reference.stride, reference.offset)
+        tensor = buffer.as_strided(reference.size, reference.stride, reference.offset)
+        tensor = tensor.conj() if reference.conjugate else tensor
+        return torch._neg_view(tensor) if reference.negative else tensor
 
     def _empty_slot(self, state: UnitState) -> Slot | None:
         return next((s for s in self._rings.ring(state) if s.holds is None), None)
@@ -244,5 +298,4 @@ class WeightMover:
             self._bound.add(state.unit.name)
 
     def _unbind(self, state: UnitState) -> None:
-        for field in state.unit.fields:
-            field.parameter.data = self._nan.expand(field.shape)
+        send_away(state, self._nan)
