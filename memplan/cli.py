@@ -107,7 +107,7 @@ def train(
     host_memory: HostMemory = None,
     nvme: Annotated[
         str | None,
-        typer.Option(metavar="DIR[:SIZE]", help="A directory on a fast disk; with a plan, in place of its own."),
+        typer.Option(metavar="DIR[:SIZE]", help="A fast disk's directory; beside a plan, in place of its own."),
     ] = None,
     precision: PrecisionOption = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
