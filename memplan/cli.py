@@ -19,7 +19,7 @@ from memplan.api import plan as make_plan
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
-from memplan.machine import Machine, describe, detect
+from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.report import write_report
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
@@ -105,7 +105,10 @@ def train(
     no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
-    nvme: Nvme = None,
+    nvme: Annotated[
+        str | None,
+        typer.Option(metavar="DIR[:SIZE]", help="A fast disk's directory; beside a plan, in place of its own."),
+    ] = None,
     precision: PrecisionOption = None,
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
@@ -120,7 +123,12 @@ def train(
     if plan is None and resume:
         plan = run_dir / "plan.json"
     if plan is not None:
+        wishes = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--precision": precision}
+        if given := [name for name, wish in wishes.items() if wish is not None]:
+            raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
         chosen = Plan.load(plan)
+        if nvme is not None:
+            chosen = replace(chosen, nvme_dir=str(parse_nvme(nvme)[0]))
     else:
         # This version trains on one GPU, however many are here.
         machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
