@@ -19,7 +19,7 @@ lint: $(READY)  ## check style and types
 	$(BIN)/mypy
 
 snapshots: $(READY)  ## accept the dashboard's pictures as they are now
-	$(BIN)/python -m pytest tests/test_tui_snapshot.py --snapshot-update
+	$(BIN)/python -m pytest tests/test_tui_app.py --snapshot-update
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "memplan needs Python 3.11 or newer; install it, or say make PYTHON=/path/to/python3.11"; exit 1; }

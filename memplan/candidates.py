@@ -65,7 +65,9 @@ class Problem:
         forward, backward = self.profile.forward_flops, self.profile.backward_flops
         executed = 2 * forward + backward if family.recompute else forward + backward
         share = forward / executed if executed else 0.0
-        return Work(self.device, family.micro_batches, flops, _leaf_calls(self.profile), share)
+        # A call is a forward and a backward; recompute is a third forward-sized part more.
+        calls = _leaf_calls(self.profile) * (4 if family.recompute else 3) // 3
+        return Work(self.device, family.micro_batches, flops, calls, share)
 
     def with_budget(self, tier: Tier, size: int) -> "Problem":
         """The same with another budget in one tier."""

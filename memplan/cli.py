@@ -32,6 +32,7 @@ from tui import watch as watch_run
 from tui.errors import RunError
 
 TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
+DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     help="Training models that do not fit: profile, plan, train with offload, watch.",
@@ -57,7 +58,7 @@ Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A director
 @app.command()
 def profile(
     file: File,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     precision: Annotated[Precision, typer.Option(help="Numbers of the plain training step.")] = Precision.FP32,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-fused, sgd or sgd-momentum.")] = "adamw",
     json: Annotated[Path | None, typer.Option(help="Write profile.json here.")] = None,
@@ -73,7 +74,7 @@ def profile(
 @app.command()
 def plan(
     file: File,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     gpus: Gpus = None,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -99,7 +100,9 @@ def train(
     file: File,
     plan: Annotated[Path | None, typer.Option(help="A plan.json; without it a plan is made.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of the last optimizer step.")] = 100,
-    batch_size: BatchSize = 8,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step; 8 if not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-TIME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
@@ -123,7 +126,12 @@ def train(
     if plan is None and resume:
         plan = run_dir / "plan.json"
     if plan is not None:
-        wishes = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--precision": precision}
+        wishes = {
+            "--batch-size": batch_size,
+            "--gpu-memory": gpu_memory,
+            "--host-memory": host_memory,
+            "--precision": precision,
+        }
         if given := [name for name, wish in wishes.items() if wish is not None]:
             raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
         chosen = Plan.load(plan)
@@ -133,7 +141,7 @@ def train(
         # This version trains on one GPU, however many are here.
         machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen = _plan(source, machine, batch_size, precision)
+        chosen = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
     options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)

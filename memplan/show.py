@@ -33,8 +33,8 @@ def profile_tables(profile: ModelProfile) -> RenderableType:
     table = _table(f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}")
     table.add_column("layer", no_wrap=True)
     table.add_column("type", no_wrap=True)
-    for name in ("params", "fwd FLOP", "bwd FLOP", "saved"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name, width in (("params", 6), ("fwd FLOP", 8), ("bwd FLOP", 8), ("saved", 8)):
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
     for row in _rows(profile.layers):
         layer = row.layer
         table.add_row(

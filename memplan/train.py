@@ -21,7 +21,7 @@ from memplan.errors import RunDirectoryError, TrainingFailed
 from memplan.formatting import format_bytes, format_count, format_seconds
 from offload import checkpoint
 from offload.engine import Engine
-from offload.errors import OffloadError
+from offload.errors import CheckpointError, OffloadError
 from offload.events import EventLog
 from offload.plan import Plan, Precision
 from profiler.blame import user_traceback
@@ -89,8 +89,9 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
     loss = f", loss {sum(run.losses) / count:.4f} over the last {count} steps" if count else ""
     console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
     predicted = run.predicted_bytes()
-    held = (f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items())
-    console.print(f"peak of predicted: {', '.join(held)}", soft_wrap=True, highlight=False)
+    held = [f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items()]
+    if held:
+        console.print(f"peak of predicted: {', '.join(held)}", soft_wrap=True, highlight=False)
     return INTERRUPTED if stop.requested else 0
 
 
@@ -122,7 +123,13 @@ class _Run:
         self.batches = self.source.train_batches(self.plan.micro_batch_size)
         if self.options.resume:
             path = checkpoint.latest(self.run_dir / "checkpoints")
-            for _ in range(checkpoint.read_manifest(path)["extra"]["batches"]):
+            used = checkpoint.read_manifest(path)["extra"]
+            if used["micro_batch_size"] != self.plan.micro_batch_size:
+                raise CheckpointError(
+                    f"{path} was trained in micro-batches of {used['micro_batch_size']}, the plan has "
+                    f"{self.plan.micro_batch_size}: the data could not go on where it was; keep the micro-batch"
+                )
+            for _ in range(used["batches"]):
                 self._draw(1)
             checkpoint.load(self.engine, path)
         engine, plan = self.engine, self.plan
@@ -191,8 +198,8 @@ class _Run:
     def save(self) -> Path:
         """Write a checkpoint of where the run is."""
         began = time.perf_counter()
-        used = self.engine.global_step * self.plan.gradient_accumulation_steps
-        path = checkpoint.save(self.engine, self.run_dir / "checkpoints", {"batches": used})
+        used = {"batches": self.drawn, "micro_batch_size": self.plan.micro_batch_size}
+        path = checkpoint.save(self.engine, self.run_dir / "checkpoints", used)
         size = sum(p.stat().st_size for p in path.iterdir())
         step, seconds = self.engine.global_step, time.perf_counter() - began
         self.events.write("checkpoint", step=step, path=str(path), seconds=seconds, bytes=size)

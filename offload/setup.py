@@ -53,7 +53,7 @@ def check_can_run(plan: Plan) -> None:
 def explained(error: BaseException) -> OffloadError | None:
     """A sentence where the model gets in the way of streaming; None for the model's own errors."""
     text = str(error)
-    if isinstance(error, RuntimeError) and "_BoundaryBackward" in text:
+    if isinstance(error, RuntimeError) and "_Boundary" in text:
         return OffloadError(
             "a module that is a unit of the plan changes its input in place, which hides the end of its backward; "
             f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"

@@ -162,7 +162,7 @@ def rounded(master: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("max_norm", "tolerance"),
     # The last bit of the norm depends on the order of its sum, and may tip a weight to the next bf16.
-    [(None, 1e-6), (0.05, 1e-4)],
+    [(None, 1e-6), (0.05, 1e-3)],
 )
 def test_twenty_steps_in_bf16_equal_a_loop_with_fp32_masters(
     kind: type[GPT], max_norm: float | None, tolerance: float, tmp_path: Path
