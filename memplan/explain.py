@@ -29,8 +29,8 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
     ]
     if best.counts.nvme_state:
         said.append(
-            f"The host tier of {format_bytes(problem.budget.host_bytes)} has no room for more, so the optimizer state of "
-            f"{best.counts.nvme_state} units goes to NVMe"
+            f"The host tier of {format_bytes(problem.budget.host_bytes)} has no room for more, so the optimizer state "
+            f"of {best.counts.nvme_state} units goes to NVMe"
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
     busy = lanes(search.tables, best.counts, search.work, problem.rates)

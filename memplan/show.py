@@ -20,30 +20,35 @@ STATUS_STYLES = {"ok": "green", "info": "blue", "warn": "yellow", "fail": "bold 
 
 @dataclass(frozen=True)
 class _Row:
-    """A layer, or several alike that follow each other."""
+    """A layer, or several alike that follow each other; the figures are of all of them together."""
 
     name: str
     depth: int
-    layer: LayerProfile
-    count: int
+    alike: tuple[LayerProfile, ...]
+
+    def total(self, figure: str) -> int:
+        """Sum of one figure."""
+        return sum(getattr(layer, figure) for layer in self.alike)
 
 
 def profile_tables(profile: ModelProfile) -> RenderableType:
     """The layers, the totals, the peak by phase, and what was not counted."""
     table = _table(f"{profile.model}: one step of batch {profile.batch_size}, {profile.precision}")
-    table.add_column("layer", no_wrap=True)
-    table.add_column("type", no_wrap=True)
-    for name, width in (("params", 6), ("fwd FLOP", 8), ("bwd FLOP", 8), ("saved", 8)):
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    table.padding = (0, 1, 0, 0)  # six columns and deep names in 80 characters
+    # In a narrow terminal the names give way, not the figures.
+    for name in ("layer", "type"):
+        table.add_column(name, overflow="ellipsis")
+    for name in ("params", "fwd FLOP", "bwd FLOP", "saved"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in _rows(profile.layers):
-        layer = row.layer
+        parameters, saved = row.total("parameters"), row.total("activation_bytes")
         table.add_row(
             "  " * row.depth + row.name,
-            layer.type + (f" x {row.count}" if row.count > 1 else ""),
-            format_count(layer.parameters * row.count) if layer.parameters else "",
-            _flops(layer.forward_flops * row.count),
-            _flops(layer.backward_flops * row.count),
-            format_bytes(layer.activation_bytes * row.count) if layer.activation_bytes else "",
+            row.alike[0].type + (f" x {len(row.alike)}" if len(row.alike) > 1 else ""),
+            format_count(parameters) if parameters else "",
+            _flops(row.total("forward_flops")),
+            _flops(row.total("backward_flops")),
+            format_bytes(saved) if saved else "",
         )
     return Group(table, _totals(profile), *_remarks(profile))
 
@@ -71,19 +76,23 @@ def _rows(layers: tuple[LayerProfile, ...]) -> Iterable[_Row]:
     for layer in layers[1:]:
         children.setdefault(layer.path.rpartition(".")[0], []).append(layer)
 
-    def signature(layer: LayerProfile) -> tuple[object, ...]:
-        figures = (layer.type, layer.parameters, layer.forward_flops, layer.backward_flops, layer.activation_bytes)
-        return (*figures, *(signature(child) for child in children.get(layer.path, ())))
+    def shape(layer: LayerProfile) -> tuple[object, ...]:
+        # What they save is left out: the first of equal blocks also saves what it shares with the others.
+        figures = (layer.type, layer.parameters, layer.forward_flops, layer.backward_flops)
+        return (*figures, *(shape(child) for child in children.get(layer.path, ())))
 
-    def walk(layer: LayerProfile, name: str, depth: int, count: int) -> Iterable[_Row]:
-        yield _Row(name, depth, layer, count)
-        for _, alike in groupby(children.get(layer.path, ()), key=signature):
-            run = list(alike)
-            first, last = (r.path.rpartition(".")[2] for r in (run[0], run[-1]))
-            name = first if len(run) == 1 else f"{first}-{last}" if first.isdigit() else f"{first} .. {last}"
-            yield from walk(run[0], name, depth + 1, count * len(run))
+    def walk(alike: tuple[LayerProfile, ...], name: str, depth: int) -> Iterable[_Row]:
+        yield _Row(name, depth, alike)
+        below = [children.get(layer.path, []) for layer in alike]
+        start = 0
+        for _, run in groupby(below[0], key=shape):
+            first, *rest = (layer.path.rpartition(".")[2] for layer in run)
+            stop = start + 1 + len(rest)
+            label = first if not rest else f"{first}-{rest[-1]}" if first.isdigit() else f"{first} .. {rest[-1]}"
+            yield from walk(tuple(layer for each in below for layer in each[start:stop]), label, depth + 1)
+            start = stop
 
-    return walk(layers[0], "(model)", 0, 1)
+    return walk(layers[:1], "(model)", 0)
 
 
 def _totals(profile: ModelProfile) -> Table:
