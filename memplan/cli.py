@@ -83,9 +83,9 @@ def plan(
     out: Annotated[Path, typer.Option(help="Where plan.json and ds_config.json go.")] = Path(),
 ) -> None:
     """What to do about it on this machine, or on one you describe."""
+    out.mkdir(parents=True, exist_ok=True)
     machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
     found = _plan(load_source(file), machine, batch_size, precision)
-    out.mkdir(parents=True, exist_ok=True)
     found.save(out / "plan.json")
     config, notes = ds_config(found)
     (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
@@ -193,6 +193,9 @@ def main() -> None:
         sys.exit(TRAINING_FAILED)
     except (MemplanError, ProfilerError, OffloadError, RunError) as error:
         _say(error)
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        _say(MemplanError(f"{error.filename}: {error.strerror}" if error.filename else str(error)))
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -24,8 +24,9 @@ from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError
 from offload.events import EventLog
 from offload.plan import Plan, Precision
+from offload.store import check_directory
 from profiler.blame import user_traceback
-from profiler.errors import ProfilerError
+from profiler.errors import ProfilerError, SourceError
 from profiler.source import ModelSource, call_model
 
 INTERRUPTED = 130
@@ -53,9 +54,10 @@ def prepare_run(run_dir: Path, *, resume: bool) -> None:
     if resume:
         checkpoint.latest(run_dir / "checkpoints")
         return
-    if events.exists() and events.stat().st_size:
+    if events.exists() and '"event": "step"' in events.read_text():
         raise RunDirectoryError(f"{run_dir} holds a run already; go on with it by --resume, or name another --out")
     run_dir.mkdir(parents=True, exist_ok=True)
+    events.unlink(missing_ok=True)  # of a run that failed before its first step
 
 
 def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptions, console: Console) -> int:
@@ -64,10 +66,12 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
     The run directory must have been prepared. On the way out, whichever way, the engine is closed and the end is
     written to the events.
     """
-    plan.save(run_dir / "plan.json")
+    if plan.nvme_dir is not None:
+        check_directory(Path(plan.nvme_dir), plan.prediction.nvme_bytes)
     torch.manual_seed(options.seed)
     with EventLog(run_dir / "events.jsonl") as events, _stop_on_interrupt() as stop:
         run = _Run(source, plan, run_dir, options, events)
+        plan.save(run_dir / "plan.json")  # only now: a plan that is refused must not take the place of the run's own
         with _Progress(run_dir, options.dashboard, console) as progress:
             try:
                 with run.engine:
@@ -78,10 +82,10 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 events.write("end", reason=reason, step=run.step, message=str(error) or type(error).__name__)
                 if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError):
-                    raise TrainingFailed(
-                        f"training failed in step {run.step + 1}: {type(error).__name__}: {error}",
-                        user_traceback(error, source.path),
-                    ) from error
+                    # What fails before any step is done fails on whatever the file gives: it is the file's fault.
+                    kind = TrainingFailed if run.losses else SourceError
+                    sentence = f"training failed in step {run.step + 1}: {type(error).__name__}: {error}"
+                    raise kind(sentence, user_traceback(error, source.path)) from error
                 raise
             reason = "interrupted" if stop.requested else "finished"
             events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")

@@ -22,6 +22,11 @@ BUILD_LINES = """\
     def build_model():
         model = {name}(...)
         return model"""
+LAZY_LINES = """\
+    def build_model():
+        model = MyModel()
+        model(example_batch(1))
+        return model"""
 BATCH_LINES = """\
     def example_batch(batch_size):
         tokens = torch.randint(0, 1000, (batch_size, 128))
@@ -49,6 +54,11 @@ class ModelSource:
             raise SourceError(
                 f"build_model() of {self.path.name} returned {_a(model)}; it must return the model:\n"
                 + BUILD_LINES.format(name="MyModel")
+            )
+        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
+            raise SourceError(
+                f"the model of {self.path.name} has lazy modules, whose shapes nobody knows yet; run a batch through it:\n"
+                + LAZY_LINES
             )
         return model
 
