@@ -57,7 +57,7 @@ class ModelSource:
             )
         if any(nn.parameter.is_lazy(p) for p in model.parameters()):
             raise SourceError(
-                f"the model of {self.path.name} has lazy modules, whose shapes nobody knows yet; run a batch through it:\n"
+                f"the model of {self.path.name} has lazy modules, without shapes so far; run a batch through it:\n"
                 + LAZY_LINES
             )
         return model
