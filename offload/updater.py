@@ -16,7 +16,7 @@ from offload.optimizer import AdamWStep, update_span
 from offload.plan import Precision
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
 from offload.state import AdamState, UnitState, carve_state
-from offload.store import Store, Ticket
+from offload.store import Extent, Store, Ticket
 from offload.streams import Done, Lane
 
 
@@ -180,7 +180,8 @@ class Updater:
     def _stage(self, update: UnitUpdate, index: int, start: int, stop: int, slot: _StagingSlot) -> _Chunk:
         """Start bringing a chunk to the host; what is on the host already is used where it lies."""
         self._wait_written(slot)
-        state, taken, reads = update.state, 0, []
+        state, taken = update.state, 0
+        reads: list[Ticket] = []
         gradients_there = update.landed
         if state.host_gradients is not None:
             gradients = state.host_gradients[start:stop]
@@ -194,25 +195,27 @@ class Updater:
         if state.host_state is not None:
             adam = state.host_state.span(start, stop)
         else:
-            assert self._store is not None
-            assert state.state_extents is not None
-            extent = state.state_extents[index]
-            state_raw, taken = slot.part(taken, extent.size_bytes)
-            reads.append(self._store.read(extent, state_raw))
+            state_raw, taken = self._read(state.state_extents, index, slot, taken, reads)
             self._reading.add(state.unit.name)
             adam = carve_state(state_raw, stop - start, self._precision)
         if state.host_weights is not None:
             weights = state.host_weights[start:stop]
         else:
-            assert self._store is not None
-            assert state.weight_extents is not None
-            extent = state.weight_extents[index]
-            weight_raw, taken = slot.part(taken, extent.size_bytes)
-            reads.append(self._store.read(extent, weight_raw))
+            weight_raw, taken = self._read(state.weight_extents, index, slot, taken, reads)
             weights = weight_raw.view(gradients.dtype)[: stop - start]
         return _Chunk(
             update, index, start, stop, slot, weights, gradients, adam, reads, gradients_there, weight_raw, state_raw
         )
+
+    def _read(
+        self, extents: list[Extent] | None, index: int, slot: _StagingSlot, taken: int, reads: list[Ticket]
+    ) -> tuple[torch.Tensor, int]:
+        """Start reading one extent into the next piece of the slot; returns the piece and what is taken behind it."""
+        assert self._store is not None
+        assert extents is not None
+        raw, taken = slot.part(taken, extents[index].size_bytes)
+        reads.append(self._store.read(extents[index], raw))
+        return raw, taken
 
     def _apply(self, chunk: _Chunk, factor: float, begun: Done) -> None:
         """Update a chunk that has arrived and start its way back."""
