@@ -105,12 +105,8 @@ def _totals(profile: ModelProfile) -> Table:
     if trained != profile.parameter_elements:
         table.add_row("of which trained", format_count(trained))
     table.add_row("FLOPs forward + backward", format_flops(profile.forward_flops + profile.backward_flops))
-    for name, size in (
-        ("forward", peaks.forward_bytes),
-        ("backward", peaks.backward_bytes),
-        (f"step ({profile.optimizer})", peaks.step_bytes),
-    ):
-        table.add_row(f"peak in {name}", format_bytes(size))
+    for phase, size in peaks.by_phase.items():
+        table.add_row(f"peak in {phase}" + (f" ({profile.optimizer})" if phase == "step" else ""), format_bytes(size))
     table.add_section()
     table.add_row("peak allocated", format_bytes(peaks.overall_bytes), style="bold")
     table.add_row("peak reserved by the allocator", format_bytes(peaks.reserved_bytes))

@@ -6,7 +6,7 @@ padded to 32, and the mask. Heads wider than 256, and in fp32 fewer key than que
 the quadratic path remains. Backward accumulates the query's gradient in fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch.nn.functional import pad
 
 from profiler.formulas import attention_flops
 
-FlopReport = Callable[[str, int], None]
-"""Told the name and the FLOPs of what the dispatcher does not show."""
+Report = Callable[[str, int, Sequence[torch.Tensor]], None]
+"""Told the name, the FLOPs and the tensors read and written of what the dispatcher does not show."""
 
 LARGEST_FUSED_HEAD = 256
 HALF = (torch.bfloat16, torch.float16)
 
 
-def attention_kernel(report: FlopReport) -> Callable[..., torch.Tensor]:
+def attention_kernel(report: Report) -> Callable[..., torch.Tensor]:
     """A stand-in for ``aten::scaled_dot_product_attention`` on fake tensors."""
 
     def attention(
@@ -70,7 +70,7 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         causal: bool,
-        report: FlopReport,
+        report: Report,
     ) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         flash = query.dtype in HALF and mask is None
@@ -81,14 +81,12 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.report = report
         ctx.flops = attention_flops(query.shape, key.shape, value.shape[-1], causal)
-        report("attention", ctx.flops)
+        report("attention", ctx.flops, [t for t in (query, key, value, out, sums, mask) if t is not None])
         return out
 
     @staticmethod
-    def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, _out, sums, _mask = ctx.saved_tensors
-        # Five matrix products where forward has two: the scores are computed again.
-        ctx.report("attention_backward", ctx.flops * 5 // 2)
+    def backward(ctx: Any, *grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, out, sums, mask = ctx.saved_tensors
         held = [torch.empty_like(sums)]  # the rows' sums of gradient times output
         if query.dtype in HALF:
             held.append(torch.empty_like(query, dtype=torch.float32))
@@ -96,4 +94,7 @@ class _FusedAttention(torch.autograd.Function):
         if key.shape[1] != query.shape[1]:
             shape = (*query.shape[:2], *key.shape[2:])
             held += [key.new_empty(shape), value.new_empty((*shape[:3], value.shape[-1]))]
+        # Five matrix products where forward has two: the scores are computed again.
+        moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
+        ctx.report("attention_backward", ctx.flops * 5 // 2, moved)
         return (*grads, None, None, None)

@@ -16,7 +16,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.utils._pytree import tree_map_only
 
-from profiler.attention import FlopReport, attention_kernel
+from profiler.attention import Report, attention_kernel
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ UNTOUCHED = frozenset({"binary_cross_entropy", "norm.Scalar", "norm.ScalarOpt_di
 
 
 @contextmanager
-def cuda_semantics(report: FlopReport) -> Iterator[None]:
+def cuda_semantics(report: Report) -> Iterator[None]:
     """CUDA's autocast, dropout and attention for CPU tensors; ``report(name, flops)`` hears of every attention."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():

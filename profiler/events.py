@@ -1,7 +1,7 @@
 """What happens in a training step, as data: storages come and go, operations run."""
 
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Category(StrEnum):
@@ -23,14 +23,17 @@ MODEL_STATE = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZ
 SETUP = "setup"
 """Before the first step: parameters, buffers and the batch."""
 FORWARD = "forward"
-"""The model and the loss."""
+LOSS = "loss"
+"""What comes after the model has returned and before backward; empty where the model computes its own loss."""
 BACKWARD = "backward"
+CLIP = "clip"
+"""The gradients' global norm, and their scaling; with a gradient scaler, their unscaling before."""
 STEP = "step"
 """The optimizer, and the gradients' release after it."""
+PHASES = (FORWARD, LOSS, BACKWARD, CLIP, STEP)
 
 
-@dataclass(frozen=True, slots=True)
-class Alloc:
+class Alloc(NamedTuple):
     """A storage begins to live."""
 
     id: int
@@ -41,25 +44,46 @@ class Alloc:
     phase: str
 
 
-@dataclass(frozen=True, slots=True)
-class Free:
+class Free(NamedTuple):
     """A storage ends."""
 
     id: int
     phase: str
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(NamedTuple):
     """An operation runs."""
 
     name: str
     flops: int | None
     """``None`` when there is no formula for it."""
+    bytes: int
+    """Read and written; 0 for a view."""
+    dtype: str
+    """Of its first floating-point tensor, "" where there is none: it decides the rate."""
     module: str
     phase: str
     recompute: bool = False
     """Whether it repeats a part of the forward pass during backward."""
 
 
-Event = Alloc | Free | Op
+class Save(NamedTuple):
+    """Autograd keeps a storage for backward."""
+
+    id: int
+    module: str
+
+
+class Call(NamedTuple):
+    """A module's forward begins, in the forward phase."""
+
+    module: str
+
+
+class Gradient(NamedTuple):
+    """A parameter's gradient has arrived."""
+
+    parameter: str
+
+
+Event = Alloc | Free | Op | Save | Call | Gradient

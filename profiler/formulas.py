@@ -25,6 +25,11 @@ MOVES = frozenset("aten::" + name for name in _MOVES.split())
 """Operations that only make, fill or move numbers."""
 
 
+_ASKS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+UNMOVED = frozenset("aten::" + name for name in _ASKS)
+"""Operations that only ask for memory."""
+
+
 def register(name: str) -> Callable[[Formula], Formula]:
     """Register a formula, called with the operation's arguments and ``out_val``; a second one is refused."""
 
@@ -82,6 +87,19 @@ def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=out))
     return 0 if schema.name in MOVES or _is_view(schema) or _is_factory(schema) else None
+
+
+def moved_bytes(func: Any, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> int:
+    """Bytes that a call reads and writes if every tensor crosses the memory bus once; 0 for a view."""
+    schema = func._schema
+    if _is_view(schema) or schema.name in UNMOVED:
+        return 0
+    return sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
+
+
+def rate_dtype(tensors: Sequence[torch.Tensor]) -> str:
+    """Name of the dtype of the first floating-point tensor, "" if there is none."""
+    return next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "")
 
 
 def _is_view(schema: Any) -> bool:

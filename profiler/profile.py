@@ -5,14 +5,14 @@ Unknown is ``None``, never 0.
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from profiler.errors import ProfileError
+from profiler.events import PHASES
 
-SCHEMA = "memplan.profile/1"
-PHASES = ("forward", "backward", "step")
+SCHEMA = "memplan.profile/2"
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,12 @@ class LayerProfile:
     backward_flops: int
     activation_bytes: int
     """Bytes that its operations made autograd keep for backward, parameters left out, each storage counted once."""
+    transient_bytes: int = 0
+    """The most that its operations held at once, in forward or in backward, beside what is kept and gradients."""
+    moved_bytes: int = 0
+    """Read and written by its operations in forward and backward, recompute left out."""
+    seconds: float | None = None
+    """Of its operations in forward and backward on ``ModelProfile.device``."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,68 @@ class ActivationPoint:
 
 @dataclass(frozen=True)
 class PhasePeaks:
-    """Peak bytes of a plain training step on a device, in the steady state (optimizer state exists)."""
+    """Peak bytes of a plain training step on a CUDA device; a phase that the step does not have is ``None``."""
 
     forward_bytes: int
+    loss_bytes: int | None
     backward_bytes: int
+    clip_bytes: int | None
     step_bytes: int
-    overall_bytes: int
     reserved_bytes: int
+    """Held by the caching allocator at the end of the step."""
+    reserved_expandable_bytes: int
+    """The same with ``expandable_segments:True``."""
+
+    @property
+    def by_phase(self) -> dict[str, int]:
+        """The phases that there are, in order."""
+        found = {phase: getattr(self, f"{phase}_bytes") for phase in PHASES}
+        return {phase: size for phase, size in found.items() if size is not None}
+
+    @property
+    def overall_bytes(self) -> int:
+        """The largest of the phases."""
+        return max(self.by_phase.values())
+
+    @property
+    def phase(self) -> str:
+        """The phase with the largest peak, the first of equal ones."""
+        return max(self.by_phase, key=self.by_phase.__getitem__)
+
+
+@dataclass(frozen=True)
+class OperationProfile:
+    """All calls of one operation in one step, recompute included."""
+
+    name: str
+    calls: int
+    flops: int | None
+    """``None`` when there is no formula for it."""
+    moved_bytes: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """What is allocated at one moment of a steady step."""
+
+    phase: str
+    module: str
+    """Of the operation that is running."""
+    bytes: dict[str, int]
+    """By category (``profiler.events.Category``)."""
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Storages of one kind that are allocated at the moment of the peak."""
+
+    module: str
+    category: str
+    operation: str
+    """What made them, "" for what was there before the step."""
+    count: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -97,15 +158,45 @@ class ModelProfile:
     parameters: tuple[ParameterProfile, ...]
     buffer_bytes: int
     peaks: PhasePeaks
+    """In the steady state: optimizer state and workspaces exist."""
+    first_peaks: PhasePeaks
+    """Of the first step, in which they are made."""
     activations: tuple[ActivationPoint, ...]
     blocks: tuple[str, ...]
     """Paths of the repeated blocks (the layers of a transformer), in forward order."""
-    uncounted_ops: dict[str, int] = field(default_factory=dict)
-    """Operations without a FLOP formula, with their number of calls in one step."""
+    operations: tuple[OperationProfile, ...] = ()
+    """By name, those that move the most bytes first."""
+    timeline: tuple[MemoryPoint, ...] = ()
+    """Of a steady step, its peaks included, thinned out to a few hundred moments."""
+    peak_contents: tuple[Holding, ...] = ()
+    """The largest first."""
+    context_bytes: int = 0
+    """What NVML shows beside the allocator's reserve: the CUDA context and its libraries' code."""
+    device: str | None = None
+    """The device whose rates the seconds are for."""
+    step_seconds: float | None = None
+    """Of one step on it, the optimizer included."""
     workspace_bytes: int = 0
     """Of the peaks and the activations, what CUDA's libraries keep for themselves: not there where the CPU computes."""
     assumptions: tuple[str, ...] = ()
     """What was assumed where a value depends on data, one sentence each."""
+
+    @property
+    def uncounted_ops(self) -> dict[str, int]:
+        """Operations without a FLOP formula, with their number of calls in one step, the most frequent first."""
+        found = {o.name: o.calls for o in self.operations if o.flops is None}
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    @property
+    def uncounted_share(self) -> float:
+        """Their share of all bytes moved, between 0 and 1."""
+        moved = sum(o.moved_bytes for o in self.operations)
+        return sum(o.moved_bytes for o in self.operations if o.flops is None) / moved if moved else 0.0
+
+    @property
+    def executed_flops(self) -> int:
+        """FLOPs of one step without the optimizer, recompute included."""
+        return sum(o.flops or 0 for o in self.operations)
 
     @property
     def forward_flops(self) -> int:
@@ -129,25 +220,28 @@ class ModelProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, with the totals spelled out for programs that read only those."""
-        data = asdict(self)
-        peaks = data.pop("peaks")
         return {
             "schema": SCHEMA,
-            **data,
+            **asdict(self),
             "totals": {
                 "parameters": self.parameter_elements,
                 "trainable_parameters": self.trainable_elements,
                 "forward_flops": self.forward_flops,
                 "backward_flops": self.backward_flops,
+                "executed_flops": self.executed_flops,
                 "activation_bytes": self.layers[0].activation_bytes,
+                "peak_bytes": self.peaks.overall_bytes,
+                "peak_phase": self.peaks.phase,
+                "device_bytes": self.device_bytes,
+                "uncounted_share": self.uncounted_share,
             },
-            "peaks": {
-                "forward": {"allocated_bytes": peaks["forward_bytes"]},
-                "backward": {"allocated_bytes": peaks["backward_bytes"]},
-                "step": {"allocated_bytes": peaks["step_bytes"]},
-                "overall": {"allocated_bytes": peaks["overall_bytes"], "reserved_bytes": peaks["reserved_bytes"]},
-            },
+            "uncounted_ops": self.uncounted_ops,
         }
+
+    @property
+    def device_bytes(self) -> int:
+        """What NVML will show for the process in the steady state."""
+        return self.peaks.reserved_bytes + self.context_bytes
 
     def save(self, path: Path) -> None:
         """Write ``profile.json``."""
@@ -166,25 +260,23 @@ class ModelProfile:
         """The inverse of ``to_dict``."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
-        peaks = data["peaks"]
-        return cls(
-            model=data["model"],
-            precision=data["precision"],
-            optimizer=data["optimizer"],
-            batch_size=data["batch_size"],
-            layers=tuple(LayerProfile(**layer) for layer in data["layers"]),
-            parameters=tuple(
-                ParameterProfile(**{**p, "shape": tuple(p["shape"]), "aliases": tuple(p["aliases"])})
-                for p in data["parameters"]
-            ),
-            buffer_bytes=data["buffer_bytes"],
-            peaks=PhasePeaks(
-                **{f"{phase}_bytes": peaks[phase]["allocated_bytes"] for phase in (*PHASES, "overall")},
-                reserved_bytes=peaks["overall"]["reserved_bytes"],
-            ),
-            activations=tuple(ActivationPoint(**point) for point in data["activations"]),
-            blocks=tuple(data["blocks"]),
-            uncounted_ops=dict(data["uncounted_ops"]),
-            workspace_bytes=data["workspace_bytes"],
-            assumptions=tuple(data["assumptions"]),
+        own: dict[str, Any] = {name: value for name, value in data.items() if name not in _DERIVED}
+        for name, kind in _ROWS.items():
+            own[name] = tuple(kind(**row) for row in data[name])
+        own["parameters"] = tuple(
+            ParameterProfile(**{**p, "shape": tuple(p["shape"]), "aliases": tuple(p["aliases"])})
+            for p in data["parameters"]
         )
+        own["peaks"], own["first_peaks"] = PhasePeaks(**data["peaks"]), PhasePeaks(**data["first_peaks"])
+        own["blocks"], own["assumptions"] = tuple(data["blocks"]), tuple(data["assumptions"])
+        return cls(**own)
+
+
+_DERIVED = frozenset({"schema", "totals", "uncounted_ops"})
+_ROWS: dict[str, Any] = {
+    "layers": LayerProfile,
+    "activations": ActivationPoint,
+    "operations": OperationProfile,
+    "timeline": MemoryPoint,
+    "peak_contents": Holding,
+}

@@ -2,7 +2,7 @@
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.cudnn import layout_workspace_bytes
 from profiler.errors import ProfilerError
-from profiler.events import BACKWARD, FORWARD, SETUP, Alloc, Category, Event, Free, Op
-from profiler.formulas import MATMULS, flops_of
+from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
+from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
 
 aten = torch.ops.aten
 
@@ -120,9 +120,11 @@ class Recorder(TorchDispatchMode):
         """What the storage holds, as far as is known."""
         return self._categories[number]
 
-    def report(self, name: str, flops: int) -> None:
-        """Log an operation that the dispatcher does not show."""
-        self.events.append(Op(name, flops, self._stack.current(), self.phase, self._recomputing()))
+    def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Log an operation that the dispatcher does not show, with the tensors that it reads and writes."""
+        moved = sum(t.nbytes for t in tensors)
+        op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing())
+        self.events.append(op)
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -149,7 +151,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)  # a question about a tensor, such as its device
         if torch.device(kwargs.get("device") or "cpu").type not in ("cpu", "meta"):
             kwargs["device"] = torch.device("cpu")  # a fake tensor on an absent device would end the process
-        if self.phase == FORWARD:
+        if self.phase in (FORWARD, LOSS):
             self._note_reads((args, kwargs))
         module = self._stack.current()
         out = self._run(func, args, kwargs)
@@ -160,14 +162,16 @@ class Recorder(TorchDispatchMode):
             number = self.new_id()
             self._categories[number] = Category.WORKSPACE
             self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self.watch(tensor, Category.ACTIVATION, module)
+        for tensor in _tensors(out):
+            self.watch(tensor, Category.ACTIVATION, module)
         if passing := layout_workspace_bytes(func, args, out):
             number = self.new_id()
             self.events.append(Alloc(number, passing, Category.ACTIVATION, module, self.phase))
             self.events.append(Free(number, self.phase))
-        self.events.append(Op(name, flops, module, self.phase, self._recomputing()))
+        read, written = _tensors((args, kwargs)), _tensors(out)
+        moved = moved_bytes(func, read, written)
+        op = Op(name, flops, moved, rate_dtype(read or written), module, self.phase, self._recomputing())
+        self.events.append(op)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -215,11 +219,10 @@ class Recorder(TorchDispatchMode):
         return self._stack.current() or "the model"
 
     def _note_reads(self, tree: Any) -> None:
-        for tensor in tree_leaves(tree):
-            if isinstance(tensor, torch.Tensor):
-                found = self._parameters.get(tensor.untyped_storage()._cdata)
-                if found is not None and found[1].isdisjoint(self._stack.running):
-                    self.used_outside.add(found[0])
+        for tensor in _tensors(tree):
+            found = self._parameters.get(tensor.untyped_storage()._cdata)
+            if found is not None and found[1].isdisjoint(self._stack.running):
+                self.used_outside.add(found[0])
 
     def _recomputing(self) -> bool:
         return self.phase == BACKWARD and (bool(self._stack.running) or torch.is_grad_enabled())
@@ -228,6 +231,10 @@ class Recorder(TorchDispatchMode):
         self._ids.pop(key, None)
         if self._watches.pop(number, None) is not None:
             self.events.append(Free(number, self.phase))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:

@@ -1,6 +1,5 @@
 """From a model to its ModelProfile."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from profiler.allocator import CachingAllocator
 from profiler.blame import explained
 from profiler.errors import ProfilerError
-from profiler.events import BACKWARD, FORWARD, MODEL_STATE, STEP, Alloc, Category, Op
-from profiler.layers import layer_profiles, repeated_blocks
+from profiler.events import MODEL_STATE, PHASES, Alloc, Call, Category, Op
+from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import replay
+from profiler.replay import Peaks, replay, training_loop
 from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
 from profiler.trace import Forward, Trace, trace_step
 
@@ -43,7 +43,7 @@ class _Subject:
 
 
 def profile_source(
-    source: ModelSource, batch_size: int, precision: str = "fp32", optimizer: str = "adamw"
+    source: ModelSource, batch_size: int, precision: str = "fp32", optimizer: str = "adamw", clip: bool = False
 ) -> ModelProfile:
     """Profile a model file with ``example_batch(batch_size)``; parameters are not materialised where that works.
 
@@ -55,7 +55,7 @@ def profile_source(
     model = source.build_abstract()
     subject = _Subject(model, source.forward, precision, repeated_blocks(model), source.path.name)
     batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
-    return _profile(subject, batches, batch_size, optimizer, source.name)
+    return _profile(subject, batches, batch_size, optimizer, clip, source.name)
 
 
 def profile_model(
@@ -65,6 +65,7 @@ def profile_model(
     loss: Loss | None = None,
     precision: str = "fp32",
     optimizer: str = "adamw",
+    clip: bool = False,
     name: str | None = None,
     batch_size: int | None = None,
 ) -> ModelProfile:
@@ -82,42 +83,44 @@ def profile_model(
     batches: Batches = {batch_size: lambda: batch}
     if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
         batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
-    return _profile(subject, batches, batch_size, optimizer, name or type(model).__name__)
+    return _profile(subject, batches, batch_size, optimizer, clip, name or type(model).__name__)
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
 
 
-def _profile(subject: _Subject, batches: Batches, batch_size: int, optimizer: str, name: str) -> ModelProfile:
+def _profile(
+    subject: _Subject, batches: Batches, batch_size: int, optimizer: str, clip: bool, name: str
+) -> ModelProfile:
     trace = subject.trace(batches[batch_size](), recompute=False)
-    subject = replace(subject, blocks=tuple(path for path in trace.calls if path in subject.blocks))
+    called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
+    subject = replace(subject, blocks=tuple(path for path in called if path in subject.blocks))
     traces, remarks = _further_traces(subject, batches, {(batch_size, False): trace})
-    peaks = replay(trace, optimizer)
+    loop = training_loop(trace, optimizer, clip)
+    first, steady = replay(loop, CachingAllocator())
     parameters = _parameters(subject.model, trace)
-    layers = layer_profiles(subject.model, trace, parameters)
-    uncounted = Counter(e.name for e in trace.events if isinstance(e, Op) and e.flops is None)
     return ModelProfile(
         model=name,
         precision=subject.precision,
         optimizer=optimizer,
         batch_size=batch_size,
-        layers=layers,
+        layers=layer_profiles(subject.model, trace, parameters),
         parameters=parameters,
         buffer_bytes=trace.buffer_bytes,
-        peaks=PhasePeaks(
-            forward_bytes=peaks.allocated_bytes.get(FORWARD, 0),
-            backward_bytes=peaks.allocated_bytes.get(BACKWARD, 0),
-            step_bytes=peaks.allocated_bytes.get(STEP, 0),
-            overall_bytes=peaks.overall_bytes,
-            reserved_bytes=peaks.reserved_bytes,
-        ),
+        peaks=_phase_peaks(steady),
+        first_peaks=_phase_peaks(first),
         activations=tuple(_point(size, recompute, t, optimizer) for (size, recompute), t in traces.items()),
         blocks=subject.blocks,
-        uncounted_ops=dict(uncounted.most_common()),
+        operations=operation_profiles(trace),
         workspace_bytes=sum(e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.WORKSPACE),
         assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
+
+
+def _phase_peaks(peaks: Peaks) -> PhasePeaks:
+    found: dict[str, Any] = {f"{phase}_bytes": peaks.allocated_bytes.get(phase) for phase in PHASES}
+    return PhasePeaks(**found, reserved_bytes=peaks.reserved_bytes, reserved_expandable_bytes=peaks.reserved_bytes)
 
 
 def _further_traces(subject: _Subject, batches: Batches, known: Traces) -> tuple[Traces, list[str]]:
@@ -153,6 +156,6 @@ def _parameters(model: nn.Module, trace: Trace) -> tuple[ParameterProfile, ...]:
 
 
 def _point(batch_size: int, recompute: bool, trace: Trace, optimizer: str) -> ActivationPoint:
-    peaks = replay(trace, optimizer, leave_out=MODEL_STATE)
+    _, peaks = replay(training_loop(trace, optimizer), CachingAllocator(), leave_out=MODEL_STATE)
     flops = sum(e.flops or 0 for e in trace.events if isinstance(e, Op))
     return ActivationPoint(batch_size, recompute, peaks.overall_bytes, peaks.reserved_bytes, flops)

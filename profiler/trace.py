@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,11 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from profiler.cuda_semantics import cuda_semantics
 from profiler.errors import ProfilerError
-from profiler.events import BACKWARD, FORWARD, Category, Event
+from profiler.events import BACKWARD, FORWARD, LOSS, Call, Category, Event, Gradient, Save
 from profiler.fakes import fake_batch, faked
 from profiler.recorder import ModuleStack, Recorder
 
-PRECISIONS = ("fp32", "amp", "bf16")
+AUTOCAST = {"amp": torch.bfloat16, "amp-fp16": torch.float16}
+"""Precisions that cast as they compute, and to what."""
+PRECISIONS = ("fp32", *AUTOCAST, "bf16")
 
 KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
 """What transformers' blocks call the cache among their keyword arguments."""
@@ -33,6 +35,7 @@ class TracedParameter:
     """A parameter as it was in the step, its dtype that of the precision."""
 
     name: str
+    shape: tuple[int, ...]
     dtype: str
     bytes: int
     has_gradient: bool
@@ -46,10 +49,6 @@ class Trace:
     parameters: tuple[TracedParameter, ...]
     """Shared ones once, in the order of ``model.named_parameters()``."""
     buffer_bytes: int
-    saved: tuple[tuple[str, int], ...]
-    """(module, bytes) of every storage that autograd kept for backward, parameters left out."""
-    calls: dict[str, int]
-    """How often each module ran in forward, in the order of the first calls."""
     used_outside: frozenset[str]
     """Parameters that were read while none of their modules was running."""
     assumptions: tuple[str, ...]
@@ -85,7 +84,7 @@ def trace_step(
         scope.enter_context(step.observed(recompute))
         scope.enter_context(mode)
         scope.enter_context(recorder)
-        step.run(forward, inputs, torch.autocast("cpu", torch.bfloat16) if precision == "amp" else nullcontext())
+        step.run(forward, inputs, _autocast(precision))
         return step.result()
 
 
@@ -94,9 +93,6 @@ class _Step:
 
     def __init__(self, model: nn.Module, stack: ModuleStack, recorder: Recorder, blocks: tuple[str, ...]) -> None:
         self.model, self.stack, self.recorder, self.blocks = model, stack, recorder, blocks
-        self.calls: dict[str, int] = {}
-        self.saved: dict[int, tuple[str, int]] = {}
-        self.with_gradient: set[str] = set()
         self.loss = torch.empty(0)
 
     def register(self, batch: Any) -> None:
@@ -124,7 +120,7 @@ class _Step:
                     # An instance attribute, which the restoration of the module's attributes takes away again.
                     module.forward = partial(_checkpointed, module.forward, self.stack, path)
                 handles.append(module.register_forward_pre_hook(partial(self._enter, path), prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
+                handles.append(module.register_forward_hook(partial(self._leave, path), always_call=True))
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
                     handles.append(parameter.register_post_accumulate_grad_hook(partial(self._gradient, name)))
@@ -143,38 +139,44 @@ class _Step:
 
     def result(self) -> Trace:
         """What was seen."""
+        with_gradient = {e.parameter for e in self.recorder.events if isinstance(e, Gradient)}
         parameters = tuple(
-            TracedParameter(name, str(p.dtype).removeprefix("torch."), p.nbytes, name in self.with_gradient)
+            TracedParameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.nbytes, name in with_gradient)
             for name, p in self.model.named_parameters()
         )
         return Trace(
             events=self.recorder.finished(),
             parameters=parameters,
             buffer_bytes=sum(b.nbytes for b in self.model.buffers()),
-            saved=tuple(self.saved.values()),
-            calls=dict(self.calls),
             used_outside=frozenset(self.recorder.used_outside),
             assumptions=tuple(self.recorder.assumptions),
         )
 
     def _enter(self, path: str, *_: Any) -> None:
+        if self.recorder.phase in (FORWARD, LOSS):
+            if not path:
+                self.recorder.phase = FORWARD
+            self.recorder.events.append(Call(path))
         self.stack.push(path)
-        if self.recorder.phase == FORWARD:
-            self.calls[path] = self.calls.get(path, 0) + 1
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, path: str, *_: Any) -> None:
         self.stack.pop()
+        if not path and self.recorder.phase == FORWARD:
+            self.recorder.phase = LOSS
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         number = self.recorder.watch(tensor, Category.ACTIVATION, self.stack.current())
-        if self.recorder.category(number) is not Category.PARAMETER:
-            self.saved.setdefault(number, (self.stack.current(), tensor.untyped_storage().nbytes()))
+        self.recorder.events.append(Save(number, self.stack.current()))
         return tensor
 
     def _gradient(self, name: str, parameter: torch.Tensor) -> None:
-        self.with_gradient.add(name)
+        self.recorder.events.append(Gradient(name))
         if parameter.grad is not None:
             self.recorder.retag(parameter.grad, Category.GRADIENT)
+
+
+def _autocast(precision: str) -> AbstractContextManager[None]:
+    return torch.autocast("cpu", AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
 
 
 @contextmanager

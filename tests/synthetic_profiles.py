@@ -25,6 +25,8 @@ RATES = Rates(
     source="Rates are made up.",
 )
 
+PEAKS = PhasePeaks(0, None, 0, None, 0, 0, 0)
+
 
 def parameter(name: str, *shape: int, trainable: bool = True, aliases: Sequence[str] = (), outside: bool = False):
     return ParameterProfile(name, shape, "float32", trainable, tuple(aliases), outside)
@@ -67,7 +69,8 @@ def profile_of(
         parameters=tuple(parameters),
         buffer_bytes=0,
         workspace_bytes=workspace_bytes,
-        peaks=PhasePeaks(0, 0, 0, 0, 0),
+        peaks=PEAKS,
+        first_peaks=PEAKS,
         activations=tuple(points),
         blocks=tuple(blocks),
     )
