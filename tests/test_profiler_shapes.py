@@ -6,7 +6,6 @@ from torch import nn
 from profiler.events import BACKWARD, FORWARD, LOSS, Op
 from profiler.trace import trace_step
 
-
 CONV = "aten::convolution"
 
 
