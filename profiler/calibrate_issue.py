@@ -22,7 +22,7 @@ from profiler.events import BACKWARD, FORWARD, Call, Gradient, Op
 from profiler.roofline import issue_name
 from profiler.trace import trace_step
 
-SHORT, LONG = 8, 32
+SHORT, LONG = 10, 60
 ROUNDS = 15
 LEAST_SECONDS = 1e-7
 """Nothing is issued in less; a difference of times can come out smaller."""
