@@ -90,6 +90,11 @@ class Recorder(TorchDispatchMode):
         self._workspaces: set[str] = set()
         self._paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch need not keep its compiler away from this mode at every operation: nothing is compiled in a trace."""
+        return False
+
     def new_id(self) -> int:
         """An unused storage id."""
         self._categories[len(self._categories)] = Category.ACTIVATION
