@@ -106,7 +106,11 @@ def _expandably(configuration: Configuration, turn: Callable[[], None]) -> int:
         turn()
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
-    return _step(configuration, turn_and_set, timed_steps=0)["reserved_bytes"]
+    def check(_: TrainingLoop) -> None:
+        if not torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
+            raise RuntimeError("the allocator did not take expandable_segments:True")
+
+    return _step(configuration, turn_and_set, timed_steps=0, then=check)["reserved_bytes"]
 
 
 def _step(configuration: Configuration, turn: Callable[[], None], **how: Any) -> Row:
