@@ -150,3 +150,7 @@ def _line(row: Row) -> str:
     peak, reserved = max(measured["steady_bytes"].values()) / 2**30, measured["reserved_bytes"] / 2**30
     seconds = measured["step_seconds"]
     return f"{row['name']}: {peak:.2f} GiB allocated, {reserved:.2f} reserved, {seconds * 1e3:.0f} ms"
+
+
+if __name__ == "__main__":
+    main()
