@@ -56,12 +56,16 @@ def _predict(configuration: Configuration, turn: Callable[[], None]) -> Row:
 
 
 def predicted_figures(profile: ModelProfile) -> Row:
-    """The figures of a profile that were measured too; what it does not say is left out."""
+    """The figures of a profile that were measured too."""
     peaks = profile.peaks
     return {
-        "steady_bytes": {phase: getattr(peaks, f"{phase}_bytes", None) for phase in PHASES},
+        "steady_bytes": {phase: getattr(peaks, f"{phase}_bytes") for phase in PHASES},
         "allocated_bytes": peaks.overall_bytes,
         "reserved_bytes": peaks.reserved_bytes,
+        "expandable_reserved_bytes": peaks.reserved_expandable_bytes,
+        "nvml_bytes": profile.device_bytes,
+        "first_bytes": profile.first_peaks.overall_bytes,
+        "step_seconds": profile.step_seconds,
     }
 
 
