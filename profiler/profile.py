@@ -5,6 +5,7 @@ Unknown is ``None``, never 0.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ class ParameterProfile:
         for size in self.shape:
             count *= size
         return count
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensor: a dtype's name has its bits, but for ``bool``."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.elements * (int(bits[0]) // 8 if bits else 1)
 
 
 @dataclass(frozen=True)
