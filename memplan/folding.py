@@ -149,14 +149,15 @@ def _name(layer: LayerProfile) -> str:
 
 def _label(names: Sequence[str]) -> str:
     """``0-5`` or ``0, 2 … 10`` for numbers, ``k_proj, v_proj`` or ``q_proj … v_proj`` for names."""
-    if names[0].isdigit():
+    numbered = all(name.isdigit() for name in names)
+    if numbered:
         ranges = _ranges([int(name) for name in names])
         parts = [str(first) if first == last else f"{first}-{last}" for first, last in ranges]
     else:
         parts = list(names)
     if len(parts) <= RANGES_SHOWN:
         return ", ".join(parts)
-    return f"{', '.join(parts[:RANGES_SHOWN]) if names[0].isdigit() else parts[0]} … {parts[-1]}"
+    return f"{', '.join(parts[:RANGES_SHOWN]) if numbered else parts[0]} … {parts[-1]}"
 
 
 def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from memplan.folding import Row
+from memplan.folding import MODEL, Row
 from memplan.formatting import format_bytes, format_flops, format_seconds
 from memplan.page import byte_unit, figure_of
 from memplan.profile_words import HOLDS, path_labels, short_operation
@@ -51,50 +52,47 @@ def module_bytes(profile: ModelProfile, root: Row) -> dict[str, Counter[Category
 
 def memory_chart(profile: ModelProfile, root: Row) -> go.Figure:
     """A treemap: every module a tile, in it its own parameters, gradients, optimizer state and saved activations."""
-    own = module_bytes(profile, root)
-    ids, labels, parents, values, colours, hover = [], [], [], [], [], []
-
-    def add(row: Row, parent: str) -> int:
-        path = row.alike[0].path or "."
-        at = len(ids)
-        ids.append(path)
-        labels.append(row.label + row.times)
-        parents.append(parent)
-        colours.append(MODULE_COLOUR)
-        values.append(0)
-        hover.append("")
-        held = own[row.alike[0].path]
-        total = sum(add(below, path) for below in row.below)
-        for category in BY_MODULE:
-            if size := held[category]:
-                total += size
-                ids.append(f"{path}:{category}")
-                labels.append(HOLDS[category])
-                parents.append(path)
-                colours.append(COLOURS[category])
-                values.append(size)
-                hover.append(f"{row.label}{row.times}: {HOLDS[category]} {format_bytes(size)}")
-        values[at] = total
-        hover[at] = f"{row.label}{row.times}: {row.type}, {format_bytes(total)}"
-        return total
-
-    add(root, "")
-    tiles = go.Treemap(
-        ids=ids,
-        labels=labels,
-        parents=parents,
-        values=values,
-        text=[format_bytes(size) for size in values],
+    tiles = _tiles(root, "", module_bytes(profile, root))
+    chart = go.Treemap(
+        ids=[tile.id for tile in tiles],
+        labels=[tile.label for tile in tiles],
+        parents=[tile.parent for tile in tiles],
+        values=[tile.bytes for tile in tiles],
+        text=[format_bytes(tile.bytes) for tile in tiles],
         textinfo="label+text",
-        hovertext=hover,
+        hovertext=[tile.words for tile in tiles],
         hoverinfo="text",
         branchvalues="total",
-        marker={"colors": colours, "line": {"width": 1, "color": "rgba(255,255,255,.35)"}, "pad": {"t": 22}},
+        marker={
+            "colors": [tile.colour for tile in tiles],
+            "line": {"width": 1, "color": "rgba(255,255,255,.35)"},
+            "pad": {"t": 22},
+        },
         textfont={"color": "white"},
-        tiling={"packing": "squarify"},
-        maxdepth=4,
     )
-    return figure_of([tiles], height=520).update_layout(margin={"l": 0, "r": 0, "t": 8, "b": 0})
+    return figure_of([chart], height=520).update_layout(margin={"l": 0, "r": 0, "t": 8, "b": 0})
+
+
+class _Tile(NamedTuple):
+    id: str
+    parent: str
+    label: str
+    bytes: int
+    colour: str
+    words: str
+
+
+def _tiles(row: Row, parent: str, own: dict[str, Counter[Category]]) -> list[_Tile]:
+    """A row's tile, then those of the rows in it and of what it holds itself."""
+    path = row.alike[0].path
+    number, name = path or MODEL, row.label + row.times
+    inside = [tile for below in row.below for tile in _tiles(below, number, own)]
+    for category in BY_MODULE:
+        if size := own[path][category]:
+            words = f"{name}: {HOLDS[category]}, {format_bytes(size)}"
+            inside.append(_Tile(f"{number}/{category}", number, HOLDS[category], size, COLOURS[category], words))
+    size = sum(tile.bytes for tile in inside if tile.parent == number)
+    return [_Tile(number, parent, name, size, MODULE_COLOUR, f"{name}: {row.type}, {format_bytes(size)}"), *inside]
 
 
 def timeline_chart(profile: ModelProfile) -> go.Figure:
@@ -119,10 +117,11 @@ def timeline_chart(profile: ModelProfile) -> go.Figure:
         showticklabels=False, showgrid=False, unifiedhovertitle_text="moment %{x}", range=[0, max(len(points) - 1, 1)]
     )
     for number, (phase, start, stop) in enumerate(_phases(points)):
-        shade = {"fillcolor": "#808890", "opacity": 0.14 * (number % 2), "line_width": 0, "layer": "below"}
+        shade = {"fillcolor": "#808890", "opacity": 0.16 * (number % 2), "line_width": 0}
         figure.add_vrect(start, stop, **shade)
         # In two rows: next to a long phase there may be two that are too short for their names.
-        name = {"text": phase, "showarrow": False, "yref": "paper", "y": 0, "yshift": -10 - 15 * (number % 2)}
+        name = {"text": phase, "showarrow": False, "yref": "paper", "y": 0, "yanchor": "top"}
+        name["yshift"] = -2 - 16 * (number % 2)
         at_end = stop == len(points) - 1
         figure.add_annotation(x=stop if at_end else (start + stop) / 2, xanchor="right" if at_end else "center", **name)
     if sums:
@@ -209,4 +208,6 @@ def _bars(parts: dict[str, dict[str, float]], text: Callable[[float], str], unit
         )
     figure = figure_of(traces, height=110 + 22 * (len(shown) + 1)).update_layout(barmode="stack", bargap=0.25)
     figure.update_layout(showlegend=len(traces) > 1, legend_traceorder="normal", margin={"l": 10, "t": 36})
-    return figure.update_yaxes(autorange="reversed", automargin=True).update_xaxes(tickformat="~s", ticksuffix=unit)
+    return figure.update_yaxes(autorange="reversed", automargin=True, ticklabelstandoff=4).update_xaxes(
+        tickformat="~s", ticksuffix=unit
+    )

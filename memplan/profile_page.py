@@ -19,7 +19,8 @@ STYLE = """
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.2rem 0; }
 .facts div { background: var(--panel); border-radius: 6px; padding: .5rem .8rem; color: var(--muted); }
 .facts b { display: block; font-size: 1.2rem; color: var(--ink); }
-.layers td { padding: .12rem 1rem .12rem 0; white-space: nowrap; } .layers { font-size: .92rem; }
+.layers { font-size: .88rem; } .layers th, .layers td { padding: .1rem .8rem .1rem 0; white-space: nowrap; }
+.layers td:nth-child(2) { max-width: 15em; overflow: hidden; text-overflow: ellipsis; }
 .chart { min-height: 0; }
 .aside { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 0 2.5rem; align-items: start; }
 @media (max-width: 900px) { .aside { grid-template-columns: minmax(0, 1fr); } }
@@ -125,8 +126,9 @@ def _layers(root: Row) -> str:
     columns = words.layer_columns(rows)
     lines = []
     for at, (level, row) in enumerate(rows):
-        label = f"<td style='padding-left:{1.1 * level:.1f}em' title='{escape(row.type)}'>{escape(row.label)}</td>"
-        lines.append([label, cell(row.type + row.times), *(_figure(cells[at]) for _, cells in columns)])
+        label = f"<td style='padding-left:{1.1 * level:.1f}em'>{escape(row.label)}</td>"
+        kind = f"<td title='{escape(row.type)}'>{escape(row.type + row.times)}</td>"
+        lines.append([label, kind, *(_figure(cells[at]) for _, cells in columns)])
     heads = [head.replace("/\n", "/").replace("\n", " ") for head, _ in columns]
     return f"<div class='layers'>{table_html(['layer', 'type', *heads], lines, figures_from=2)}</div>"
 

@@ -57,16 +57,31 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def test_profile_prints_layers_and_writes_json(model: Path, tmp_path: Path) -> None:
-    done = memplan("profile", model, "--batch-size", 4, "--json", "p.json", folder=tmp_path)
+def test_profile_prints_layers_and_writes_its_files(model: Path, tmp_path: Path) -> None:
+    files = ("--json", "p.json", "--html", "p.html", "--flamegraph", "p.speedscope.json")
+    done = memplan("profile", model, "--batch-size", 4, *files, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "TransformerEncoderLayer x 12" in done.stdout
     found = json.loads((tmp_path / "p.json").read_text())
-    assert {"schema", "model", "layers", "totals", "uncounted_ops", "peaks"} <= found.keys()
-    assert {"forward", "backward", "step", "overall"} <= found["peaks"].keys()
-    assert all(peak["allocated_bytes"] > 0 for peak in found["peaks"].values())
+    assert {"schema", "model", "layers", "totals", "uncounted_ops", "peaks", "first_peaks"} <= found.keys()
+    assert all(found["peaks"][f"{phase}_bytes"] > 0 for phase in ("forward", "backward", "step"))
     assert found["peaks"]["reserved_bytes"] >= found["totals"]["peak_bytes"]
     assert found["totals"]["parameters"] == 606_258
+    assert "<html" in (tmp_path / "p.html").read_text()
+    assert json.loads((tmp_path / "p.speedscope.json").read_text())["profiles"]
+
+
+def test_profile_takes_every_precision_and_optimizer_that_the_profiler_knows(model: Path, tmp_path: Path) -> None:
+    wishes = ("--precision", "amp-fp16", "--optimizer", "lion", "--clip", "--depth", 1)
+    done = memplan("profile", model, *wishes, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "amp-fp16, lion with clipping" in done.stdout
+    assert "clipping  " in done.stdout
+    assert "linear1" not in done.stdout
+    for words, names in ((("--precision", "fp8"), "fp32, amp"), (("--optimizer", "adam"), "adamw, adamw-fused")):
+        done = memplan("profile", model, *words, folder=tmp_path)
+        assert done.returncode == 2
+        assert f"it must be one of {names}" in done.stderr
 
 
 def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:
