@@ -22,6 +22,7 @@ from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.profile_page import write_profile_page
 from memplan.report import write_report
+from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
@@ -29,6 +30,7 @@ from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
+from profiler.measure import measure_step
 from profiler.optimizers import OPTIMIZERS
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
@@ -77,15 +79,23 @@ def profile(
     html: Annotated[Path | None, typer.Option(help="Write a page with charts here.", **SHOWN)] = None,
     flamegraph: Annotated[Path | None, typer.Option(help="Write a flame graph for speedscope here.", **SHOWN)] = None,
     json: Annotated[Path | None, typer.Option(help="Write profile.json here.", **SHOWN)] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the step on this machine's GPU too, and print both.", **SHOWN)
+    ] = False,
 ) -> None:
     """What each layer costs, and the peak of a plain training step. Needs no GPU."""
-    found = profile_source(load_source(file), batch_size, precision, optimizer, clip)
+    source = load_source(file)
+    found = profile_source(source, batch_size, precision, optimizer, clip)
     console.print(profile_tables(found, depth))
     writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
     for write, path in writers:
         if path is not None:
             write(found, path)
             console.print(f"written: {path}", highlight=False)
+    if measure:
+        batch = source.example_batch(batch_size)
+        measured = measure_step(source.build(), batch, source.forward, precision, optimizer, clip)
+        console.print(measured_table(found, measured))
 
 
 @app.command()

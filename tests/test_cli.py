@@ -84,6 +84,14 @@ def test_profile_takes_every_precision_and_optimizer_that_the_profiler_knows(mod
         assert f"it must be one of {names}" in done.stderr
 
 
+def test_measuring_without_a_gpu_is_a_sentence_below_the_profile(model: Path, tmp_path: Path) -> None:
+    done = memplan("profile", model, "--measure", folder=tmp_path)
+    assert done.returncode == 2
+    assert "CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "TransformerEncoderLayer x 12" in done.stdout
+
+
 def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:
     nvme = ("--nvme", f"{tmp_path / 'swap'}:64MiB")
     done = memplan("plan", model, *TIERS, *nvme, "--out", "out", folder=tmp_path)

@@ -7,8 +7,10 @@ import pytest
 from rich.console import Console
 
 from memplan.profile_words import contents
+from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
 from profiler.events import Category
+from profiler.measure import Measured
 from profiler.profile import Holding
 from tests.shown_profiles import MIB, shown_profile
 
@@ -16,13 +18,21 @@ LONG = "VeryLongNamedRootMeanSquareLayerNorm"
 
 
 def shown(profile, width=150, depth=None):
+    return printed(profile_tables(profile, depth), width)
+
+
+def printed(what, width):
     console = Console(width=width, file=StringIO())
-    console.print(profile_tables(profile, depth))
+    console.print(what)
     return console.file.getvalue()
 
 
 def line_of(text, start):
     return next(line for line in text.splitlines() if line.strip().startswith(start))
+
+
+def words_of(text, start):
+    return " ".join(line_of(text, start).split())
 
 
 @pytest.mark.parametrize("width", [80, 100, 150])
@@ -58,7 +68,7 @@ def test_a_figure_that_no_layer_has_makes_no_column():
 def test_the_phase_of_the_peak_is_marked_and_the_first_step_stands_beside_where_it_differs():
     profile = shown_profile()
     text = shown(profile)
-    assert line_of(text, "backward").split() == ["backward", "75.0", "MiB", "65.0", "MiB", "◀", "peak"]
+    assert words_of(text, "backward") == "backward 75.0 MiB 65.0 MiB ◀ peak"
     assert text.count("◀") == 1
     assert "first step" not in shown(replace(profile, first_peaks=profile.peaks))
 
@@ -98,3 +108,23 @@ def test_the_time_of_a_step_names_its_device():
     text = shown(shown_profile(device="NVIDIA H200"))
     assert "20.0 ms" in line_of(text, "step on NVIDIA H200")
     assert "400 samples/s" in text
+
+
+def test_what_was_measured_stands_beside_what_was_predicted():
+    measured = Measured(
+        device="NVIDIA H200",
+        first_bytes={"forward": 50 * MIB, "loss": 52 * MIB, "backward": 60 * MIB, "step": 41 * MIB},
+        steady_bytes={"forward": 60 * MIB, "backward": 74 * MIB, "step": 40 * MIB},
+        reserved_bytes=100 * MIB,
+        nvml_bytes=None,
+        timed_bytes=None,
+        step_seconds=0.025,
+    )
+    text = printed(measured_table(shown_profile(device="NVIDIA H200"), measured), 80)
+    assert "measured on NVIDIA H200" in text
+    assert words_of(text, "backward") == "backward 75.0 MiB 74.0 MiB +1.4% 65.0 MiB 60.0 MiB +8.3%"
+    assert words_of(text, "loss") == "loss 62.0 MiB 52.0 MiB 52.0 MiB +0.0%"
+    assert words_of(text, "reserved") == "reserved 80.0 MiB 100 MiB -20.0%"
+    assert words_of(text, "nvidia-smi") == "nvidia-smi 580 MiB"
+    assert words_of(text, "step time") == "step time 20.0 ms 25.0 ms -20.0%"
+    assert max(map(len, text.splitlines())) <= 80
