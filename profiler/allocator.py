@@ -1,8 +1,9 @@
 """A model of PyTorch's caching allocator for CUDA: requests in, allocated and reserved bytes out.
 
-It follows the native allocator's documented behaviour with its default settings: 512-byte rounding, a pool of small
-blocks and one of large ones, best fit, splitting, joining of free neighbours, and segments that are never given back.
-Running out of memory, and the collection of cached segments that comes with it, is not modelled.
+It follows the native allocator's documented behaviour: 512-byte rounding, a pool of small blocks and one of large ones,
+best fit, splitting, joining of free neighbours, and segments that are never given back. ``CachingAllocator`` has the
+default settings, ``ExpandableAllocator`` those of ``expandable_segments:True``. Running out of memory, and the
+collection of cached segments that comes with it, is not modelled.
 """
 
 from bisect import bisect_left, insort
@@ -108,9 +109,11 @@ class CachingAllocator:
 
     def _split(self, block: _Block, size: int) -> None:
         rest = block.size - size
-        if rest < ALIGNMENT_BYTES or (not block.small and rest <= SMALL_REQUEST_BYTES):
-            return
-        tail = _Block(block.address + size, rest, block.small, before=block, after=block.after)
+        if rest >= ALIGNMENT_BYTES and (block.small or rest > SMALL_REQUEST_BYTES):
+            self._cut(block, size)
+
+    def _cut(self, block: _Block, size: int) -> None:
+        tail = _Block(block.address + size, block.size - size, block.small, before=block, after=block.after)
         if block.after is not None:
             block.after.before = tail
         block.size, block.after = size, tail
@@ -124,3 +127,53 @@ class CachingAllocator:
             right.after.before = left
         del self._blocks[right.address]
         return left
+
+
+class ExpandableAllocator(CachingAllocator):
+    """One segment a pool, which grows at its end, page by page, when no free block in it is large enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[bool, _Block | None] = {True: None, False: None}
+
+    def _take(self, size: int) -> _Block:
+        small = size <= SMALL_REQUEST_BYTES
+        free, last = self._free[small], self._last[small]
+        at = bisect_left(free, (size, 0))
+        # The block at the end could grow to any size: by best fit it comes after every other that is large enough.
+        if at < len(free) and last is not None and free[at][1] == last.address and at + 1 < len(free):
+            at += 1
+        if at < len(free):
+            return self._withdraw(self._blocks[free[at][1]])
+        return self._grown(size, small)
+
+    def _grown(self, size: int, small: bool) -> _Block:
+        page = SMALL_SEGMENT_BYTES if small else LARGE_SEGMENT_BYTES
+        last = self._last[small]
+        room = last.size if last is not None and last.free else 0
+        added = round_up(size - room, page)
+        self.reserved_bytes += added
+        if last is not None and last.free:
+            block = self._withdraw(last)
+            block.size += added
+        else:
+            # Pools lie far apart, so that each can grow.
+            address = last.address + last.size if last is not None else (0 if small else 1 << 60)
+            block = _Block(address, added, small, before=last)
+            if last is not None:
+                last.after = block
+            self._blocks[address] = block
+        self._last[small] = block
+        return block
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = block.size - size
+        if rest >= ALIGNMENT_BYTES:
+            self._cut(block, size)
+            if self._last[block.small] is block:
+                self._last[block.small] = block.after
+
+    def _join(self, left: _Block, right: _Block) -> _Block:
+        if self._last[left.small] is right:
+            self._last[left.small] = left
+        return super()._join(left, right)

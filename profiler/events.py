@@ -80,10 +80,16 @@ class Call(NamedTuple):
     module: str
 
 
+class Back(NamedTuple):
+    """Backward reaches a block's output."""
+
+    module: str
+
+
 class Gradient(NamedTuple):
     """A parameter's gradient has arrived."""
 
     parameter: str
 
 
-Event = Alloc | Free | Op | Save | Call | Gradient
+Event = Alloc | Free | Op | Save | Call | Back | Gradient

@@ -31,21 +31,24 @@ def fake_batch(mode: FakeTensorMode, batch: Any, cast: torch.dtype | None) -> An
 
 
 @contextmanager
-def faked(model: nn.Module, mode: FakeTensorMode, cast: torch.dtype | None) -> Iterator[None]:
+def faked(
+    model: nn.Module, mode: FakeTensorMode, cast: torch.dtype | None, unused: Callable[[str], bool]
+) -> Iterator[None]:
     """Put fake tensors in the place of every parameter, buffer and other tensor that the modules hold.
 
     Shared tensors stay shared. Parameters and buffers are cast as ``model.to(cast)`` would. Afterwards every
-    module has the very attributes it had before, whatever happened in between.
+    module has the very attributes it had before, whatever happened in between. Modules at ``unused`` paths keep theirs.
     """
     modules = list(model.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ProfilerError("the model has a part compiled by torch.jit; profile it before it is compiled")
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+    used = [m for path, m in model.named_modules() if not unused(path)]
     memo: dict[int, Any] = {}
     try:
-        for module in modules:
+        for module in used:
             _replace_registered(module, mode, cast, memo)
-        for module in modules:  # a second pass, because these may hold any module's parameters
+        for module in used:  # a second pass, because these may hold any module's parameters
             _replace_others(module, mode, memo)
         if not model.training:
             model.train()

@@ -1,47 +1,34 @@
 """Folding a trace into figures by module, and finding the blocks that a model repeats."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from profiler.events import BACKWARD, Alloc, Call, Category, Event, Op, Save
+from profiler.events import BACKWARD, Alloc, Call, Category, Event, Free, Op, Save
 from profiler.profile import LayerProfile, OperationProfile, ParameterProfile
+from profiler.runs import parents
 from profiler.trace import Trace
-
-
-def _with_parents(path: str) -> Iterator[str]:
-    """The path and every module above it, the model ("") last."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-    yield ""
 
 
 def layer_profiles(
     model: nn.Module, trace: Trace, parameters: tuple[ParameterProfile, ...]
 ) -> tuple[LayerProfile, ...]:
     """One profile a module in the order of ``model.named_modules()``; a parent's figures include its children's."""
-    forward: Counter[str] = Counter()
-    backward: Counter[str] = Counter()
-    saved: Counter[str] = Counter()
-    moved: Counter[str] = Counter()
-    calls: Counter[str] = Counter()
+    calls = Counter(e.module for e in trace.events if isinstance(e, Call))
+    own: dict[str, Counter[str]] = {figure: Counter() for figure in ("forward", "backward", "saved", "moved")}
     for module, size in saved_storages(trace.events):
-        for path in _with_parents(module):
-            saved[path] += size
+        own["saved"][module] += size
     for event in trace.events:
-        if isinstance(event, Call):
-            calls[event.module] += 1
-        elif isinstance(event, Op) and not event.recompute:
-            target = backward if event.phase == BACKWARD else forward
-            for path in _with_parents(event.module):
-                target[path] += event.flops or 0
-                moved[path] += event.bytes
+        if isinstance(event, Op) and not event.recompute:
+            own["backward" if event.phase == BACKWARD else "forward"][event.module] += event.flops or 0
+            own["moved"][event.module] += event.bytes
+    total = {figure: _with_children(values) for figure, values in own.items()}
+    transient = _transient_bytes(trace.events)
     elements: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for parameter, traced in zip(parameters, trace.parameters, strict=True):
-        for path in _with_parents(parameter.name.rpartition(".")[0]):
+        for path in parents(parameter.name.rpartition(".")[0]):
             elements[path] += parameter.elements
             sizes[path] += traced.bytes
     order = {path: position for position, path in enumerate(calls)}
@@ -53,13 +40,44 @@ def layer_profiles(
             calls=calls[path],
             parameters=elements[path],
             parameter_bytes=sizes[path],
-            forward_flops=forward[path],
-            backward_flops=backward[path],
-            activation_bytes=saved[path],
-            moved_bytes=moved[path],
+            forward_flops=total["forward"][path],
+            backward_flops=total["backward"][path],
+            activation_bytes=total["saved"][path],
+            transient_bytes=transient[path],
+            moved_bytes=total["moved"][path],
         )
         for path, module in model.named_modules()
     )
+
+
+def _with_children(own: Counter[str]) -> Counter[str]:
+    """Every module's figure with those of the modules below it."""
+    total: Counter[str] = Counter()
+    for module, value in own.items():
+        for path in parents(module):
+            total[path] += value
+    return total
+
+
+def _transient_bytes(events: Sequence[Event]) -> dict[str, int]:
+    """By module, the most that its operations and those below it held at once beside what is kept for backward."""
+    kept = {e.id for e in events if isinstance(e, Save)}
+    owners: dict[int, tuple[str, int]] = {}
+    held: Counter[str] = Counter()
+    most: defaultdict[str, int] = defaultdict(int)
+    for e in events:
+        if isinstance(e, Alloc):
+            if e.category is Category.ACTIVATION and e.id not in kept:
+                owners[e.id] = (e.module, e.bytes)
+                for path in parents(e.module):
+                    held[path] += e.bytes
+                    if held[path] > most[path]:
+                        most[path] = held[path]
+        elif isinstance(e, Free) and e.id in owners:
+            module, size = owners.pop(e.id)
+            for path in parents(module):
+                held[path] -= size
+    return most
 
 
 def saved_storages(events: Iterable[Event]) -> Iterator[tuple[str, int]]:

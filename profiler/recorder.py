@@ -87,6 +87,7 @@ class Recorder(TorchDispatchMode):
         self._categories: dict[int, Category] = {}
         self._parameters: dict[int, tuple[str, frozenset[str]]] = {}
         self._workspaces: set[str] = set()
+        self._paused = False
 
     def new_id(self) -> int:
         """An unused storage id."""
@@ -105,6 +106,12 @@ class Recorder(TorchDispatchMode):
             self.events.append(Alloc(number, storage.nbytes(), category, module, self.phase))
             self._watches[number] = weakref.ref(storage, partial(self._ended, key, number))
         return self._ids[key]
+
+    def stand_in(self, size: int, category: Category, module: str) -> None:
+        """Log a storage that is there only in name."""
+        number = self.new_id()
+        self._categories[number] = category
+        self.events.append(Alloc(number, size, category, module, self.phase))
 
     def watch_parameter(self, name: str, tensor: torch.Tensor, owners: frozenset[str]) -> int:
         """Log a parameter that belongs to the modules ``owners``."""
@@ -135,6 +142,15 @@ class Recorder(TorchDispatchMode):
         finally:
             self.phase = before
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing inside is logged; it must make no storage."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     def finished(self) -> tuple[Event, ...]:
         """The events, each storage in its final category; what ends from now on is not logged."""
         self._watches.clear()
@@ -147,8 +163,8 @@ class Recorder(TorchDispatchMode):
         """Run one operation and log it with the storages it made."""
         kwargs = dict(kwargs or {})
         name = func._schema.name
-        if name.startswith("prim::"):
-            return func(*args, **kwargs)  # a question about a tensor, such as its device
+        if self._paused or name.startswith("prim::"):  # the latter ask about a tensor, for its device say
+            return func(*args, **kwargs)
         if torch.device(kwargs.get("device") or "cpu").type not in ("cpu", "meta"):
             kwargs["device"] = torch.device("cpu")  # a fake tensor on an absent device would end the process
         if self.phase in (FORWARD, LOSS):

@@ -81,14 +81,15 @@ def training_loop(trace: Trace, optimizer: str, clip: bool = False) -> Loop:
     ended = {e.id for e in body if isinstance(e, Free)}
     left = [e for e in made if e.id not in ended and e.category not in LASTING]
     span = 1 + max((e.id for e in trace.events if isinstance(e, Alloc)), default=0)
-    own = {e.id for e in made if e.category not in LASTING}
+    again = {e.id for e in left}
     trained = [p for p in trace.parameters if p.has_gradient]
     fresh = count(2 * span)
     steps: list[Storages] = []
     for number in range(2):
         shift = number * span
+        # What is left of the first step is still there when the second makes its like.
         step = [
-            e._replace(id=e.id + shift) if shift and e.id in own else e
+            e._replace(id=e.id + shift) if shift and e.id in again else e
             for e in body
             if number == 0 or not (isinstance(e, Alloc) and e.category in LASTING)
         ]

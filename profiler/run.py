@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from profiler.allocator import CachingAllocator
+from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.errors import ProfilerError
 from profiler.events import MODEL_STATE, PHASES, Alloc, Call, Category, Op
@@ -17,7 +17,9 @@ from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import Peaks, replay, training_loop
+from profiler.runs import Run, runs_of
 from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
+from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
 
 Batches = dict[int, Callable[[], Any]]
@@ -34,12 +36,13 @@ class _Subject:
     forward: Forward
     precision: str
     blocks: tuple[str, ...]
+    runs: tuple[Run, ...]
     where: str
 
     def trace(self, batch: Any, recompute: bool) -> Trace:
         """Trace one step."""
         with explained(f"one training step of {self.where} can not be traced"):
-            return trace_step(self.model, batch, self.forward, self.precision, self.blocks, recompute)
+            return trace_step(self.model, batch, self.forward, self.precision, self.blocks, recompute, self.runs)
 
 
 def profile_source(
@@ -53,7 +56,8 @@ def profile_source(
     if batch_size < 1:
         raise ProfilerError(f"batch_size is {batch_size}; it must be at least 1")
     model = source.build_abstract()
-    subject = _Subject(model, source.forward, precision, repeated_blocks(model), source.path.name)
+    blocks = repeated_blocks(model)
+    subject = _Subject(model, source.forward, precision, blocks, runs_of(model, blocks), source.path.name)
     batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
     return _profile(subject, batches, batch_size, optimizer, clip, source.name)
 
@@ -79,7 +83,8 @@ def profile_model(
     if batch_size is None:
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
     forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
-    subject = _Subject(model, forward, precision, repeated_blocks(model), "the model")
+    blocks = repeated_blocks(model)
+    subject = _Subject(model, forward, precision, blocks, runs_of(model, blocks), "the model")
     batches: Batches = {batch_size: lambda: batch}
     if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
         batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
@@ -98,7 +103,9 @@ def _profile(
     subject = replace(subject, blocks=tuple(path for path in called if path in subject.blocks))
     traces, remarks = _further_traces(subject, batches, {(batch_size, False): trace})
     loop = training_loop(trace, optimizer, clip)
-    first, steady = replay(loop, CachingAllocator())
+    native, expandable = (replay(loop, allocator) for allocator in (CachingAllocator(), ExpandableAllocator()))
+    first, steady = (_phase_peaks(*both) for both in zip(native, expandable, strict=True))
+    timeline, contents = timeline_of(loop, trace.events)
     parameters = _parameters(subject.model, trace)
     return ModelProfile(
         model=name,
@@ -108,19 +115,21 @@ def _profile(
         layers=layer_profiles(subject.model, trace, parameters),
         parameters=parameters,
         buffer_bytes=trace.buffer_bytes,
-        peaks=_phase_peaks(steady),
-        first_peaks=_phase_peaks(first),
+        peaks=steady,
+        first_peaks=first,
         activations=tuple(_point(size, recompute, t, optimizer) for (size, recompute), t in traces.items()),
         blocks=subject.blocks,
         operations=operation_profiles(trace),
+        timeline=timeline,
+        peak_contents=contents,
         workspace_bytes=sum(e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.WORKSPACE),
         assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
 
 
-def _phase_peaks(peaks: Peaks) -> PhasePeaks:
+def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:
     found: dict[str, Any] = {f"{phase}_bytes": peaks.allocated_bytes.get(phase) for phase in PHASES}
-    return PhasePeaks(**found, reserved_bytes=peaks.reserved_bytes, reserved_expandable_bytes=peaks.reserved_bytes)
+    return PhasePeaks(**found, reserved_bytes=peaks.reserved_bytes, reserved_expandable_bytes=expandable.reserved_bytes)
 
 
 def _further_traces(subject: _Subject, batches: Batches, known: Traces) -> tuple[Traces, list[str]]:

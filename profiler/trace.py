@@ -17,7 +17,12 @@ from profiler.cuda_semantics import cuda_semantics
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, Call, Category, Event, Gradient, Save
 from profiler.fakes import fake_batch, faked
+from profiler.folding import Folding
 from profiler.recorder import ModuleStack, Recorder
+from profiler.runs import Run, parents
+from profiler.unfold import unfold
+
+logger = logging.getLogger(__name__)
 
 AUTOCAST = {"amp": torch.bfloat16, "amp-fp16": torch.float16}
 """Precisions that cast as they compute, and to what."""
@@ -61,23 +66,43 @@ def trace_step(
     precision: str = "fp32",
     blocks: tuple[str, ...] = (),
     recompute: bool = False,
+    runs: tuple[Run, ...] = (),
 ) -> Trace:
     """Trace forward, loss and backward with fake tensors; the model is left as it was.
 
     With ``recompute`` every module in ``blocks`` is checkpointed. A parameter is used "outside" when it is read
-    while neither a module that holds it nor the block around one is running.
+    while neither a module that holds it nor the block around one is running. Of the blocks of ``runs`` only some are
+    run, and their events repeated for the others (``profiler.unfold``), where that comes to the same.
     """
     if precision not in PRECISIONS:
         raise ProfilerError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+    if runs:
+        try:
+            return _trace(model, batch, forward, precision, blocks, recompute, runs)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the whole step is what counts
+            logger.info("not folded: %s", error)
+    return _trace(model, batch, forward, precision, blocks, recompute, ())
+
+
+def _trace(
+    model: nn.Module,
+    batch: Any,
+    forward: Forward,
+    precision: str,
+    blocks: tuple[str, ...],
+    recompute: bool,
+    runs: tuple[Run, ...],
+) -> Trace:
     cast = torch.bfloat16 if precision == "bf16" else None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as scope:
         scope.enter_context(torch.random.fork_rng(devices=()))
         scope.enter_context(_quiet())
-        scope.enter_context(faked(model, mode, cast))
         stack = ModuleStack(model)
         recorder = Recorder(stack)
-        step = _Step(model, stack, recorder, blocks)
+        folding = Folding(model, runs, recorder)
+        scope.enter_context(faked(model, mode, cast, folding.inside))
+        step = _Step(model, stack, recorder, folding, blocks, cast)
         scope.enter_context(cuda_semantics(recorder.report))
         inputs = fake_batch(mode, batch, cast)
         step.register(inputs)
@@ -91,8 +116,17 @@ def trace_step(
 class _Step:
     """The step being traced: ties model, module stack and recorder together."""
 
-    def __init__(self, model: nn.Module, stack: ModuleStack, recorder: Recorder, blocks: tuple[str, ...]) -> None:
-        self.model, self.stack, self.recorder, self.blocks = model, stack, recorder, blocks
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: ModuleStack,
+        recorder: Recorder,
+        folding: Folding,
+        blocks: tuple[str, ...],
+        cast: torch.dtype | None,
+    ) -> None:
+        self.model, self.stack, self.recorder, self.folding = model, stack, recorder, folding
+        self.blocks, self.cast = frozenset(blocks), cast
         self.loss = torch.empty(0)
 
     def register(self, batch: Any) -> None:
@@ -100,12 +134,19 @@ class _Step:
         owners: dict[int, set[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             owner = name.rpartition(".")[0]
-            around = {b for b in self.blocks if owner == b or owner.startswith(b + ".")}
-            owners.setdefault(id(parameter), set()).update({owner}, around)
+            owners.setdefault(id(parameter), set()).update({owner}, self.blocks.intersection(parents(owner)))
         for name, parameter in self.model.named_parameters():
-            self.recorder.watch_parameter(name, parameter, frozenset(owners[id(parameter)]))
+            owner = name.rpartition(".")[0]
+            if self.folding.inside(owner):
+                self.recorder.stand_in(self._traced(name, parameter).bytes, Category.PARAMETER, owner)
+            else:
+                self.recorder.watch_parameter(name, parameter, frozenset(owners[id(parameter)]))
         for name, buffer in self.model.named_buffers():
-            self.recorder.watch(buffer, Category.BUFFER, name.rpartition(".")[0])
+            owner = name.rpartition(".")[0]
+            if self.folding.inside(owner):
+                self.recorder.stand_in(self._traced(name, buffer).bytes, Category.BUFFER, owner)
+            else:
+                self.recorder.watch(buffer, Category.BUFFER, owner)
         for tensor in tree_leaves(batch):
             if isinstance(tensor, torch.Tensor):
                 self.recorder.watch(tensor, Category.INPUT, "")
@@ -116,13 +157,18 @@ class _Step:
         handles: list[Any] = []
         try:
             for path, module in self.model.named_modules():
-                if recompute and path in self.blocks:
-                    # An instance attribute, which the restoration of the module's attributes takes away again.
+                if self.folding.inside(path.rpartition(".")[0]):
+                    continue
+                # Instance attributes, which the restoration of the module's attributes takes away again.
+                if (passing := self.folding.forward_of(path)) is not None:
+                    module.forward = passing
+                elif recompute and path in self.blocks:
                     module.forward = partial(_checkpointed, module.forward, self.stack, path)
-                handles.append(module.register_forward_pre_hook(partial(self._enter, path), prepend=True))
+                enter = module.register_forward_pre_hook(partial(self._enter, path), prepend=True, with_kwargs=True)
+                handles.append(enter)
                 handles.append(module.register_forward_hook(partial(self._leave, path), always_call=True))
             for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
+                if parameter.requires_grad and not self.folding.inside(name.rpartition(".")[0]):
                     handles.append(parameter.register_post_accumulate_grad_hook(partial(self._gradient, name)))
             yield
         finally:
@@ -139,28 +185,34 @@ class _Step:
 
     def result(self) -> Trace:
         """What was seen."""
-        with_gradient = {e.parameter for e in self.recorder.events if isinstance(e, Gradient)}
-        parameters = tuple(
-            TracedParameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), p.nbytes, name in with_gradient)
-            for name, p in self.model.named_parameters()
-        )
+        events = unfold(self.recorder.finished(), self.folding.runs)
+        with_gradient = {e.parameter for e in events if isinstance(e, Gradient)}
+        parameters = tuple(self._traced(name, p, name in with_gradient) for name, p in self.model.named_parameters())
         return Trace(
-            events=self.recorder.finished(),
+            events=tuple(events),
             parameters=parameters,
-            buffer_bytes=sum(b.nbytes for b in self.model.buffers()),
-            used_outside=frozenset(self.recorder.used_outside),
+            buffer_bytes=sum(self._traced(name, b).bytes for name, b in self.model.named_buffers()),
+            used_outside=self.folding.with_likes(self.recorder.used_outside),
             assumptions=tuple(self.recorder.assumptions),
         )
 
-    def _enter(self, path: str, *_: Any) -> None:
+    def _traced(self, name: str, tensor: torch.Tensor, has_gradient: bool = False) -> TracedParameter:
+        """A parameter or buffer as it is in the step, also one that stands in a block that is passed over."""
+        dtype = self.cast if self.cast is not None and tensor.is_floating_point() else tensor.dtype
+        size = tensor.numel() * dtype.itemsize
+        return TracedParameter(name, tuple(tensor.shape), str(dtype).removeprefix("torch."), size, has_gradient)
+
+    def _enter(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recorder.phase in (FORWARD, LOSS):
             if not path:
                 self.recorder.phase = FORWARD
             self.recorder.events.append(Call(path))
         self.stack.push(path)
+        self.folding.called(path, args, kwargs)
 
-    def _leave(self, path: str, *_: Any) -> None:
+    def _leave(self, path: str, _: nn.Module, __: Any, output: Any) -> None:
         self.stack.pop()
+        self.folding.returned(path, output)
         if not path and self.recorder.phase == FORWARD:
             self.recorder.phase = LOSS
 

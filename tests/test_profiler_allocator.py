@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiler.allocator import CachingAllocator, segment_bytes
+from profiler.allocator import CachingAllocator, ExpandableAllocator, segment_bytes
 
 MIB = 1 << 20
 SIZES = st.one_of(
@@ -21,10 +21,11 @@ def overlapping(spans: list[tuple[int, int]]) -> bool:
     return any(a + n > b for (a, n), (b, _) in pairwise(ordered))
 
 
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
 @settings(deadline=None)
 @given(ACTIONS)
-def test_blocks_never_overlap_and_everything_allocated_is_reserved(actions):
-    allocator, alive = CachingAllocator(), {}
+def test_blocks_never_overlap_and_everything_allocated_is_reserved(kind, actions):
+    allocator, alive = kind(), {}
     for number, (what, value) in enumerate(actions):
         reserved = allocator.reserved_bytes
         if what == "allocate":
@@ -45,10 +46,11 @@ def test_blocks_never_overlap_and_everything_allocated_is_reserved(actions):
     assert allocator.allocated_bytes == 0
 
 
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
 @settings(deadline=None)
 @given(st.lists(SIZES))
-def test_a_second_round_of_the_same_requests_reserves_nothing_more(sizes):
-    allocator = CachingAllocator()
+def test_a_second_round_of_the_same_requests_reserves_nothing_more(kind, sizes):
+    allocator = kind()
     for _ in range(2):
         for key, size in enumerate(sizes):
             allocator.allocate(key, size)
@@ -56,7 +58,7 @@ def test_a_second_round_of_the_same_requests_reserves_nothing_more(sizes):
         for key in range(len(sizes)):
             allocator.free(key)
         assert allocator.reserved_bytes == reserved
-    first = CachingAllocator()
+    first = kind()
     for key, size in enumerate(sizes):
         first.allocate(key, size)
     assert reserved == first.reserved_bytes
@@ -89,6 +91,39 @@ def test_freed_neighbours_join_and_serve_a_larger_request():
     allocator.free("c")
     allocator.allocate("e", 9 * MIB)
     assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_an_expandable_segment_grows_by_pages_and_takes_its_free_end_first():
+    allocator = ExpandableAllocator()
+    allocator.allocate("a", 30 * MIB)
+    assert allocator.reserved_bytes == 40 * MIB
+    allocator.allocate("b", 25 * MIB)  # 10 MiB are free at the end
+    assert allocator.reserved_bytes == 60 * MIB
+    allocator.free("a")
+    allocator.allocate("c", 28 * MIB)
+    allocator.allocate("d", 2 * MIB)  # what "a" left, not the end
+    assert allocator.reserved_bytes == 60 * MIB
+    assert allocator.layout()["d"][0] - allocator.layout()["c"][0] == 28 * MIB
+    allocator.allocate("e", 1)
+    assert allocator.reserved_bytes == 62 * MIB
+
+
+@settings(deadline=None)
+@given(ACTIONS)
+def test_an_expandable_segment_is_no_larger_than_what_was_ever_in_use_with_its_gaps(actions):
+    allocator, alive, top = ExpandableAllocator(), [], 0
+    for number, (what, value) in enumerate(actions):
+        if what == "allocate":
+            allocator.allocate(number, value)
+            alive.append(number)
+        elif alive:
+            allocator.free(alive.pop(value % len(alive)))
+        ends = dict.fromkeys((True, False), 0)
+        for address, size in allocator.layout().values():
+            small = address < 1 << 60
+            ends[small] = max(ends[small], address % (1 << 60) + size)
+        top = max(top, sum(ends.values()))
+    assert top <= allocator.reserved_bytes <= top + 22 * MIB + (22 * MIB if actions else 0)
 
 
 def test_a_key_that_is_in_use_is_refused():
