@@ -14,7 +14,7 @@ STYLE = """
   --warn: #8a5a00; --gpu: #2f8468; --host: #3a6cb4; --nvme: #7a58c0; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e3e7ec; --muted: #98a2af; --rule: #30363f; --back: #14171b;
   --panel: #1d2127; --warn: #e0b050; --gpu: #58c09b; --host: #7aa7ea; --nvme: #b396f0; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 1180px;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 1220px;
   margin: 2rem auto; padding: 0 1.25rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .4rem; }
 .state, .note { color: var(--muted); margin-top: .2rem; } .warning { color: var(--warn); margin: .3rem 0; }

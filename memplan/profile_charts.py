@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from memplan.folding import MODEL, Row
 from memplan.formatting import format_bytes, format_flops, format_seconds
 from memplan.page import byte_unit, figure_of
 from memplan.profile_words import HOLDS, path_labels, short_operation
+from memplan.rows import MODEL, Row
 from profiler.events import Category
 from profiler.optimizers import OPTIMIZERS
 from profiler.profile import MemoryPoint, ModelProfile
@@ -162,8 +162,8 @@ def _level(name: str, sizes: Sequence[int], scale: int, colour: str) -> go.Scatt
 
 def flops_chart(root: Row) -> go.Figure:
     """The layers that compute the most, without what the layers in them compute."""
-    passes = {"forward": "forward_flops", "backward": "backward_flops"}
-    bars = {name: {path: float(row.own(figure)) for path, row in path_labels(root)} for name, figure in passes.items()}
+    passes = {name: {path: float(row.own(f"{name}_flops")) for path, row in path_labels(root)} for name in PASSES}
+    bars = {name: flops for name, flops in passes.items() if any(flops.values())}
     return _bars(bars, format_flops, "FLOP")
 
 
@@ -206,7 +206,7 @@ def _bars(parts: dict[str, dict[str, float]], text: Callable[[float], str], unit
                 marker={"color": colour, "line": {"width": 0}},
             )
         )
-    figure = figure_of(traces, height=110 + 22 * (len(shown) + 1)).update_layout(barmode="stack", bargap=0.25)
+    figure = figure_of(traces, height=100 + 22 * len(lengths)).update_layout(barmode="stack", bargap=0.25)
     figure.update_layout(showlegend=len(traces) > 1, legend_traceorder="normal", margin={"l": 10, "t": 36})
     return figure.update_yaxes(autorange="reversed", automargin=True, ticklabelstandoff=4).update_xaxes(
         tickformat="~s", ticksuffix=unit

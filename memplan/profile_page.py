@@ -10,17 +10,17 @@ import torch
 
 from memplan import profile_charts as charts
 from memplan import profile_words as words
-from memplan.folding import Row, fold
 from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
 from memplan.page import cell, chart_html, document, table_html
+from memplan.rows import Row, fold
 from profiler.profile import ModelProfile
 
 STYLE = """
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem; margin: 1.2rem 0; }
 .facts div { background: var(--panel); border-radius: 6px; padding: .5rem .8rem; color: var(--muted); }
 .facts b { display: block; font-size: 1.2rem; color: var(--ink); }
-.layers { font-size: .88rem; } .layers th, .layers td { padding: .1rem .8rem .1rem 0; white-space: nowrap; }
-.layers td:nth-child(2) { max-width: 15em; overflow: hidden; text-overflow: ellipsis; }
+.layers { font-size: .88rem; } .layers th, .layers td { padding: .1rem .7rem .1rem 0; white-space: nowrap; }
+.layers td:nth-child(2) { max-width: 13em; overflow: hidden; text-overflow: ellipsis; }
 .chart { min-height: 0; }
 .aside { display: grid; grid-template-columns: minmax(0, 5fr) minmax(0, 4fr); gap: 0 2.5rem; align-items: start; }
 @media (max-width: 900px) { .aside { grid-template-columns: minmax(0, 1fr); } }

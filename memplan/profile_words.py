@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from memplan.folding import MODEL, Row
 from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
-from profiler.events import CLIP, STEP, Category
+from memplan.rows import MODEL, Row
+from profiler.events import CLIP, MODEL_STATE, STEP, Category
 from profiler.profile import Holding, ModelProfile
 
 UNCOUNTED_WARNED = 0.01
@@ -28,6 +28,8 @@ HOLDS = {
 
 Levels = Sequence[tuple[int, Row]]
 """Rows with their levels in the tree."""
+WHOLE = MODEL_STATE | {Category.BUFFER, Category.INPUT}
+"""What is told as one, wherever in the model it is."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ def reserves(profile: ModelProfile) -> list[tuple[str, int]]:
 
 
 def contents(holdings: Sequence[Holding], most: int | None = None) -> list[Content]:
-    """The largest contents of the peak; layers that differ in their number only are taken together."""
+    """The largest contents of the peak, the model's state together, and layers that differ in their number."""
     whole = sum(h.bytes for h in holdings) or 1
     sizes: Counter[tuple[str, str, str]] = Counter()
     counts: Counter[tuple[str, str, str]] = Counter()
     for h in holdings:
-        key = (h.category, h.operation, re.sub(r"\b\d+\b", "*", h.module))
+        together = h.category in WHOLE
+        key = (h.category, "" if together else h.operation, "" if together else re.sub(r"\b\d+\b", "*", h.module))
         sizes[key] += h.bytes
         counts[key] += h.count
     return [Content(size, size / whole, _words(*key, counts[key])) for key, size in sizes.most_common(most)]

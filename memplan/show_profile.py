@@ -11,11 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from memplan import profile_words as words
-from memplan.folding import Row, fold
 from memplan.formatting import format_bytes
+from memplan.rows import Row, fold
 from profiler.profile import ModelProfile
 
-CONTENTS_SHOWN = 6
+CONTENTS_SHOWN = 8
 LEAST_TYPE, LEAST_NAME = 8, 12
 """Characters that types and names keep in the narrowest terminal."""
 
@@ -81,7 +81,7 @@ def _fitted(rows: words.Levels, room: int) -> list[tuple[str, list[str]]]:
     type_width = max(room - label_width - 1, LEAST_TYPE + counts)
     types = [_without_start(row.type, type_width - len(row.times)) + row.times for _, row in rows]
     label_width = max(room - _width([("type", types)]) - 1, LEAST_NAME)
-    labels = [" " * level + _shortened(row.label, label_width - level) for level, row in rows]
+    labels = [" " * level + _without_end(row.label, label_width - level) for level, row in rows]
     return [("layer", labels), ("type", types)]
 
 
@@ -90,15 +90,12 @@ def _without_start(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     kept = text[len(text) - max(width, 2) + 1 :]
-    word = re.search(r"[A-Z][a-z]|(?<=\.)", kept)
+    word = re.search(r"[A-Z][a-z]", kept)
     return "…" + (kept[word.start() :] if word else kept)
 
 
-def _shortened(label: str, width: int) -> str:
-    """A path ends in what matters, a single name begins with it."""
-    if "." in label:
-        return _without_start(label, width)
-    return label if len(label) <= width else label[: max(width, 2) - 1] + "…"
+def _without_end(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width, 2) - 1] + "…"
 
 
 def _totals(profile: ModelProfile) -> Table:

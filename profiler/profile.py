@@ -66,6 +66,8 @@ class LayerProfile:
     """The most that its operations held at once, in forward or in backward, beside what is kept and gradients."""
     moved_bytes: int = 0
     """Read and written by its operations in forward and backward, recompute left out."""
+    recompute_flops: int = 0
+    """What of the forward pass is computed again in backward."""
     seconds: float | None = None
     """Of its operations in forward and backward on ``ModelProfile.device``."""
 

@@ -58,6 +58,7 @@ def shown_profile(blocks: int = BLOCKS, device: str | None = None, alternating: 
     for i in range(blocks):
         at = 2 + 3 * i
         layers[at] = replace(layers[at], moved_bytes=layers[at + 1].moved_bytes + layers[at + 2].moved_bytes)
+    layers[0] = replace(layers[0], recompute_flops=500_000)
     flops = 3 * (blocks * per_block + head)
     operations = (
         OperationProfile("aten::mm", 3 * blocks + 3, flops + 500_000, 98 * MIB, 0.004),

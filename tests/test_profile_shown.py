@@ -89,7 +89,8 @@ def test_contents_of_equal_layers_are_one_line_in_words():
     assert found[0].words == "activations from mm in layers.*.up (8)"
     assert found[0].bytes == 32 * MIB
     assert sum(c.share for c in found) == pytest.approx(1)
-    assert contents([Holding("", Category.BUFFER, "", 1, 4)])[0].words == "buffers"
+    state = [Holding(module, Category.PARAMETER, "", 2, 4) for module in ("up", "down")]
+    assert [c.words for c in contents(state)] == ["parameters (4)"]
 
 
 def test_operations_without_a_formula_are_named_with_their_calls():

@@ -7,7 +7,10 @@ from itertools import groupby
 
 from profiler.profile import LayerProfile
 
-SUMS = ("parameters", "parameter_bytes", "forward_flops", "backward_flops", "activation_bytes", "moved_bytes")
+SUMS = (
+    *("parameters", "parameter_bytes", "forward_flops", "backward_flops", "recompute_flops"),
+    *("activation_bytes", "moved_bytes"),
+)
 """Figures of a layer that add up, over equal ones and from children to parents."""
 MODEL = "(model)"
 SCREEN_ROWS = 30

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan.folding import SUMS, fold
+from memplan.rows import SUMS, fold
 from profiler.profile import LayerProfile
 from tests.shown_profiles import shown_profile
 
