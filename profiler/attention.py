@@ -7,15 +7,21 @@ the quadratic path remains. Backward accumulates the query's gradient in fp32.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import pad
 
 from profiler.formulas import attention_flops
+from profiler.shapes import attention_shape
 
-Report = Callable[[str, int, Sequence[torch.Tensor]], None]
-"""Told the name, the FLOPs and the tensors read and written of what the dispatcher does not show."""
+
+class Report(Protocol):
+    """Hears of what the dispatcher does not show."""
+
+    def __call__(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
+        """An operation ran; ``tensors`` are those that it reads and writes."""
+
 
 LARGEST_FUSED_HEAD = 256
 HALF = (torch.bfloat16, torch.float16)
@@ -81,7 +87,9 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.report = report
         ctx.flops = attention_flops(query.shape, key.shape, value.shape[-1], causal)
-        report("attention", ctx.flops, [t for t in (query, key, value, out, sums, mask) if t is not None])
+        ctx.shape = attention_shape(query.shape, key.shape, causal, mask is not None)
+        tensors = [t for t in (query, key, value, out, sums, mask) if t is not None]
+        report("attention", ctx.flops, tensors, ctx.shape)
         return out
 
     @staticmethod
@@ -96,5 +104,5 @@ class _FusedAttention(torch.autograd.Function):
             held += [key.new_empty(shape), value.new_empty((*shape[:3], value.shape[-1]))]
         # Five matrix products where forward has two: the scores are computed again.
         moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
-        ctx.report("attention_backward", ctx.flops * 5 // 2, moved)
+        ctx.report("attention_backward", ctx.flops * 5 // 2, moved, ctx.shape)
         return (*grads, None, None, None)

@@ -65,6 +65,8 @@ class Op(NamedTuple):
     phase: str
     recompute: bool = False
     """Whether it repeats a part of the forward pass during backward."""
+    shape: tuple[int, ...] = ()
+    """Sizes that decide its rate beside FLOPs and bytes (``profiler.shapes``)."""
 
 
 class Save(NamedTuple):

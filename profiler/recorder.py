@@ -17,6 +17,7 @@ from profiler.cudnn import layout_workspace_bytes
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
+from profiler.shapes import work_shape
 
 aten = torch.ops.aten
 
@@ -89,6 +90,11 @@ class Recorder(TorchDispatchMode):
         self._workspaces: set[str] = set()
         self._paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch need not keep its compiler away from this mode at every operation: nothing is compiled in a trace."""
+        return False
+
     def new_id(self) -> int:
         """An unused storage id."""
         self._categories[len(self._categories)] = Category.ACTIVATION
@@ -127,10 +133,10 @@ class Recorder(TorchDispatchMode):
         """What the storage holds, as far as is known."""
         return self._categories[number]
 
-    def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor]) -> None:
+    def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
         """Log an operation that the dispatcher does not show, with the tensors that it reads and writes."""
         moved = sum(t.nbytes for t in tensors)
-        op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing())
+        op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
 
     @contextmanager
@@ -186,7 +192,8 @@ class Recorder(TorchDispatchMode):
             self.events.append(Free(number, self.phase))
         read, written = _tensors((args, kwargs)), _tensors(out)
         moved = moved_bytes(func, read, written)
-        op = Op(name, flops, moved, rate_dtype(read or written), module, self.phase, self._recomputing())
+        dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
+        op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
         self.events.append(op)
         return out
 

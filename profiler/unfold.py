@@ -254,7 +254,7 @@ def _replaced(e: Event, rename: _Renaming, number: Any) -> tuple[object, ...]:
     if isinstance(e, Free):
         return (number, e.phase)
     if isinstance(e, Op):
-        return (e.name, e.flops, e.bytes, e.dtype, rename(e.module), e.phase, e.recompute)
+        return (e.name, e.flops, e.bytes, e.dtype, rename(e.module), e.phase, e.recompute, e.shape)
     if isinstance(e, Save):
         return (number, rename(e.module))
     return (rename(e.parameter if isinstance(e, Gradient) else e.module),)

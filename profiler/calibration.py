@@ -1,0 +1,215 @@
+"""How much of a device's peak rates its kernels reach, and what issuing them costs the CPU: data, measured or assumed.
+
+A rate is a fraction of the roofline: of the time that the larger of (FLOPs / peak FLOPs) and (bytes / bandwidth) would
+take. It depends on the sizes of the operation, so it is kept on a grid and interpolated.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from math import exp, log, prod
+from pathlib import Path
+from typing import Any
+
+from profiler.device import KERNEL_SECONDS
+from profiler.errors import ProfilerError
+
+SCHEMA = "memplan.calibration/1"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The fraction of the roofline that a kind of operation reaches, by its sizes."""
+
+    axes: tuple[tuple[float, ...], ...]
+    """Ascending sizes, one axis a size of the operation; no axes for a rate that is the same everywhere."""
+    fractions: tuple[float | None, ...]
+    """One for each point of the grid, the last axis running fastest; ``None`` where nothing was measured."""
+    least_seconds: float = 0.0
+    """What the operation takes however small it is."""
+
+    def seconds(self, ideal_seconds: float, sizes: Sequence[float] = ()) -> float:
+        """Of an operation that would take ``ideal_seconds`` at the roofline."""
+        return max(self.least_seconds, ideal_seconds / self.fraction(sizes))
+
+    def fraction(self, sizes: Sequence[float] = ()) -> float:
+        """Interpolated linearly between logarithms; outside of the grid, that of its edge.
+
+        Corners that were not measured are left out; where none was, the nearest point counts.
+        """
+        if not self.axes:
+            return self.fractions[0] or 1.0
+        places = [_place(axis, size) for axis, size in zip(self.axes, sizes, strict=True)]
+        total = weights = 0.0
+        for corner in product(*places):
+            value = self.fractions[self._index([index for index, _ in corner])]
+            weight = prod(share for _, share in corner)
+            if value is not None and weight > 0:
+                total += weight * log(value)
+                weights += weight
+        return (
+            exp(total / weights) if weights else self._nearest([max(place, key=lambda p: p[1])[0] for place in places])
+        )
+
+    def _index(self, position: Sequence[int]) -> int:
+        index = 0
+        for axis, at in zip(self.axes, position, strict=True):
+            index = index * len(axis) + at
+        return index
+
+    def _nearest(self, position: Sequence[int]) -> float:
+        grid = product(*(range(len(axis)) for axis in self.axes))
+        measured = [(p, f) for p, f in zip(grid, self.fractions, strict=True) if f is not None]
+        return min(measured, key=lambda m: sum(abs(a - b) for a, b in zip(m[0], position, strict=True)))[1]
+
+
+def _place(axis: Sequence[float], size: float) -> tuple[tuple[int, float], ...]:
+    """The two points of an axis around a size, each with its weight."""
+    if size <= axis[0]:
+        return ((0, 1.0),)
+    for at in range(1, len(axis)):
+        if size <= axis[at]:
+            share = log(size / axis[at - 1]) / log(axis[at] / axis[at - 1])
+            return ((at - 1, 1 - share), (at, share))
+    return ((len(axis) - 1, 1.0),)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What step times are predicted from, beside the device's own figures."""
+
+    device: str
+    """The device that it was measured on, as its driver names it; "" for assumptions."""
+    rates: Mapping[str, Rate]
+    """By kind of operation and dtype, "kind/dtype", or by kind alone for any other dtype."""
+    issue_seconds: Mapping[str, float]
+    """CPU time to issue one operation, by phase and kind, "phase/kind"; also "call" of a module, "gradient", "step"."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Versions and date."""
+    skipped: tuple[str, ...] = ()
+    """Measurements that failed, a sentence each."""
+
+    def rate(self, kind: str, dtype: str = "") -> Rate:
+        """The rate of a kind of operation: that of the dtype, of another 16-bit one, of the kind, or an assumed one."""
+        other = {"float16": "bfloat16", "bfloat16": "float16"}.get(dtype, "float32")
+        for source in (self, ASSUMED):
+            for name in (f"{kind}/{dtype}", f"{kind}/{other}", f"{kind}/float32", kind):
+                if name in source.rates:
+                    return source.rates[name]
+        return ASSUMED.rates["elementwise"]
+
+    def issue(self, name: str) -> float:
+        """CPU time of an issue, "phase/kind" or another name; an assumed one where it was not measured."""
+        phase, _, _ = name.partition("/")
+        for source in (self, ASSUMED):
+            for known in (name, f"{phase}/elementwise"):
+                if known in source.issue_seconds:
+                    return source.issue_seconds[known]
+        raise KeyError(name)
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, fractions with four digits."""
+        data = asdict(self)
+        for rate in data["rates"].values():
+            rate["fractions"] = [None if f is None else float(f"{f:.4g}") for f in rate["fractions"]]
+        path.write_text(json.dumps({"schema": SCHEMA, **data}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Calibration":
+        """Read what ``save`` wrote; raises ProfilerError when the file is not that."""
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            if data.pop("schema") != SCHEMA:
+                raise ValueError(f"its schema is not {SCHEMA}")
+            rates = {
+                name: Rate(tuple(map(tuple, r["axes"])), tuple(r["fractions"]), r["least_seconds"])
+                for name, r in data.pop("rates").items()
+            }
+            return cls(rates=rates, **{**data, "skipped": tuple(data["skipped"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ProfilerError(f"{path} is not a calibration that this version can read: {error}") from error
+
+
+def _constant(fraction: float, kernels: int = 1) -> Rate:
+    return Rate((), (fraction,), kernels * KERNEL_SECONDS)
+
+
+ASSUMED = Calibration(
+    device="",
+    rates={
+        "matmul": _constant(0.65),
+        "matmul_unaligned": _constant(0.4),
+        "batched_matmul": _constant(0.5),
+        "attention": _constant(0.45),
+        "attention_backward": _constant(0.4, kernels=3),
+        "attention_causal": _constant(0.4),
+        "attention_causal_backward": _constant(0.35, kernels=3),
+        "attention_masked": _constant(0.35),
+        "attention_masked_backward": _constant(0.3, kernels=3),
+        "convolution": _constant(0.4),
+        "convolution_backward": _constant(0.35, kernels=2),
+        "grouped_convolution": _constant(0.2),
+        "grouped_convolution_backward": _constant(0.1, kernels=2),
+        "depthwise": _constant(0.2),
+        "depthwise_backward": _constant(0.1, kernels=2),
+        "recurrent": _constant(0.1),
+        "recurrent_backward": _constant(0.1),
+        "elementwise": _constant(0.8),
+        "copy": _constant(0.7),
+        "reduction": _constant(0.7),
+        "norm": _constant(0.7),
+        "norm_backward": _constant(0.5, kernels=2),
+        "batch_norm": _constant(0.6),
+        "batch_norm_backward": _constant(0.6),
+        "softmax": _constant(0.7),
+        "softmax_backward": _constant(0.7),
+        "loss": _constant(0.5),
+        "embedding": _constant(0.6),
+        "embedding_backward": _constant(0.2, kernels=4),
+        "index": _constant(0.4),
+        "index_backward": _constant(0.2, kernels=3),
+        "pool": _constant(0.5),
+        "pool_backward": _constant(0.3),
+        "dropout": _constant(0.7),
+        "scan": _constant(0.1, kernels=3),
+        # Of one pass over the parameters: their bytes, read once.
+        "optimizer/adamw": _constant(0.8 / 22),
+        "optimizer/adamw-fused": _constant(0.8 / 7),
+        "optimizer/adamw-forloop": _constant(0.8 / 22),
+        "optimizer/sgd": _constant(0.8 / 3),
+        "optimizer/sgd-momentum": _constant(0.8 / 8),
+        "optimizer/adafactor": _constant(0.8 / 20),
+        "optimizer/lion": _constant(0.8 / 18),
+        "optimizer/adamw-8bit": _constant(0.8 / 5),
+        "clip": _constant(0.8 / 3),
+    },
+    issue_seconds={
+        "forward/view": 1.5e-6,
+        "forward/elementwise": 6e-6,
+        "forward/matmul": 9e-6,
+        "forward/attention": 30e-6,
+        "forward/convolution": 25e-6,
+        "forward/norm": 10e-6,
+        "forward/batch_norm": 20e-6,
+        "forward/recurrent": 100e-6,
+        "backward/view": 0.8e-6,
+        "backward/elementwise": 6e-6,
+        "backward/attention_backward": 40e-6,
+        "backward/convolution_backward": 40e-6,
+        "backward/recurrent_backward": 100e-6,
+        "call": 2e-6,
+        "gradient": 2e-6,
+        "step": 50e-6,
+        "optimizer/adamw": 5e-6,
+        "optimizer/adamw-fused": 2e-6,
+        "optimizer/adamw-forloop": 100e-6,
+        "optimizer/sgd": 1.5e-6,
+        "optimizer/sgd-momentum": 2.5e-6,
+        "optimizer/adafactor": 150e-6,
+        "optimizer/lion": 50e-6,
+        "optimizer/adamw-8bit": 20e-6,
+        "clip": 3e-6,
+    },
+)
+"""Moderate guesses for an eager PyTorch program on a server's CPU: assumptions, for which nothing was measured."""

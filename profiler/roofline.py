@@ -1,0 +1,157 @@
+"""The time of a training step on a device: a roofline for each operation, and a queue between CPU and device.
+
+[Note: The queue] The CPU issues operations one after another, each at a cost of its own; the device begins each when it
+has been issued and the one before is done. A large model keeps the device busy and hides the CPU; a small one leaves
+the device waiting for work, and its step lasts as long as the CPU takes to issue it. Both come out of the same
+simulation. The loop goes on without waiting for a step's result, so the second of two steps is the steady state.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from profiler.calibration import ASSUMED, Calibration
+from profiler.device import Device
+from profiler.events import BACKWARD, CLIP, FORWARD, STEP, Call, Event, Gradient, Op
+from profiler.fusion import fused
+from profiler.kinds import SYNCHRONISING, VIEW, kind_of, plain_name, rate_of
+from profiler.optimizers import Trained
+
+COMPUTE, MEMORY, LAUNCH = "compute", "memory", "launch"
+"""What an operation's time is bound by; "launch" is time in which the device waits for the CPU."""
+OPTIMIZER_PIECES = 16
+"""A multi-tensor update begins before all of it is issued: so many pieces stand for its kernels."""
+
+_ARITHMETIC = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """The seconds of one step in the steady state, all of them divided in four ways."""
+
+    total_seconds: float
+    by_phase: Mapping[str, float]
+    by_module: Mapping[str, float]
+    """By the path of the innermost module."""
+    by_operation: Mapping[str, float]
+    by_bound: Mapping[str, float]
+    """What the time went into: compute, memory or launch."""
+
+
+class Work(NamedTuple):
+    """One thing that the CPU does: it may issue a kernel."""
+
+    issue_seconds: float
+    kernel_seconds: float
+    bound: str
+    phase: str
+    module: str
+    name: str
+    synchronises: bool = False
+
+
+def step_time(
+    events: Iterable[Event],
+    trained: Sequence[Trained],
+    optimizer: str,
+    clip: bool,
+    device: Device,
+    calibration: Calibration = ASSUMED,
+    module_types: Mapping[str, str] | None = None,
+) -> StepTime:
+    """The time of one step: the events' forward and backward, then clipping and the optimizer.
+
+    ``module_types`` (path -> class name) tells which modules CUDA runs in fused kernels where the trace shows parts.
+    """
+    works = [*_works(fused(events, module_types or {}), device, calibration)]
+    works += _update(trained, optimizer, clip, device, calibration)
+    return _steady(works)
+
+
+def op_seconds(op: Op, device: Device, calibration: Calibration = ASSUMED) -> float:
+    """Seconds of an operation's kernels; 0 for a view."""
+    name, sizes = rate_of(op)
+    if name == VIEW:
+        return 0.0
+    return max(device.kernel_seconds, calibration.rate(name, op.dtype).seconds(ideal_seconds(op, device), sizes))
+
+
+def ideal_seconds(op: Op, device: Device) -> float:
+    """At the roofline."""
+    return max(_compute_seconds(op, device), _memory_seconds(op, device))
+
+
+def _compute_seconds(op: Op, device: Device) -> float:
+    arithmetic = _ARITHMETIC.get(op.dtype, "fp32")
+    if not op.shape:
+        arithmetic = "fp32"  # only products use tensor cores
+    elif arithmetic == "fp32" and kind_of(op).startswith("convolution"):
+        arithmetic = "tf32"  # PyTorch's default for cuDNN, though not for matrix products
+    return (op.flops or 0) / device.peak(arithmetic)
+
+
+def _memory_seconds(op: Op, device: Device) -> float:
+    return op.bytes / device.memory_bytes_per_second
+
+
+def _works(events: Iterable[Event], device: Device, calibration: Calibration) -> Iterator[Work]:
+    yield Work(calibration.issue("step"), 0.0, "", FORWARD, "", "")
+    seen: dict[tuple[object, ...], tuple[float, str]] = {}  # layers repeat each other
+    for event in events:
+        if isinstance(event, Call):
+            yield Work(calibration.issue("call"), 0.0, "", FORWARD, event.module, "")
+        elif isinstance(event, Gradient):
+            yield Work(calibration.issue("gradient"), 0.0, "", BACKWARD, "", "")
+        elif isinstance(event, Op):
+            key = (event.name, event.flops, event.bytes, event.dtype, event.shape)
+            if key not in seen:
+                compute = _compute_seconds(event, device) > _memory_seconds(event, device)
+                seen[key] = op_seconds(event, device, calibration), COMPUTE if compute else MEMORY
+            issue = calibration.issue(name) if (name := issue_name(event)) else 0.0
+            waits = plain_name(event.name) in SYNCHRONISING
+            yield Work(issue, *seen[key], event.phase, event.module, event.name, waits)
+
+
+def issue_name(op: Op) -> str | None:
+    """Which of a calibration's issues an operation is, "phase/kind"; ``None`` where a real step has no such operation.
+
+    Recomputation issues forward's operations, from Python as forward does.
+    """
+    backward = op.phase == BACKWARD and not op.recompute
+    if backward and op.name == "aten::detach":
+        return None  # the trace's own: autograd hands saved tensors back without an operation
+    return f"{BACKWARD if backward else FORWARD}/{kind_of(op)}"
+
+
+def _update(
+    trained: Sequence[Trained], optimizer: str, clip: bool, device: Device, calibration: Calibration
+) -> Iterator[Work]:
+    size = sum(p.bytes for p in trained)
+    parts = [("clip", CLIP)] if clip else []
+    for name, phase in [*parts, (f"optimizer/{optimizer}", STEP)]:
+        issue = calibration.issue(name) * len(trained)
+        kernel = calibration.rate(name).seconds(size / device.memory_bytes_per_second, (size,)) if size else 0.0
+        piece = Work(issue / OPTIMIZER_PIECES, kernel / OPTIMIZER_PIECES, MEMORY, phase, "", name)
+        yield from [piece] * OPTIMIZER_PIECES
+
+
+def _steady(works: Sequence[Work]) -> StepTime:
+    shares: dict[str, dict[str, float]] = {}
+    cpu = device = 0.0
+    for _ in range(2):
+        shares = {name: defaultdict(float) for name in ("phase", "module", "operation", "bound")}
+        begun = device
+        for work in works:
+            cpu += work.issue_seconds
+            if work.kernel_seconds:
+                waiting = max(0.0, cpu - device)
+                device += waiting + work.kernel_seconds
+                shares["phase"][work.phase] += waiting + work.kernel_seconds
+                shares["module"][work.module] += waiting + work.kernel_seconds
+                shares["operation"][work.name] += waiting + work.kernel_seconds
+                shares["bound"][work.bound] += work.kernel_seconds
+                shares["bound"][LAUNCH] += waiting
+            if work.synchronises:
+                cpu = max(cpu, device)
+    return StepTime(device - begun, *(dict(share) for share in shares.values()))

@@ -1,0 +1,61 @@
+"""The sizes of the operations whose rate depends on more than how much they compute and move."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+_LEFT = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
+_LEFT_FACTOR = {"aten::" + name: position for name, position in _LEFT.items()}
+"""Where the left factor stands among the arguments; the right one follows."""
+
+WIDEST_LOAD_BYTES = 16
+
+
+def work_shape(name: str, args: Sequence[Any], out: Any) -> tuple[int, ...]:
+    """The sizes of a call.
+
+    Of a matrix product (batch, m, n, k, alignment in bytes), of a convolution (positions, channels in, channels out,
+    elements of the kernel, groups), of any other operation ().
+
+    Rows that begin at multiples of 16 bytes can be loaded whole; the alignment is that of the worst of the three
+    matrices. Positions are those of the batch's outputs, or of its inputs where the convolution is transposed.
+    """
+    if name in _LEFT_FACTOR:
+        a, b = args[_LEFT_FACTOR[name] :][:2]
+        batch = a.shape[0] if a.dim() == 3 else 1
+        alignment = min(_alignment(t) for t in (a, b, out) if t.dim() >= 2)
+        return (batch, a.shape[-2], b.shape[-1], a.shape[-1], alignment)
+    if name == "aten::_grouped_mm":
+        a, b = args[:2]
+        groups = max(t.shape[0] if t.dim() == 3 else 1 for t in (a, b))
+        rows, inner = a.shape[-2], a.shape[-1]
+        if a.dim() == 2 and b.dim() == 3:
+            rows //= groups
+        elif a.dim() == b.dim() == 2:
+            groups = out.shape[0]
+            inner //= groups
+        return (groups, max(rows, 1), b.shape[-1], max(inner, 1), min(_alignment(a), _alignment(b)))
+    if name == "aten::convolution":
+        return _convolution(args[0], args[1], out, bool(args[6]), args[8])
+    if name == "aten::convolution_backward":
+        return _convolution(args[1], args[2], args[0], bool(args[7]), args[9])
+    return ()
+
+
+def attention_shape(query: Sequence[int], key: Sequence[int], causal: bool, masked: bool) -> tuple[int, ...]:
+    """(batch times heads, queries, keys, dim, whether causal, whether with a mask), from shapes [..., length, dim]."""
+    return (prod(query[:-2]), query[-2], key[-2], query[-1], int(causal), int(masked))
+
+
+def _convolution(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, transposed: bool, groups: int
+) -> tuple[int, ...]:
+    positions = x.shape if transposed else out.shape
+    return (positions[0] * prod(positions[2:]), x.shape[1], out.shape[1], prod(weight.shape[2:]), groups)
+
+
+def _alignment(matrix: torch.Tensor) -> int:
+    leading = max(matrix.stride()[-2:]) * matrix.element_size()
+    return min(leading & -leading, WIDEST_LOAD_BYTES) if leading else WIDEST_LOAD_BYTES
