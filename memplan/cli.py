@@ -52,6 +52,7 @@ console = Console()
 errors = Console(stderr=True)
 
 SHOWN = {"rich_help_panel": "What is shown and written"}
+TIMED = {"rich_help_panel": "On a GPU"}
 PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
 
 File = Annotated[Path, typer.Argument(help="A Python file with the model: see the README, 'Your model file'.")]
@@ -73,19 +74,25 @@ def profile(
     precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISIONS_HELP)] = "fp32",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(OPTIMIZERS)}.")] = "adamw",
     clip: Annotated[bool, typer.Option("--clip", help="Clip the gradients by their norm.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Predict times on this GPU, like H100 or 'RTX 4090'.", **TIMED)
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Rates that were measured on a GPU; without it usual ones.", **TIMED)
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the step on this machine's GPU too, and print both.", **TIMED)
+    ] = False,
     depth: Annotated[
         int | None, typer.Option(min=0, help="Levels of layers to print; what fits a screen if not given.", **SHOWN)
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with charts here.", **SHOWN)] = None,
     flamegraph: Annotated[Path | None, typer.Option(help="Write a flame graph for speedscope here.", **SHOWN)] = None,
     json: Annotated[Path | None, typer.Option(help="Write profile.json here.", **SHOWN)] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Run the step on this machine's GPU too, and print both.", **SHOWN)
-    ] = False,
 ) -> None:
     """What each layer costs, and the peak of a plain training step. Needs no GPU."""
     source = load_source(file)
-    found = profile_source(source, batch_size, precision, optimizer, clip)
+    found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration)
     console.print(profile_tables(found, depth))
     writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
     for write, path in writers:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
 from memplan.rows import MODEL, Row
+from profiler.device import find_device
 from profiler.events import CLIP, MODEL_STATE, STEP, Category
 from profiler.profile import Holding, ModelProfile
 
@@ -30,6 +31,9 @@ Levels = Sequence[tuple[int, Row]]
 """Rows with their levels in the tree."""
 WHOLE = MODEL_STATE | {Category.BUFFER, Category.INPUT}
 """What is told as one, wherever in the model it is."""
+
+UNITS = {"fp32": "fp32", "amp": "bf16", "amp-fp16": "fp16", "bf16": "bf16"}
+"""By precision, the class of arithmetic that matrix products use."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,8 @@ def totals(profile: ModelProfile) -> list[tuple[str, str]]:
             ("executed FLOPs", f"{format_flops(profile.executed_flops)}, {format_flops(again)} of it recompute")
         )
     rows.append(("saved for backward", format_bytes(profile.layers[0].activation_bytes)))
-    if profile.step_seconds is not None:
-        rows.append((f"step on {profile.device}", format_seconds(profile.step_seconds)))
-        rows.append(("", f"{format_count(profile.batch_size / profile.step_seconds)} samples/s"))
+    if profile.step_seconds is not None and profile.device is not None:
+        rows.append((f"step on {profile.device}", f"{format_seconds(profile.step_seconds)}, {_speed(profile)}"))
     return rows
 
 
@@ -103,6 +106,14 @@ def path_labels(root: Row, above: str = "") -> Iterator[tuple[str, Row]]:
     yield path, root
     for row in root.below:
         yield from path_labels(row, "" if root.label == MODEL else path)
+
+
+def _speed(profile: ModelProfile) -> str:
+    """Samples a second, and the model FLOPs' share of what the device's units for the precision could do."""
+    assert profile.device is not None and profile.step_seconds is not None
+    possible = find_device(profile.device).peak(UNITS[profile.precision]) * profile.step_seconds
+    used = (profile.forward_flops + profile.backward_flops) / possible
+    return f"{format_count(profile.batch_size / profile.step_seconds)} samples/s, {used:.1%} MFU"
 
 
 def phase_name(profile: ModelProfile, phase: str) -> str:
@@ -150,6 +161,12 @@ def short_operation(name: str) -> str:
 
 def warnings(profile: ModelProfile) -> Iterator[str]:
     """What a person should know before trusting the figures."""
+    memory_bytes = find_device(profile.device).memory_bytes if profile.device is not None else None
+    if memory_bytes is not None and profile.device_bytes > memory_bytes:
+        yield (
+            f"{profile.device} has {format_bytes(memory_bytes)}, and the step will take "
+            f"{format_bytes(profile.device_bytes)}: it does not fit"
+        )
     if profile.uncounted_share > UNCOUNTED_WARNED:
         yield (
             f"operations without a FLOP formula move {profile.uncounted_share:.0%} of the bytes: "

@@ -35,7 +35,7 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def timed():
-    return profile_page(shown_profile(device="NVIDIA H200"))
+    return profile_page(shown_profile(device="NVIDIA H200 SXM"))
 
 
 def test_the_page_says_how_it_was_made(timed):
@@ -107,7 +107,7 @@ def test_a_profile_with_nothing_to_draw_has_a_page():
 
 @needs_browser
 def test_a_browser_draws_every_chart_without_an_error(tmp_path):
-    write_profile_page(shown_profile(device="NVIDIA H200"), tmp_path / "page.html")
+    write_profile_page(shown_profile(device="NVIDIA H200 SXM"), tmp_path / "page.html")
     timeline, tiles, *bars = drawn_charts(tmp_path / "page.html")
     assert len(re.findall(r'<path class="js-fill"', timeline)) >= 3
     assert len(re.findall(r'class="slice', tiles)) > 5

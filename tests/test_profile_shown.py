@@ -37,7 +37,7 @@ def words_of(text, start):
 
 @pytest.mark.parametrize("width", [80, 100, 150])
 def test_no_figure_is_cut_and_no_line_too_long(width):
-    text = shown(shown_profile(device="NVIDIA H200"), width)
+    text = shown(shown_profile(device="NVIDIA H200 SXM"), width)
     assert max(map(len, text.splitlines())) <= width
     assert (
         line_of(text, "layers.0-3").split()[-8:] == ["8.00", "M", "16.0", "M", "12.0", "MiB", "5.00", "MiB"][-8:]
@@ -62,7 +62,7 @@ def test_what_is_below_the_depth_is_said():
 
 def test_a_figure_that_no_layer_has_makes_no_column():
     assert " time" not in shown(shown_profile())
-    assert " time" in shown(shown_profile(device="NVIDIA H200"))
+    assert " time" in shown(shown_profile(device="NVIDIA H200 SXM"))
 
 
 def test_the_phase_of_the_peak_is_marked_and_the_first_step_stands_beside_where_it_differs():
@@ -106,14 +106,20 @@ def test_assumptions_are_sentences():
 
 
 def test_the_time_of_a_step_names_its_device():
-    text = shown(shown_profile(device="NVIDIA H200"))
-    assert "20.0 ms" in line_of(text, "step on NVIDIA H200")
-    assert "400 samples/s" in text
+    text = shown(shown_profile(device="NVIDIA H200 SXM"))
+    # 27 MFLOP in 20 ms, of 989.5 TFLOP/s
+    assert words_of(text, "step on") == "step on NVIDIA H200 SXM 20.0 ms, 400 samples/s, 0.0% MFU"
+
+
+def test_a_step_that_the_device_has_no_room_for_is_a_warning():
+    profile = replace(shown_profile(device="NVIDIA T4"), context_bytes=16 << 30)
+    assert "NVIDIA T4 has 16.0 GiB, and the step will take 16.1 GiB: it does not fit" in shown(profile)
+    assert "does not fit" not in shown(shown_profile(device="NVIDIA T4"))
 
 
 def test_what_was_measured_stands_beside_what_was_predicted():
     measured = Measured(
-        device="NVIDIA H200",
+        device="NVIDIA H200 SXM",
         first_bytes={"forward": 50 * MIB, "loss": 52 * MIB, "backward": 60 * MIB, "step": 41 * MIB},
         steady_bytes={"forward": 60 * MIB, "backward": 74 * MIB, "step": 40 * MIB},
         reserved_bytes=100 * MIB,
@@ -121,8 +127,8 @@ def test_what_was_measured_stands_beside_what_was_predicted():
         timed_bytes=None,
         step_seconds=0.025,
     )
-    text = printed(measured_table(shown_profile(device="NVIDIA H200"), measured), 80)
-    assert "measured on NVIDIA H200" in text
+    text = printed(measured_table(shown_profile(device="NVIDIA H200 SXM"), measured), 80)
+    assert "measured on NVIDIA H200 SXM" in text
     assert words_of(text, "backward") == "backward 75.0 MiB 74.0 MiB +1.4% 65.0 MiB 60.0 MiB +8.3%"
     assert words_of(text, "loss") == "loss 62.0 MiB 52.0 MiB 52.0 MiB +0.0%"
     assert words_of(text, "reserved") == "reserved 80.0 MiB 100 MiB -20.0%"
