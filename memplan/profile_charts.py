@@ -207,7 +207,8 @@ def _bars(parts: dict[str, dict[str, float]], text: Callable[[float], str], unit
             )
         )
     figure = figure_of(traces, height=100 + 22 * len(lengths)).update_layout(barmode="stack", bargap=0.25)
-    figure.update_layout(showlegend=len(traces) > 1, legend_traceorder="normal", margin={"l": 10, "t": 36})
+    legend = len(traces) > 1
+    figure.update_layout(showlegend=legend, legend_traceorder="normal", margin={"l": 10, "t": 36 if legend else 8})
     return figure.update_yaxes(autorange="reversed", automargin=True, ticklabelstandoff=4).update_xaxes(
         tickformat="~s", ticksuffix=unit
     )

@@ -67,7 +67,7 @@ def totals(profile: ModelProfile) -> list[tuple[str, str]]:
         )
     rows.append(("saved for backward", format_bytes(profile.layers[0].activation_bytes)))
     if profile.step_seconds is not None and profile.device is not None:
-        rows.append((f"step on {profile.device}", f"{format_seconds(profile.step_seconds)}, {_speed(profile)}"))
+        rows.append(("time", f"{format_seconds(profile.step_seconds)} on {profile.device}: {_speed(profile)}"))
     return rows
 
 

@@ -16,8 +16,10 @@ from memplan.rows import Row, fold
 from profiler.profile import ModelProfile
 
 CONTENTS_SHOWN = 8
-LEAST_TYPE, LEAST_NAME = 8, 12
-"""Characters that types and names keep in the narrowest terminal."""
+LEAST_TYPE, LEAST_LABEL = 8, 12
+"""Characters that types and labels keep in the narrowest terminal."""
+LEAST_NAMES = 32
+"""With less than that for both, another column of figures is left out."""
 
 
 def profile_tables(profile: ModelProfile, depth: int | None = None) -> RenderableType:
@@ -35,7 +37,7 @@ def profile_tables(profile: ModelProfile, depth: int | None = None) -> Renderabl
 
 @dataclass(frozen=True)
 class _LayerTable:
-    """One row a layer. In a narrow terminal the bytes moved and then parts of the names give way, no other figure."""
+    """One row a layer. In a narrow terminal bytes moved, intensity and parts of the names give way, no other figure."""
 
     root: Row
     depth: int
@@ -46,6 +48,8 @@ class _LayerTable:
         names = _names(rows, indent=2)
         if _width(columns) + _width(names) > options.max_width:
             columns = [column for column in columns if column[0] != "moved"]
+            if options.max_width - _width(columns) < LEAST_NAMES:
+                columns = [column for column in columns if column[0] != "FLOP/\nbyte"]
             names = _fitted(rows, options.max_width - _width(columns))
         room = options.max_width - _width(names + columns)
         apart = int(room >= len(names + columns))  # beside the one character that rich puts between columns
@@ -80,7 +84,7 @@ def _fitted(rows: words.Levels, room: int) -> list[tuple[str, list[str]]]:
     counts = max(len(row.times) for _, row in rows)
     type_width = max(room - label_width - 1, LEAST_TYPE + counts)
     types = [_without_start(row.type, type_width - len(row.times)) + row.times for _, row in rows]
-    label_width = max(room - _width([("type", types)]) - 1, LEAST_NAME)
+    label_width = max(room - _width([("type", types)]) - 1, LEAST_LABEL)
     labels = [" " * level + _without_end(row.label, label_width - level) for level, row in rows]
     return [("layer", labels), ("type", types)]
 

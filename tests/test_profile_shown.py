@@ -108,7 +108,7 @@ def test_assumptions_are_sentences():
 def test_the_time_of_a_step_names_its_device():
     text = shown(shown_profile(device="NVIDIA H200 SXM"))
     # 27 MFLOP in 20 ms, of 989.5 TFLOP/s
-    assert words_of(text, "step on") == "step on NVIDIA H200 SXM 20.0 ms, 400 samples/s, 0.0% MFU"
+    assert words_of(text, "time  ") == "time 20.0 ms on NVIDIA H200 SXM: 400 samples/s, 0.0% MFU"
 
 
 def test_a_step_that_the_device_has_no_room_for_is_a_warning():
