@@ -11,29 +11,34 @@ from benchmarks.zoo import Configuration
 aten = torch.ops.aten
 LARGE = 1 << 20
 """From this many elements on, values are copied from a pattern instead of drawn."""
-_DRAWN = {aten.normal_.default, aten.uniform_.default}
-_SCALED = {aten.erfinv_.default, aten.mul_.Tensor, aten.add_.Tensor, aten.clamp_.default}
 
 
 class _QuickValues(TorchDispatchMode):
-    """Large tensors that a model initialises get small random values of a period; the draws take minutes otherwise."""
+    """Large tensors that a model initialises get evenly spread values of a period; to draw them all takes minutes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._pattern = torch.randn(LARGE - 57) * 0.02  # an odd length, so that no matrix has equal rows
+        self._pattern = torch.rand(LARGE - 57) * 2 - 1  # a length that no matrix's rows divide
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         first = args[0] if args else None
-        large = isinstance(first, torch.Tensor) and first.numel() >= LARGE and first.is_contiguous()
-        if large and func in _SCALED:
-            return first
-        if large and func in _DRAWN:
-            flat, period = first.view(-1), len(self._pattern)
-            whole = len(flat) // period * period
-            flat[:whole].view(-1, period).copy_(self._pattern.expand(whole // period, -1))
-            flat[whole:].copy_(self._pattern[: len(flat) - whole])
-            return first
+        if isinstance(first, torch.Tensor) and first.numel() >= LARGE and first.is_contiguous():
+            if func is aten.normal_.default:
+                mean, deviation = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+                return self._spread(first, mean, deviation * 3**0.5)
+            if func is aten.uniform_.default:
+                low, high = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+                return self._spread(first, (low + high) / 2, (high - low) / 2)
+            if func is aten.erfinv_.default:
+                return first  # the slow part of drawing from a truncated normal distribution
         return func(*args, **(kwargs or {}))
+
+    def _spread(self, tensor: torch.Tensor, centre: float, reach: float) -> torch.Tensor:
+        flat, values = tensor.view(-1), self._pattern * reach + centre
+        whole = len(flat) // len(values) * len(values)
+        flat[:whole].view(-1, len(values)).copy_(values.expand(whole // len(values), -1))
+        flat[whole:].copy_(values[: len(flat) - whole])
+        return tensor
 
 
 def build_real(configuration: Configuration) -> nn.Module:

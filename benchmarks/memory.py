@@ -106,7 +106,11 @@ def _expandably(configuration: Configuration, turn: Callable[[], None]) -> int:
         turn()
         torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
-    return _step(configuration, turn_and_set, timed_steps=0)["reserved_bytes"]
+    def check(_: TrainingLoop) -> None:
+        if not torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]:
+            raise RuntimeError("the allocator did not take expandable_segments:True")
+
+    return _step(configuration, turn_and_set, timed_steps=0, then=check)["reserved_bytes"]
 
 
 def _step(configuration: Configuration, turn: Callable[[], None], **how: Any) -> Row:
@@ -146,3 +150,7 @@ def _line(row: Row) -> str:
     peak, reserved = max(measured["steady_bytes"].values()) / 2**30, measured["reserved_bytes"] / 2**30
     seconds = measured["step_seconds"]
     return f"{row['name']}: {peak:.2f} GiB allocated, {reserved:.2f} reserved, {seconds * 1e3:.0f} ms"
+
+
+if __name__ == "__main__":
+    main()

@@ -204,7 +204,7 @@ _T5 = partial(
     decoder_start_token_id=0,
 )
 _MAMBA = partial(
-    build, MambaForCausalLM, MambaConfig, hidden_size=768, num_hidden_layers=8, vocab_size=50280, use_cache=False
+    build, MambaForCausalLM, MambaConfig, hidden_size=768, num_hidden_layers=3, vocab_size=50280, use_cache=False
 )
 _MAMBA2 = partial(
     build,
@@ -229,7 +229,7 @@ LANGUAGE = (
     *GEMMA2.runs("1k", _GEMMA2, _text(2, 1024, 64000), "bf16/adamw fp32/adamw-forloop amp/adafactor"),
     *QWEN3.runs("tied", _QWEN3, _text(3, 1000, 151936), "bf16/adamw amp/adamw"),
     *QWEN3.runs("recomputed", partial(_QWEN3, checkpointed=True), _text(4, 1000, 151936), "bf16/adamw-forloop/clip"),
-    *GPT2.runs("124m", _GPT2, _text(8, 1024, 50257), "fp32/adamw/clip amp/adamw amp-fp16/adamw-fused"),
+    *GPT2.runs("124m", _GPT2, _text(6, 1024, 50257), "fp32/adamw/clip amp/adamw amp-fp16/adamw-fused"),
     *GPT2.runs("recomputed", partial(_GPT2, checkpointed=True), _text(8, 777, 50257), "amp/adamw fp32/sgd"),
     *OPT.runs("350m", _OPT, _text(4, 768, 50272), "amp-fp16/adamw/clip bf16/sgd"),
     *NEOX.runs("untied", _NEOX, _text(4, 1024, 50304), "fp32/adamw-fused amp/adamw"),
@@ -264,6 +264,6 @@ LANGUAGE = (
         partial(_pairs, 8, 512, 128, 50265),
         "fp32/adamw/clip amp-fp16/adamw",
     ),
-    *MAMBA.runs("130m", _MAMBA, _text(4, 256, 50280), "fp32/adamw bf16/adamw"),
+    *MAMBA.runs("3", _MAMBA, _text(16, 128, 50280), "fp32/adamw bf16/adamw"),
     *MAMBA2.runs("130m", _MAMBA2, _text(2, 512, 50288), "fp32/adamw amp/adamw"),
 )
