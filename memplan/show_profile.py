@@ -16,8 +16,8 @@ from memplan.rows import Row, fold
 from profiler.profile import ModelProfile
 
 CONTENTS_SHOWN = 8
-LEAST_TYPE, LEAST_LABEL = 8, 12
-"""Characters that types and labels keep in the narrowest terminal."""
+LABEL_SHARE, LEAST_LABEL = 0.6, 12
+"""Of the characters for labels and types, how many labels get that need them."""
 LEAST_NAMES = 32
 """With less than that for both, another column of figures is left out."""
 
@@ -75,16 +75,15 @@ def _names(rows: words.Levels, indent: int) -> list[tuple[str, list[str]]]:
 
 
 def _fitted(rows: words.Levels, room: int) -> list[tuple[str, list[str]]]:
-    """The names' columns in as many characters: closer together, then types and at last labels shortened."""
+    """The names' columns in as many characters: closer together, and then shortened."""
     for indent in (2, 1):
         names = _names(rows, indent)
         if _width(names) <= room:
             return names
-    label_width = _width(names[:1])
-    counts = max(len(row.times) for _, row in rows)
-    type_width = max(room - label_width - 1, LEAST_TYPE + counts)
+    wanted_label, wanted_type = (_width([column]) - 1 for column in names)
+    label_width = min(wanted_label, max(room - 2 - wanted_type, int(room * LABEL_SHARE), LEAST_LABEL))
+    type_width = room - 2 - label_width
     types = [_without_start(row.type, type_width - len(row.times)) + row.times for _, row in rows]
-    label_width = max(room - _width([("type", types)]) - 1, LEAST_LABEL)
     labels = [" " * level + _without_end(row.label, label_width - level) for level, row in rows]
     return [("layer", labels), ("type", types)]
 
