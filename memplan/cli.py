@@ -28,6 +28,7 @@ from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepa
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
+from profiler.calibrate import calibrate as measure_rates
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
 from profiler.measure import measure_step
@@ -78,7 +79,7 @@ def profile(
         str | None, typer.Option(metavar="NAME", help="Predict times on this GPU, like H100 or 'RTX 4090'.", **TIMED)
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="Rates that were measured on a GPU; without it usual ones.", **TIMED)
+        Path | None, typer.Option(help="Rates that `memplan calibrate` measured; without it usual ones.", **TIMED)
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run the step on this machine's GPU too, and print both.", **TIMED)
@@ -197,6 +198,18 @@ def report(
     target = out or run / "report.html"
     write_report(run, target)
     console.print(f"written: {target}")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Where the rates go.")] = Path("calibration.json"),
+) -> None:
+    """Measure the rates of this machine's GPU, for `memplan profile --calibration`. Takes about a minute."""
+    found = measure_rates(lambda text: console.print(text, style="dim", highlight=False))
+    found.save(out)
+    for sentence in found.skipped:
+        console.print(sentence, style="yellow", highlight=False)
+    console.print(f"written: {out}", highlight=False)
 
 
 @app.command()

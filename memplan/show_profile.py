@@ -31,7 +31,8 @@ def profile_tables(profile: ModelProfile, depth: int | None = None) -> Renderabl
         rows = "row" if hidden == 1 else "rows"
         parts.append(Text(f" {hidden} more {rows} below: --depth {root.height} shows all", style="dim"))
     blocks = [_totals(profile), _peaks(profile), *_contents(profile)]
-    parts += [Padding(block, (1, 0, 0, 0)) for block in blocks]
+    for block in blocks:
+        parts += [Text(), block]
     return Group(*parts, *_remarks(profile))
 
 
@@ -146,6 +147,7 @@ def _contents(profile: ModelProfile) -> Iterable[RenderableType]:
 
 def _remarks(profile: ModelProfile) -> Iterable[RenderableType]:
     if sentence := words.uncounted(profile):
-        yield Padding(Text(sentence, style="dim"), (1, 0, 0, 1))
+        yield Text()
+        yield Padding(Text(sentence, style="dim"), (0, 0, 0, 1), expand=False)
     for warning in words.warnings(profile):
-        yield Padding(Text(warning, style="yellow"), (0, 0, 0, 1))
+        yield Padding(Text(warning, style="yellow"), (0, 0, 0, 1), expand=False)

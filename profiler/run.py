@@ -81,7 +81,7 @@ def profile_model(
     optimizer: str = "adamw",
     clip: bool = False,
     device: str | None = None,
-    calibration: Path | None = None,
+    calibration: Path | str | None = None,
     name: str | None = None,
     batch_size: int | None = None,
 ) -> ModelProfile:

@@ -32,12 +32,12 @@ class Target:
         return None
 
 
-def find_target(device: str | None, calibration: Path | None) -> Target | None:
+def find_target(device: str | None, calibration: Path | str | None) -> Target | None:
     """The device by name, by default that of the calibration file; ``None`` without either.
 
     Raises ProfilerError when there is no such device, or the file is not a calibration.
     """
-    rates = Calibration.load(calibration) if calibration is not None else ASSUMED
+    rates = Calibration.load(Path(calibration)) if calibration is not None else ASSUMED
     name = device or rates.device
     return Target(find_device(name), rates) if name else None
 

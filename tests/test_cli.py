@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 GOOD = """
@@ -77,7 +78,7 @@ def test_profile_takes_every_precision_and_optimizer_that_the_profiler_knows(mod
     assert done.returncode == 0, done.stderr
     assert "amp-fp16, lion with clipping" in done.stdout
     assert "clipping  " in done.stdout
-    assert "linear1" not in done.stdout
+    assert "more rows below: --depth 3 shows all" in done.stdout
     for words, names in ((("--precision", "fp8"), "fp32, amp"), (("--optimizer", "adam"), "adamw, adamw-fused")):
         done = memplan("profile", model, *words, folder=tmp_path)
         assert done.returncode == 2
@@ -90,6 +91,25 @@ def test_measuring_without_a_gpu_is_a_sentence_below_the_profile(model: Path, tm
     assert "CUDA device" in done.stderr
     assert "Traceback" not in done.stderr
     assert "TransformerEncoderLayer x 12" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measuring_prints_what_was_predicted_beside_what_was_measured(model: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "CUDA_VISIBLE_DEVICES"}
+    command = [sys.executable, "-m", "memplan", "profile", str(model), "--measure", "--clip"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    below = done.stdout.split("measured on ")[1]
+    for row in ("forward", "backward", "clipping", "step (adamw)", "peak", "reserved", "nvidia-smi", "step time"):
+        assert row in below
+
+
+def test_calibrating_without_a_gpu_is_a_sentence(tmp_path: Path) -> None:
+    done = memplan("calibrate", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("memplan: calibrating needs a CUDA device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:
