@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from memplan.audit import audit
+from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
 from memplan.rates import rates_of
 from memplan.search import plan as search_plan
@@ -22,9 +23,13 @@ def plan(profile: ModelProfile, machine: Machine | None = None, batch_size: int 
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
     ``batch_size`` is the samples of one optimizer step, by default those of the profile; the precision is the
-    profile's. The machine's rates are measured where it is here (about two seconds). Raises NothingFits.
+    profile's. The machine's rates are measured where it is here (about two seconds). Raises NothingFits, and
+    PlanningError for a precision that the engine does not train in.
     """
     machine = machine or detect()
+    if profile.precision not in {*Precision}:
+        known = ", ".join(Precision)
+        raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
     precision = Precision(profile.precision)
     size = profile.batch_size if batch_size is None else batch_size
     found = search_plan(profile, machine, rates_of(machine, precision), batch_size=size, precision=precision)

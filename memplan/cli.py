@@ -20,14 +20,23 @@ from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.machine import Machine, describe, detect, parse_nvme
+from memplan.profile_page import write_profile_page
 from memplan.report import write_report
+from memplan.show_measured import measured_table
+from memplan.show_profile import profile_tables
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
+from profiler.calibrate import calibrate as measure_rates
 from profiler.errors import ProfilerError
+from profiler.flamegraph import write_flamegraph
+from profiler.measure import measure_step
+from profiler.optimizers import OPTIMIZERS
+from profiler.profile import ModelProfile
 from profiler.run import profile_source
 from profiler.source import ModelSource, load_source
+from profiler.trace import PRECISIONS
 from tui import watch as watch_run
 from tui.errors import RunError
 
@@ -42,6 +51,10 @@ app = typer.Typer(
 )
 console = Console()
 errors = Console(stderr=True)
+
+SHOWN = {"rich_help_panel": "What is shown and written"}
+TIMED = {"rich_help_panel": "On a GPU"}
+PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
 
 File = Annotated[Path, typer.Argument(help="A Python file with the model: see the README, 'Your model file'.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]
@@ -59,16 +72,38 @@ Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A director
 def profile(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    precision: Annotated[Precision, typer.Option(help="Numbers of the plain training step.")] = Precision.FP32,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw-fused, sgd or sgd-momentum.")] = "adamw",
-    json: Annotated[Path | None, typer.Option(help="Write profile.json here.")] = None,
+    precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISIONS_HELP)] = "fp32",
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(OPTIMIZERS)}.")] = "adamw",
+    clip: Annotated[bool, typer.Option("--clip", help="Clip the gradients by their norm.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Predict times on this GPU, like H100 or 'RTX 4090'.", **TIMED)
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Rates that `memplan calibrate` measured; without it usual ones.", **TIMED)
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run the step on this machine's GPU too, and print both.", **TIMED)
+    ] = False,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="Levels of layers to print; what fits a screen if not given.", **SHOWN)
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with charts here.", **SHOWN)] = None,
+    flamegraph: Annotated[Path | None, typer.Option(help="Write a flame graph for speedscope here.", **SHOWN)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write profile.json here.", **SHOWN)] = None,
 ) -> None:
     """What each layer costs, and the peak of a plain training step. Needs no GPU."""
-    found = profile_source(load_source(file), batch_size, precision.value, optimizer)
-    console.print(show.profile_tables(found))
-    if json is not None:
-        found.save(json)
-        console.print(f"written: {json}")
+    source = load_source(file)
+    found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration)
+    console.print(profile_tables(found, depth))
+    writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
+    for write, path in writers:
+        if path is not None:
+            write(found, path)
+            console.print(f"written: {path}", highlight=False)
+    if measure:
+        batch = source.example_batch(batch_size)
+        measured = measure_step(source.build(), batch, source.forward, precision, optimizer, clip)
+        console.print(measured_table(found, measured))
 
 
 @app.command()
@@ -163,6 +198,18 @@ def report(
     target = out or run / "report.html"
     write_report(run, target)
     console.print(f"written: {target}")
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Where the rates go.")] = Path("calibration.json"),
+) -> None:
+    """Measure the rates of this machine's GPU, for `memplan profile --calibration`. Takes about a minute."""
+    found = measure_rates(lambda text: console.print(text, style="dim", highlight=False))
+    found.save(out)
+    for sentence in found.skipped:
+        console.print(sentence, style="yellow", highlight=False)
+    console.print(f"written: {out}", highlight=False)
 
 
 @app.command()

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 COUNT_UNITS = ("", "K", "M", "B", "T")
 FLOP_UNITS = ("FLOP", "KFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
-RATE_UNITS = ("B/s", "KB/s", "MB/s", "GB/s", "TB/s")
 
 
 def format_bytes(count: float) -> str:
@@ -21,11 +20,6 @@ def format_count(count: float) -> str:
 def format_flops(flops: float) -> str:
     """``1.2 TFLOP``."""
     return _scaled(flops, 1000, FLOP_UNITS)
-
-
-def format_rate(bytes_per_second: float) -> str:
-    """``55.4 GB/s``: links and disks are sold in powers of ten."""
-    return _scaled(bytes_per_second, 1000, RATE_UNITS)
 
 
 def format_seconds(seconds: float) -> str:

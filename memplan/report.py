@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 
 import plotly.graph_objects as go
-import plotly.io
 
+from memplan.page import byte_unit, cell, chart_html, document, figure_of, table_html
 from offload.errors import PlanError
 from offload.events import LINKS
 from offload.plan import Plan
@@ -27,18 +27,6 @@ COLOURS = {
     "nvme_read": "#8f6fd0",
     "nvme_write": "#c0abea",
 }
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #20262e; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .4rem; }
-.state { color: #6a7380; margin-top: .2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #e6e9ed; vertical-align: top; }
-th { font-weight: 600; color: #6a7380; }
-.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 0 1.5rem; }
-@media (max-width: 800px) { .pair { grid-template-columns: minmax(0, 1fr); } }
-.scroll { overflow-x: auto; } .chart { min-height: 300px; }
-.gpu { color: #3f9f7d; } .host { color: #4a7fc9; } .nvme { color: #8f6fd0; }
-"""
 
 
 def write_report(run_dir: Path, out: Path) -> None:
@@ -66,19 +54,18 @@ def page(plan: Plan, view: RunView, steps: Sequence[StepRecord]) -> str:
         ("Memory over the run", tiers_chart(steps)),
     ]
     figures = "".join(
-        f"<section><h2>{name}</h2><div class='chart' id='chart{i}'>{_html(figure, first=i == 0)}</div></section>"
+        f"<section><h2>{name}</h2><div class='chart' id='chart{i}'>{chart_html(figure, first=i == 0)}</div></section>"
         for i, (name, figure) in enumerate(charts)
     )
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in plan.reasons)
-    return (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{escape(plan.model)}: run</title>"
-        f"<link rel='icon' href='data:,'><style>{STYLE}</style></head><body>"
+    return document(
+        f"{plan.model}: run",
         f"<h1>{escape(plan.model)}</h1><p class='state'>{escape(_state(view))}</p>"
         f"<h2>Summary</h2>{summary_table(plan, view, steps)}"
         f"<div class='pair'>{figures}</div>"
         f"<h2>Why this plan</h2><ul>{reasons or '<li>The plan gives no reasons.</li>'}</ul>"
         f"<h2>Placements</h2>{placements_table(plan)}"
-        f"<h2>Runners-up</h2>{alternatives_table(plan)}</body></html>\n"
+        f"<h2>Runners-up</h2>{alternatives_table(plan)}",
     )
 
 
@@ -138,7 +125,7 @@ def alternatives_table(plan: Plan) -> str:
 
 def loss_chart(steps: Sequence[StepRecord]) -> go.Figure:
     """Loss by step."""
-    return _figure([_line("loss", steps, lambda s: s.loss, COLOURS["line"])], "loss")
+    return figure_of([_line("loss", steps, lambda s: s.loss, COLOURS["line"])], "loss", "step")
 
 
 def seconds_chart(plan: Plan, steps: Sequence[StepRecord]) -> go.Figure:
@@ -147,13 +134,13 @@ def seconds_chart(plan: Plan, steps: Sequence[StepRecord]) -> go.Figure:
     if plan.prediction.step_seconds is not None:
         level = _line("predicted", steps, lambda _: plan.prediction.step_seconds, COLOURS["muted"])
         lines.append(level.update(line_dash="dash"))
-    return _figure(lines, "seconds").update_layout(showlegend=True).update_yaxes(rangemode="tozero")
+    return figure_of(lines, "seconds", "step").update_layout(showlegend=True).update_yaxes(rangemode="tozero")
 
 
 def tokens_chart(steps: Sequence[StepRecord]) -> go.Figure:
     """Tokens a second by step."""
     line = _line("tokens/s", steps, lambda s: s.tokens_per_second, COLOURS["line"])
-    return _figure([line], "tokens a second").update_yaxes(rangemode="tozero")
+    return figure_of([line], "tokens a second", "step").update_yaxes(rangemode="tozero")
 
 
 def memory_chart(plan: Plan, steps: Sequence[StepRecord]) -> go.Figure:
@@ -182,7 +169,7 @@ def memory_chart(plan: Plan, steps: Sequence[StepRecord]) -> go.Figure:
                 hoverinfo="text+name",
             )
         )
-    figure = _figure(traces, "", "percent of the budget").update_layout(showlegend=True, legend_traceorder="reversed")
+    figure = figure_of(traces, "", "percent of the budget").update_layout(showlegend=True, legend_traceorder="reversed")
     return figure.update_xaxes(range=[0, max(110, *(x for t in traces for x in t.x))]).add_vline(
         100, line_color=COLOURS["over"], line_width=1
     )
@@ -202,15 +189,14 @@ def _bytes_chart(steps: Sequence[StepRecord], field: str, names: Sequence[str]) 
     """One line for each name that has any bytes, all in the unit that suits the largest."""
     held: dict[str, list[float | None]] = {name: [getattr(s, field).get(name) for s in steps] for name in names}
     largest = max((b for series in held.values() for b in series if b is not None), default=0.0)
-    unit = bytes_text(largest).split()[1]
-    scale = 1024 ** ("B", "KiB", "MiB", "GiB", "TiB", "PiB").index(unit)
+    unit, scale = byte_unit(largest)
     x = [s.step for s in steps]
     lines = [
         _trace(name.replace("_", " "), x, [None if b is None else b / scale for b in series], COLOURS[name])
         for name, series in held.items()
         if any(series)
     ]
-    return _figure(lines, unit).update_layout(showlegend=True).update_yaxes(rangemode="tozero")
+    return figure_of(lines, unit, "step").update_layout(showlegend=True).update_yaxes(rangemode="tozero")
 
 
 def _plan(path: Path) -> Plan:
@@ -257,37 +243,8 @@ def _trace(name: str, x: Sequence[int], y: Sequence[float | None], colour: str) 
     return go.Scatter(name=name, x=x, y=y, mode="lines", line={"color": colour, "width": 1.6})
 
 
-def _figure(traces: Iterable[go.Scatter | go.Bar], y_title: str, x_title: str = "step") -> go.Figure:
-    figure = go.Figure(list(traces))
-    figure.update_layout(
-        template="plotly_white",
-        height=300,
-        margin={"l": 60, "r": 20, "t": 48, "b": 40},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
-        showlegend=False,
-        xaxis_title=x_title,
-        yaxis_title=y_title,
-    )
-    return figure
-
-
-def _html(figure: go.Figure, first: bool) -> str:
-    # The library goes into the page once, with the first chart.
-    return str(
-        plotly.io.to_html(
-            figure, full_html=False, include_plotlyjs=first, config={"displayModeBar": False, "responsive": True}
-        )
-    )
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(_cell(cell) for cell in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _cell(text: str) -> str:
-    return f"<td class='{text}'>{text}</td>" if text in TIERS else f"<td>{escape(text)}</td>"
+    return table_html(head, ([cell(text, text if text in TIERS else "") for text in row] for row in rows))
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -16,11 +16,14 @@ def layer_profiles(
 ) -> tuple[LayerProfile, ...]:
     """One profile a module in the order of ``model.named_modules()``; a parent's figures include its children's."""
     calls = Counter(e.module for e in trace.events if isinstance(e, Call))
-    own: dict[str, Counter[str]] = {figure: Counter() for figure in ("forward", "backward", "saved", "moved")}
+    figures = ("forward", "backward", "recompute", "saved", "moved")
+    own: dict[str, Counter[str]] = {figure: Counter() for figure in figures}
     for module, size in saved_storages(trace.events):
         own["saved"][module] += size
     for event in trace.events:
-        if isinstance(event, Op) and not event.recompute:
+        if isinstance(event, Op) and event.recompute:
+            own["recompute"][event.module] += event.flops or 0
+        elif isinstance(event, Op):
             own["backward" if event.phase == BACKWARD else "forward"][event.module] += event.flops or 0
             own["moved"][event.module] += event.bytes
     total = {figure: _with_children(values) for figure, values in own.items()}
@@ -42,6 +45,7 @@ def layer_profiles(
             parameter_bytes=sizes[path],
             forward_flops=total["forward"][path],
             backward_flops=total["backward"][path],
+            recompute_flops=total["recompute"][path],
             activation_bytes=total["saved"][path],
             transient_bytes=transient[path],
             moved_bytes=total["moved"][path],

@@ -5,6 +5,7 @@ Unknown is ``None``, never 0.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ class ParameterProfile:
             count *= size
         return count
 
+    @property
+    def bytes(self) -> int:
+        """Of the tensor: a dtype's name has its bits, but for ``bool``."""
+        bits = re.search(r"\d+", self.dtype)
+        return self.elements * (int(bits[0]) // 8 if bits else 1)
+
 
 @dataclass(frozen=True)
 class LayerProfile:
@@ -59,6 +66,8 @@ class LayerProfile:
     """The most that its operations held at once, in forward or in backward, beside what is kept and gradients."""
     moved_bytes: int = 0
     """Read and written by its operations in forward and backward, recompute left out."""
+    recompute_flops: int = 0
+    """What of the forward pass is computed again in backward."""
     seconds: float | None = None
     """Of its operations in forward and backward on ``ModelProfile.device``."""
 

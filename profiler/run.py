@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, Ph
 from profiler.replay import Peaks, replay, training_loop
 from profiler.runs import Run, runs_of
 from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
+from profiler.timed import Target, find_target, timed
 from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
 
@@ -46,20 +48,28 @@ class _Subject:
 
 
 def profile_source(
-    source: ModelSource, batch_size: int, precision: str = "fp32", optimizer: str = "adamw", clip: bool = False
+    source: ModelSource,
+    batch_size: int,
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    clip: bool = False,
+    device: str | None = None,
+    calibration: Path | None = None,
 ) -> ModelProfile:
     """Profile a model file with ``example_batch(batch_size)``; parameters are not materialised where that works.
 
+    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` a file of its rates.
     Raises SourceError when the file's model, batch and loss do not fit together, ProfilerError for other input.
     """
     check_optimizer(optimizer)
+    target = find_target(device, calibration)
     if batch_size < 1:
         raise ProfilerError(f"batch_size is {batch_size}; it must be at least 1")
     model = source.build_abstract()
     blocks = repeated_blocks(model)
     subject = _Subject(model, source.forward, precision, blocks, runs_of(model, blocks), source.path.name)
     batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
-    return _profile(subject, batches, batch_size, optimizer, clip, source.name)
+    return _profile(subject, batches, batch_size, optimizer, clip, source.name, target)
 
 
 def profile_model(
@@ -70,6 +80,8 @@ def profile_model(
     precision: str = "fp32",
     optimizer: str = "adamw",
     clip: bool = False,
+    device: str | None = None,
+    calibration: Path | str | None = None,
     name: str | None = None,
     batch_size: int | None = None,
 ) -> ModelProfile:
@@ -77,8 +89,10 @@ def profile_model(
 
     ``loss(outputs, batch)`` gives the scalar to train on; without it the output, or its ``loss``, is taken.
     ``batch_size`` defaults to the first dimension of the batch's first tensor. Model and batch are left as they were.
+    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` a file of its rates.
     """
     check_optimizer(optimizer)
+    target = find_target(device, calibration)
     check_batch(batch, "the batch")
     if batch_size is None:
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
@@ -88,7 +102,7 @@ def profile_model(
     batches: Batches = {batch_size: lambda: batch}
     if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
         batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
-    return _profile(subject, batches, batch_size, optimizer, clip, name or type(model).__name__)
+    return _profile(subject, batches, batch_size, optimizer, clip, name or type(model).__name__, target)
 
 
 def _tensors(batch: Any) -> list[torch.Tensor]:
@@ -96,7 +110,13 @@ def _tensors(batch: Any) -> list[torch.Tensor]:
 
 
 def _profile(
-    subject: _Subject, batches: Batches, batch_size: int, optimizer: str, clip: bool, name: str
+    subject: _Subject,
+    batches: Batches,
+    batch_size: int,
+    optimizer: str,
+    clip: bool,
+    name: str,
+    target: Target | None,
 ) -> ModelProfile:
     trace = subject.trace(batches[batch_size](), recompute=False)
     called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
@@ -107,7 +127,7 @@ def _profile(
     first, steady = (_phase_peaks(*both) for both in zip(native, expandable, strict=True))
     timeline, contents = timeline_of(loop, trace.events)
     parameters = _parameters(subject.model, trace)
-    return ModelProfile(
+    found = ModelProfile(
         model=name,
         precision=subject.precision,
         optimizer=optimizer,
@@ -125,6 +145,7 @@ def _profile(
         workspace_bytes=sum(e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.WORKSPACE),
         assumptions=tuple(dict.fromkeys([s for t in traces.values() for s in t.assumptions] + remarks)),
     )
+    return timed(found, subject.model, trace, target) if target else found
 
 
 def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:

@@ -59,3 +59,10 @@ def test_an_optimizer_that_the_engine_does_not_know_is_refused() -> None:
     plan = memplan.plan(memplan.profile(model, (batches(1)[0],)))
     with pytest.raises(memplan.OffloadError, match="SGD"):
         memplan.initialize(model, plan, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_a_profile_in_a_precision_that_can_not_be_trained_is_refused() -> None:
+    profile = memplan.profile(GPT(), (batches(1)[0],), precision="amp-fp16", device="H200", optimizer="lion")
+    assert profile.step_seconds is not None
+    with pytest.raises(memplan.PlanningError, match="amp-fp16; plans are made for one of fp32, amp, bf16"):
+        memplan.plan(profile)

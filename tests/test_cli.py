@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 GOOD = """
@@ -57,16 +58,58 @@ def events(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
 
 
-def test_profile_prints_layers_and_writes_json(model: Path, tmp_path: Path) -> None:
-    done = memplan("profile", model, "--batch-size", 4, "--json", "p.json", folder=tmp_path)
+def test_profile_prints_layers_and_writes_its_files(model: Path, tmp_path: Path) -> None:
+    files = ("--json", "p.json", "--html", "p.html", "--flamegraph", "p.speedscope.json")
+    done = memplan("profile", model, "--batch-size", 4, *files, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "TransformerEncoderLayer x 12" in done.stdout
     found = json.loads((tmp_path / "p.json").read_text())
-    assert {"schema", "model", "layers", "totals", "uncounted_ops", "peaks"} <= found.keys()
-    assert {"forward", "backward", "step", "overall"} <= found["peaks"].keys()
-    assert all(peak["allocated_bytes"] > 0 for peak in found["peaks"].values())
+    assert {"schema", "model", "layers", "totals", "uncounted_ops", "peaks", "first_peaks"} <= found.keys()
+    assert all(found["peaks"][f"{phase}_bytes"] > 0 for phase in ("forward", "backward", "step"))
     assert found["peaks"]["reserved_bytes"] >= found["totals"]["peak_bytes"]
     assert found["totals"]["parameters"] == 606_258
+    assert "<html" in (tmp_path / "p.html").read_text()
+    assert json.loads((tmp_path / "p.speedscope.json").read_text())["profiles"]
+
+
+def test_profile_takes_every_precision_and_optimizer_that_the_profiler_knows(model: Path, tmp_path: Path) -> None:
+    wishes = ("--precision", "amp-fp16", "--optimizer", "lion", "--clip", "--depth", 1)
+    done = memplan("profile", model, *wishes, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "amp-fp16, lion with clipping" in done.stdout
+    assert "clipping  " in done.stdout
+    assert "more rows below: --depth 3 shows all" in done.stdout
+    for words, names in ((("--precision", "fp8"), "fp32, amp"), (("--optimizer", "adam"), "adamw, adamw-fused")):
+        done = memplan("profile", model, *words, folder=tmp_path)
+        assert done.returncode == 2
+        assert f"it must be one of {names}" in done.stderr
+
+
+def test_measuring_without_a_gpu_is_a_sentence_below_the_profile(model: Path, tmp_path: Path) -> None:
+    done = memplan("profile", model, "--measure", folder=tmp_path)
+    assert done.returncode == 2
+    assert "CUDA device" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "TransformerEncoderLayer x 12" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measuring_prints_what_was_predicted_beside_what_was_measured(model: Path, tmp_path: Path) -> None:
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "CUDA_VISIBLE_DEVICES"}
+    command = [sys.executable, "-m", "memplan", "profile", str(model), "--measure", "--clip"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    below = done.stdout.split("measured on ")[1]
+    for row in ("forward", "backward", "clipping", "step (adamw)", "peak", "reserved", "nvidia-smi", "step time"):
+        assert row in below
+
+
+def test_calibrating_without_a_gpu_is_a_sentence(tmp_path: Path) -> None:
+    done = memplan("calibrate", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("memplan: calibrating needs a CUDA device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:

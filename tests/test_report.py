@@ -1,19 +1,14 @@
 """The report of a run as an HTML page."""
 
-import json
 import re
-import shutil
-import subprocess
 
 import pytest
 
 from memplan.report import write_report
+from tests.browser import drawn_charts, drawn_values, needs_browser
 from tests.fake_run import make_events, make_plan, run_event, step_event, write_run
 from tui import RunError
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 CHARTS = 6
 
 
@@ -21,12 +16,6 @@ def report(run_dir, events):
     write_run(run_dir, events)
     write_report(run_dir, run_dir / "report.html")
     return (run_dir / "report.html").read_text()
-
-
-def drawn_values(html):
-    """The traces of every chart, as they stand in the page."""
-    starts = re.finditer(r'Plotly\.newPlot\(\s*"[^"]+",\s*', html)
-    return [json.JSONDecoder().raw_decode(html, match.end())[0] for match in starts]
 
 
 def test_the_page_says_what_was_planned_and_what_happened(tmp_path):
@@ -91,16 +80,10 @@ def test_a_place_that_can_not_be_written_is_named(tmp_path):
         write_report(tmp_path, tmp_path / "nowhere" / "report.html")
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+@needs_browser
 def test_a_browser_draws_every_chart_without_an_error(tmp_path):
     report(tmp_path, make_events(done=30, steps=30, end="finished"))
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=5000", "--dump-dom"]
-    done = subprocess.run(
-        [*command, (tmp_path / "report.html").as_uri()], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    charts = re.split(r"id=[\"']chart\d", done.stdout)[1:]
+    charts = drawn_charts(tmp_path / "report.html")
     assert len(charts) == CHARTS
     for chart in charts:
         paths = re.findall(r'<path class="js-line" d="(M[^"]+)"|<g class="point"><path d="(M[^"]+)"', chart)

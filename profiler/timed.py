@@ -1,0 +1,65 @@
+"""The seconds of a profile, on a device that need not be here."""
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from profiler.calibration import ASSUMED, Calibration
+from profiler.device import Device, find_device
+from profiler.events import CLIP, STEP
+from profiler.profile import ModelProfile
+from profiler.roofline import step_time
+from profiler.runs import parents
+from profiler.trace import Trace
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device, and how much of its rates kernels reach."""
+
+    device: Device
+    calibration: Calibration
+
+    @property
+    def assumption(self) -> str | None:
+        """What the times stand on, where it was not measured on the device."""
+        if self.calibration is ASSUMED:
+            return f"kernels reach usual shares of the rates of {self.device.name}; a calibration measures them"
+        if find_device(self.calibration.device) != self.device:
+            return f"kernels of {self.device.name} reach the same shares of its rates as on {self.calibration.device}"
+        return None
+
+
+def find_target(device: str | None, calibration: Path | str | None) -> Target | None:
+    """The device by name, by default that of the calibration file; ``None`` without either.
+
+    Raises ProfilerError when there is no such device, or the file is not a calibration.
+    """
+    rates = Calibration.load(Path(calibration)) if calibration is not None else ASSUMED
+    name = device or rates.device
+    return Target(find_device(name), rates) if name else None
+
+
+def timed(profile: ModelProfile, model: nn.Module, trace: Trace, target: Target) -> ModelProfile:
+    """The profile with the seconds of its step, layers and operations."""
+    device, clip = target.device, profile.peaks.clip_bytes is not None
+    trained = [p for p in trace.parameters if p.has_gradient]
+    types = {path: type(module).__name__ for path, module in model.named_modules()}
+    found = step_time(trace.events, trained, profile.optimizer, clip, device, target.calibration, types)
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for module, value in found.by_module.items():
+        for path in parents(module):
+            seconds[path] += value
+    # Clipping and the optimizer count for the model itself; a layer's seconds are those of forward and backward.
+    update = sum(found.by_phase.get(phase, 0.0) for phase in (CLIP, STEP))
+    return replace(
+        profile,
+        device=device.name,
+        context_bytes=device.context_bytes or profile.context_bytes,
+        step_seconds=found.total_seconds,
+        layers=tuple(replace(x, seconds=seconds[x.path] - (0.0 if x.path else update)) for x in profile.layers),
+        operations=tuple(replace(o, seconds=found.by_operation.get(o.name, 0.0)) for o in profile.operations),
+        assumptions=(*profile.assumptions, *([target.assumption] if target.assumption else [])),
+    )
