@@ -27,7 +27,7 @@ from offload.plan import Plan, Precision
 from offload.store import check_directory
 from profiler.blame import user_traceback
 from profiler.errors import ProfilerError, SourceError
-from profiler.source import ModelSource, call_model
+from profiler.contract import ModelSource, call_model
 
 INTERRUPTED = 130
 LOSSES_AVERAGED = 10

@@ -17,7 +17,7 @@ from profiler.layers import layer_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import replay
-from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
+from profiler.contract import Loss, ModelSource, checked_batch, default_loss, loss_of, plain_model
 from profiler.trace import Forward, Trace, trace_step
 
 Batches = dict[int, Callable[[], Any]]
@@ -55,7 +55,8 @@ def profile_source(
     model = source.build_abstract()
     subject = _Subject(model, source.forward, precision, repeated_blocks(model), source.path.name)
     batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
-    return _profile(subject, batches, batch_size, optimizer, source.name)
+    profile = _profile(subject, batches, batch_size, optimizer, source.name)
+    return replace(profile, assumptions=(*source.assumptions, *profile.assumptions))
 
 
 def profile_model(
@@ -74,7 +75,7 @@ def profile_model(
     ``batch_size`` defaults to the first dimension of the batch's first tensor. Model and batch are left as they were.
     """
     check_optimizer(optimizer)
-    check_batch(batch, "the batch")
+    model, batch = plain_model(model), checked_batch(batch, "the batch")
     if batch_size is None:
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
     forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
