@@ -33,12 +33,15 @@ def built_without_memory(build: Callable[[], nn.Module], where: str) -> nn.Modul
 
     Raises SourceError if ``build`` does, and ProfilerError if the real model would take too much memory.
     """
+    said = ""
     for attempt in (torch.device("meta"), _LargeOnMeta()):
         try:
             with attempt, without_cuda():
                 return build()
-        except SourceError:
-            continue
+        except SourceError as error:
+            if str(error) == said and "meta" not in said:
+                raise  # the fault lies elsewhere
+            said = str(error)
     with memory_guarded(where), without_cuda():
         return build()
 
@@ -137,19 +140,26 @@ class _Bounded(TorchDispatchMode):
             )
 
 
+def without_cuda_in(arguments: Any, instead: Any) -> Any:
+    """The tuple or dict of arguments with another device in the place of CUDA."""
+    if isinstance(arguments, dict):
+        return {name: instead if _is_cuda(value) else value for name, value in arguments.items()}
+    return tuple(instead if _is_cuda(value) else value for value in arguments)
+
+
 class _WithoutCuda(TorchFunctionMode):
     """Takes "cuda" out of calls, for a machine that has none."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {k: v for k, v in (kwargs or {}).items() if not (k == "device" and _is_cuda(v))}
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.to:
-            args = tuple(a for a in args if not _is_cuda(a))
-            if len(args) == 1 and not kwargs:
-                return args[0]
-        return func(*args, **kwargs)
+            device = args[0].device
+            return func(*without_cuda_in(args, device), **without_cuda_in(kwargs, device))
+        # None is the default device, whatever that is at the moment.
+        return func(*args, **without_cuda_in(kwargs, None))
 
 
 def _is_cuda(value: Any) -> bool:
-    return isinstance(value, str | torch.device) and torch.device(value).type == "cuda"
+    return isinstance(value, torch.device) and value.type == "cuda" or isinstance(value, str) and value[:4] == "cuda"

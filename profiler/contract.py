@@ -133,7 +133,7 @@ def checked_batch(batch: Any, what: str) -> Any:
     """
     if isinstance(batch, Mapping) and all(isinstance(k, str) for k in batch):
         batch = dict(batch)
-    if not isinstance(batch, torch.Tensor | tuple | dict):
+    elif not isinstance(batch, torch.Tensor | tuple):
         raise SourceError(f"{what} is {described(batch)}; {_instead_of(batch)}")
     for path, leaf in tree_leaves_with_path(batch):
         if type(leaf).__module__ == "numpy":
@@ -145,7 +145,15 @@ def checked_batch(batch: Any, what: str) -> Any:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model without what torch.compile or DistributedDataParallel wrapped around it."""
+    """The model without what torch.compile or DistributedDataParallel wrapped around it.
+
+    Raises SourceError if its parameters have no shapes, or are no longer its own.
+    """
+    for parameter in model.parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise SourceError(f"the model has lazy modules, without shapes so far; run a batch through it:\n{LAZY_LINES}")
+        if hasattr(parameter, "placements"):
+            raise SourceError("the model is sharded already (FSDP, DTensor); profile it before it is")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from profiler.errors import ProfilerError
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors raise when a compiled extension asks for their memory, in place of ending the process."""
+    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, cast: torch.dtype | None = None) -> torch.Tensor:

@@ -72,16 +72,11 @@ class HuggingFaceSource(ModelSource):
         config_class = _config_class(transformers, data, path)
         with explained(f"{path.name} is no configuration that transformers {transformers.__version__} accepts"):
             config = config_class.from_dict(_plain(data, assumptions))
-            _without_cache(config)
+            _for_training(config)
         model_class = _model_class(transformers, config, data.get("architectures"), assumptions)
         if not isinstance(config, model_class.config_class):
             parts = [c for c in _parts(config) if isinstance(c, model_class.config_class)]
-            if not parts:
-                raise SourceError(
-                    f"{path.name} names {model_class.__name__}, which takes a {model_class.config_class.__name__}, "
-                    f"and is itself a {type(config).__name__}: correct model_type or architectures"
-                )
-            config = parts[0]
+            config = parts[0] if parts else config  # some classes take the configuration of a like model
         return cls(path, config, model_class, assumptions, sequence_length)
 
     @property
@@ -175,10 +170,15 @@ def _plain(data: dict[str, Any], assumptions: list[str]) -> dict[str, Any]:
     return data
 
 
-def _without_cache(config: Any) -> None:
+def _for_training(config: Any) -> None:
     for part in (config, *_parts(config)):
         if getattr(part, "use_cache", None):
             part.use_cache = False
+        # Names of tokens that a tokenizer's files would give, and that some losses ask for.
+        if getattr(part, "pad_token_id", None) is None:
+            part.pad_token_id = getattr(part, "eos_token_id", None) or 0
+        if getattr(part, "is_encoder_decoder", False) and getattr(part, "decoder_start_token_id", None) is None:
+            part.decoder_start_token_id = part.pad_token_id
 
 
 def _parts(config: Any) -> Iterator[Any]:

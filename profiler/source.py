@@ -16,7 +16,6 @@ from profiler.abstract import memory_guarded
 from profiler.blame import explained
 from profiler.contract import (
     BATCH_LINES,
-    LAZY_LINES,
     ModelSource,
     check_loss,
     checked_batch,
@@ -58,11 +57,6 @@ class ModelFile(ModelSource):
             raise SourceError(
                 f"build_model() of {self.path.name} returned {described(model)}; it must return the model:\n"
                 + BUILD_LINES.format(name="MyModel")
-            )
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise SourceError(
-                f"the model of {self.path.name} has lazy modules, without shapes so far; run a batch through it:\n"
-                + LAZY_LINES
             )
         return plain_model(model)
 

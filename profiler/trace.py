@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from profiler.cuda_semantics import cuda_semantics
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, Category, Event
-from profiler.fakes import fake_batch, faked
+from profiler.fakes import fake_batch, fake_mode, faked
+from profiler.obliging import obliging_fakes
 from profiler.recorder import ModuleStack, Recorder
 
 PRECISIONS = ("fp32", "amp", "bf16")
@@ -71,7 +71,7 @@ def trace_step(
     if precision not in PRECISIONS:
         raise ProfilerError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
     cast = torch.bfloat16 if precision == "bf16" else None
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     with ExitStack() as scope:
         scope.enter_context(torch.random.fork_rng(devices=()))
         scope.enter_context(_quiet())
@@ -81,8 +81,11 @@ def trace_step(
         step = _Step(model, stack, recorder, blocks)
         scope.enter_context(cuda_semantics(recorder.report))
         inputs = fake_batch(mode, batch, cast)
+        recorder.values.tell(inputs, batch)
         step.register(inputs)
         scope.enter_context(step.observed(recompute))
+        scope.enter_context(torch.compiler.set_stance("force_eager"))  # the compiler would meet fake tensors
+        scope.enter_context(obliging_fakes(recorder.values, recorder.assume))
         scope.enter_context(mode)
         scope.enter_context(recorder)
         step.run(forward, inputs, torch.autocast("cpu", torch.bfloat16) if precision == "amp" else nullcontext())

@@ -1,0 +1,169 @@
+"""The numbers of small tensors, as far as they follow from the example batch alone.
+
+Fake tensors have shapes and no numbers, but forward may ask for some: the longest of the lengths, whether a mask
+masks anything, how often to repeat a row. Such integers come from the batch through a few cheap operations, which are
+therefore also done for real. What depends on weights, or on chance, stays unknown.
+"""
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from profiler.packing import sizes_of_steps
+
+aten = torch.ops.aten
+
+MOST_INTEGERS = 1 << 20
+"""Elements of the largest tensor of integers that is followed."""
+MOST_FLOATS = 1 << 12
+"""The same for floating numbers, which matter only in schedules and the like."""
+UNINITIALIZED = frozenset({"aten::empty", "aten::empty_strided", "aten::new_empty", "aten::empty_like"})
+
+
+class KnownValues:
+    """Real tensors that belong to fake ones. A view of a known tensor is a view of its real one."""
+
+    def __init__(self) -> None:
+        self._real = WeakTensorKeyDictionary()
+        self._spoiled: dict[int, torch.Tensor] = {}
+        """By storage, those whose fake ones have been written to by something unknown; kept, so that none is reused."""
+
+    def tell(self, fakes: Any, reals: Any) -> None:
+        """Give the numbers of a tree of fake tensors."""
+        for fake, real in zip(tree_leaves(fakes), tree_leaves(reals), strict=True):
+            if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor) and _worthwhile(fake):
+                # A copy, because forward may write into its inputs; one without numbers has none to tell.
+                if not real.is_meta and real.layout is torch.strided:
+                    self._real[fake] = real.detach().cpu().clone()
+
+    def of(self, tree: Any) -> Any:
+        """The tree with real tensors in the place of the fake ones, or None if one is unknown."""
+        known = True
+
+        def real(tensor: torch.Tensor) -> Any:
+            nonlocal known
+            found = self._find(tensor)
+            known = known and found is not None
+            return found
+
+        out = tree_map_only(torch.Tensor, real, tree)
+        return out if known else None
+
+    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Do an operation for real as well, if all it reads is known; otherwise forget what it writes."""
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if func._schema.name in UNINITIALIZED or torch.Tag.nondeterministic_seeded in func.tags:
+            known = None
+        elif not all(map(_worthwhile, made)) or any(self._find(t) is None for t in read):
+            known = None
+        else:
+            known = self.of((args, kwargs))
+        if known is None:
+            if func._schema.is_mutable:
+                self._spoil(func, args, kwargs)
+            return
+        results = [t for t in tree_leaves(self.run(func, *known)) if isinstance(t, torch.Tensor)]
+        for fake, real in zip(made, results, strict=True):
+            self._real[fake] = real
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operation on real tensors."""
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        with _disable_current_modes():
+            return func(*args, **kwargs)
+
+    def plain(self, real: torch.Tensor) -> Any:
+        """A real tensor's numbers as a NumPy array."""
+        with _disable_current_modes():
+            return real.numpy().copy()
+
+    def count(self, mask: torch.Tensor) -> int:
+        """How many elements a real mask selects."""
+        with _disable_current_modes():
+            return int(mask.count_nonzero())
+
+    def _find(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        if not isinstance(tensor, torch._subclasses.FakeTensor):
+            return tensor if tensor.device.type == "cpu" and _worthwhile(tensor) else None
+        real = self._real.get(tensor)
+        if real is None or real.untyped_storage()._cdata in self._spoiled:
+            return None
+        return real
+
+    def _spoil(self, func: Any, args: Any, kwargs: Any) -> None:
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
+                for tensor in tree_leaves(value):
+                    if isinstance(tensor, torch.Tensor) and (real := self._real.get(tensor)) is not None:
+                        self._spoiled[real.untyped_storage()._cdata] = real
+
+
+def known_selection(values: KnownValues, func: Any, args: Any, kwargs: Any) -> Any:
+    """The fake result of an operation whose size depends on numbers, or None if they are not known."""
+    if func is aten.index.Tensor:
+        indices: list[Any] = []
+        for index in args[1]:
+            if isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8):
+                mask = values.of(index)
+                if mask is None:
+                    return None
+                count = values.count(mask)
+                indices += [index.new_empty(count, dtype=torch.int64) for _ in range(index.dim())]
+            else:
+                indices.append(index)
+        return func(args[0], indices)
+    if func is aten.masked_select.default:
+        mask = values.of(args[1])
+        if mask is None:
+            return None
+        repeats = torch.broadcast_shapes(args[0].shape, mask.shape).numel() // max(mask.numel(), 1)
+        return args[0].new_empty(values.count(mask) * repeats)
+    if func is aten._pack_padded_sequence.default and values.of(args[1]) is not None:
+        return _packed(values, *args)
+    known = values.of((args, kwargs))
+    if known is None:
+        return None
+    return tree_map_only(
+        torch.Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cpu"),
+        values.run(func, *known),
+    )
+
+
+def assumed_result(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tuple[Any, str] | None:
+    """The fake result where numbers are not known, and what was taken for granted; None for other operations."""
+    if func is aten._pack_padded_sequence.default:
+        return _packed(values, *args), "all sequences are taken to be as long as the longest"
+    if func in (aten._unique2.default, aten.unique_consecutive.default, aten.unique_dim.default):
+        tensor = args[0]
+        counted = [tensor.new_empty(tensor.numel(), dtype=torch.int64) for _ in range(2)]
+        flat = tensor.new_empty(tensor.shape if func is aten.unique_dim.default else tensor.numel())
+        return (flat, counted[0].view(tensor.shape), counted[1]), "all values are taken to be different"
+    if func is aten.repeat_interleave.Tensor:
+        length = kwargs.get("output_size") or args[0].numel()
+        return args[0].new_empty(length), "every row is taken to be repeated once"
+    if func is aten.bincount.default:
+        least = args[2] if len(args) > 2 else kwargs.get("minlength", 0)
+        length = max(least, 1)
+        return args[0].new_empty(length, dtype=torch.int64), f"a count is taken to have {length} bins"
+    return None
+
+
+def _packed(values: KnownValues, sequences: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
+    """The fake result of packing sequences, all of them full where the lengths are not known."""
+    real = values.of(lengths)
+    with _disable_current_modes():
+        sizes = sizes_of_steps(sequences, real, batch_first)
+    out = sequences.new_empty(int(sizes.sum()), *sequences.shape[2:]), torch.empty(sizes.shape, dtype=torch.int64)
+    values.tell(out[1], sizes)
+    return out
+
+
+def _worthwhile(tensor: torch.Tensor) -> bool:
+    return tensor.numel() <= (MOST_FLOATS if tensor.is_floating_point() or tensor.is_complex() else MOST_INTEGERS)
