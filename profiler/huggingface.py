@@ -94,6 +94,18 @@ class HuggingFaceSource(ModelSource):
         """Random inputs, with labels where the class takes them, of the sizes in the configuration."""
         return self._batches.make(batch_size)
 
+    def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Run the model on a batch; returns the loss."""
+        try:
+            return super().forward(model, batch)
+        except SourceError as error:
+            inputs = ", ".join(f"{k} {list(v.shape)}" for k, v in batch.items() if isinstance(v, torch.Tensor))
+            sentence = (
+                f"{error}; the batch that the configuration led to is {inputs}: correct the configuration, or write "
+                "a model file with a batch that fits, see docs/model-file.md"
+            )
+            raise SourceError(sentence, error.traceback) from error
+
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """The loss of the outputs; where the class has none, the mean of its first floating-point output."""
         if getattr(outputs, "loss", None) is not None:
@@ -176,7 +188,9 @@ def _for_training(config: Any) -> None:
             part.use_cache = False
         # Names of tokens that a tokenizer's files would give, and that some losses ask for.
         if getattr(part, "pad_token_id", None) is None:
-            part.pad_token_id = getattr(part, "eos_token_id", None) or 0
+            end = getattr(part, "eos_token_id", None)
+            known = isinstance(end, int) and 0 <= end < (getattr(part, "vocab_size", None) or 0)
+            part.pad_token_id = end if known else 0
         if getattr(part, "is_encoder_decoder", False) and getattr(part, "decoder_start_token_id", None) is None:
             part.decoder_start_token_id = part.pad_token_id
 

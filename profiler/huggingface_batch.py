@@ -57,6 +57,10 @@ class BatchMaker:
         names = [self._main]
         required = {n for n, p in self._parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
         names += [n for n in self._parameters if n in required - {"self", self._main} and n in MAKERS]
+        if self._main == "pixel_values" and self._name.endswith("ForConditionalGeneration"):
+            names += [n for n in ("input_ids",) if n in self._parameters]
+        if self._name.endswith("CTC") and self._main == "input_features":
+            names += [n for n in ("attention_mask",) if n in self._parameters]
         if "return_loss" in self._parameters:
             names += [n for n in ("input_ids", "pixel_values", "input_features") if n in self._parameters]
         batch: dict[str, Any] = {}
@@ -158,7 +162,8 @@ class BatchMaker:
             return self._asked
         decodes = hasattr(self._class, "prepare_inputs_for_generation") and "decoder_input_ids" not in self._parameters
         limit = LONGEST_DECODED if decodes and not self._name.endswith("MaskedLM") else LONGEST_ENCODED
-        length = min(longest or limit, limit)
+        # A model that names no maximum may go through its sequence step by step, which takes long to trace.
+        length = min(longest or LONGEST_ENCODED, limit)
         self._assume(f"sequences have {length} tokens; --seq changes that")
         return length
 
@@ -203,7 +208,7 @@ class BatchMaker:
 
     def _features(self, batch_size: int) -> torch.Tensor:
         """Spectrograms, in the layout that the configuration's own names point to."""
-        config = getattr(self._config, "audio_config", None) or self._config
+        config = next((p for n in ("audio_config", "encoder_config") if (p := getattr(self._config, n, None))), self._config)
         if bins := getattr(config, "spec_size", None):
             return torch.randn(batch_size, 1, 1001, getattr(config, "num_mel_bins", bins))
         if width := getattr(config, "feature_projection_input_dim", None):
@@ -213,10 +218,15 @@ class BatchMaker:
         bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
         if bins and positions:
             return torch.randn(batch_size, bins, 2 * positions)
+        if bins:
+            return torch.randn(batch_size, self._frames(), bins)
         raise SourceError(
             f"no example batch is known for {self._name}, whose configuration does not tell the shape of its input "
             "features: write a model file with build_model() and example_batch(batch_size), see docs/model-file.md"
         )
+
+    def _whole(self, batch_size: int) -> torch.Tensor:
+        return torch.ones(batch_size, self._frames(), dtype=torch.long)
 
     def _frames(self) -> int:
         frames = 1000
@@ -252,5 +262,6 @@ MAKERS: dict[str, Callable[[BatchMaker, int], torch.Tensor]] = {
     "pixel_values_videos": BatchMaker._videos,
     "input_values": BatchMaker._waves,
     "input_features": BatchMaker._features,
+    "attention_mask": BatchMaker._whole,
     "bool_masked_pos": BatchMaker._masked_patches,
 }

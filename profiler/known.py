@@ -16,10 +16,8 @@ from profiler.packing import sizes_of_steps
 
 aten = torch.ops.aten
 
-MOST_INTEGERS = 1 << 20
-"""Elements of the largest tensor of integers that is followed."""
-MOST_FLOATS = 1 << 12
-"""The same for floating numbers, which matter only in schedules and the like."""
+MOST_ELEMENTS = 1 << 22
+"""Of a tensor that is followed: enough for an attention mask, and little time."""
 UNINITIALIZED = frozenset({"aten::empty", "aten::empty_strided", "aten::new_empty", "aten::empty_like"})
 
 
@@ -37,7 +35,8 @@ class KnownValues:
             if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor) and _worthwhile(fake):
                 # A copy, because forward may write into its inputs; one without numbers has none to tell.
                 if not real.is_meta and real.layout is torch.strided:
-                    self._real[fake] = real.detach().cpu().clone()
+                    with _disable_current_modes():
+                        self._real[fake] = real.detach().cpu().clone()
 
     def of(self, tree: Any) -> Any:
         """The tree with real tensors in the place of the fake ones, or None if one is unknown."""
@@ -126,6 +125,8 @@ def known_selection(values: KnownValues, func: Any, args: Any, kwargs: Any) -> A
         return args[0].new_empty(values.count(mask) * repeats)
     if func is aten._pack_padded_sequence.default and values.of(args[1]) is not None:
         return _packed(values, *args)
+    if func is aten._ctc_loss.Tensor and (lengths := values.of(args[3])) is not None:
+        return _alignments(args[0], values.run(aten.max.default, (lengths,), {}))
     known = values.of((args, kwargs))
     if known is None:
         return None
@@ -140,6 +141,9 @@ def assumed_result(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tu
     """The fake result where numbers are not known, and what was taken for granted; None for other operations."""
     if func is aten._pack_padded_sequence.default:
         return _packed(values, *args), "all sequences are taken to be as long as the longest"
+    if func is aten._ctc_loss.Tensor:
+        longest = args[1].shape[1] if args[1].dim() > 1 else args[1].numel() // args[3].numel()
+        return _alignments(args[0], longest), f"all targets are taken to be {longest} long"
     if func in (aten._unique2.default, aten.unique_consecutive.default, aten.unique_dim.default):
         tensor = args[0]
         counted = [tensor.new_empty(tensor.numel(), dtype=torch.int64) for _ in range(2)]
@@ -155,15 +159,22 @@ def assumed_result(values: KnownValues, func: Any, args: Any, kwargs: Any) -> tu
     return None
 
 
+def _alignments(log_probabilities: torch.Tensor, longest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses, and the logarithms of the paths' probabilities, which alternate between labels and blanks."""
+    with _disable_current_modes():
+        states = 2 * int(longest) + 1
+    steps, batch = log_probabilities.shape[:2]
+    return log_probabilities.new_empty(batch), log_probabilities.new_empty(batch, steps, states)
+
+
 def _packed(values: KnownValues, sequences: torch.Tensor, lengths: torch.Tensor, batch_first: bool) -> Any:
-    """The fake result of packing sequences, all of them full where the lengths are not known."""
+    """Fake rows, and real sizes of the steps of time, which the recurrent kernels read from memory."""
     real = values.of(lengths)
     with _disable_current_modes():
         sizes = sizes_of_steps(sequences, real, batch_first)
-    out = sequences.new_empty(int(sizes.sum()), *sequences.shape[2:]), torch.empty(sizes.shape, dtype=torch.int64)
-    values.tell(out[1], sizes)
-    return out
+        rows = int(sizes.sum())
+    return sequences.new_empty(rows, *sequences.shape[2:]), sizes
 
 
 def _worthwhile(tensor: torch.Tensor) -> bool:
-    return tensor.numel() <= (MOST_FLOATS if tensor.is_floating_point() or tensor.is_complex() else MOST_INTEGERS)
+    return tensor.numel() <= MOST_ELEMENTS

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from profiler.cuda_semantics import cuda_semantics
-from profiler.errors import ProfilerError
+from profiler.errors import ProfilerError, SourceError
 from profiler.events import BACKWARD, FORWARD, Category, Event
 from profiler.fakes import fake_batch, fake_mode, faked
 from profiler.obliging import obliging_fakes
@@ -139,10 +139,21 @@ class _Step:
     def run(self, forward: Forward, batch: Any, autocast: Any) -> None:
         """Forward and loss, then backward. Outputs are dropped once the loss is there, which stays."""
         keep = torch.autograd.graph.saved_tensors_hooks(self._save, _same)
-        with self.recorder.during(FORWARD), keep, autocast:
+        with self.recorder.during(FORWARD), keep, autocast, self._doubted():
             self.loss = forward(self.model, batch)
         with self.recorder.during(BACKWARD):
             self.loss.backward()
+
+    @contextmanager
+    def _doubted(self) -> Iterator[None]:
+        """Say with an error what was assumed before it, and may have led to it."""
+        try:
+            yield
+        except SourceError as error:
+            if not self.recorder.assumptions:
+                raise
+            last = list(self.recorder.assumptions)[-1]
+            raise SourceError(f"{error}; before that, {last}", error.traceback) from error
 
     def result(self) -> Trace:
         """What was seen."""
