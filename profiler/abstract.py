@@ -162,4 +162,5 @@ class _WithoutCuda(TorchFunctionMode):
 
 
 def _is_cuda(value: Any) -> bool:
-    return isinstance(value, torch.device) and value.type == "cuda" or isinstance(value, str) and value[:4] == "cuda"
+    kind = value.type if isinstance(value, torch.device) else value.partition(":")[0] if isinstance(value, str) else ""
+    return kind == "cuda"

@@ -122,7 +122,10 @@ def check_loss(value: Any, what: str) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         raise SourceError(f"{what} {described(value)}; the loss must be a tensor with one element:\n{LOSS_LINES}")
     if torch.is_grad_enabled() and not value.requires_grad:
-        raise SourceError(f"{what} a loss that no trainable parameter leads to; nothing could be trained")
+        raise SourceError(
+            f"{what} a loss that no trainable parameter leads to; nothing could be trained (look for no_grad(), "
+            "inference_mode() or detach() on the way, and for weights that are all frozen or quantised)"
+        )
     return value
 
 
@@ -151,7 +154,9 @@ def plain_model(model: nn.Module) -> nn.Module:
     """
     for parameter in model.parameters():
         if nn.parameter.is_lazy(parameter):
-            raise SourceError(f"the model has lazy modules, without shapes so far; run a batch through it:\n{LAZY_LINES}")
+            raise SourceError(
+                f"the model has lazy modules, without shapes so far; run a batch through it:\n{LAZY_LINES}"
+            )
         if hasattr(parameter, "placements"):
             raise SourceError("the model is sharded already (FSDP, DTensor); profile it before it is")
     while True:

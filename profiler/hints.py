@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 COMPILED_PACKAGES = frozenset(
-    "apex bitsandbytes causal_conv1d flash_attn fused_dense_lib mamba_ssm transformer_engine triton xformers".split()
+    ("apex", "bitsandbytes", "causal_conv1d", "flash_attn", "mamba_ssm", "transformer_engine", "triton", "xformers")
 )
 """Packages that need a compiler or a CUDA device."""
 
@@ -22,7 +22,7 @@ HINTS = (
         "torch.cuda.is_available() is false",
     ),
     (
-        r"CUDA_HOME|Error building extension|Ninja is required|nvcc|not compiled with CUDA|No CUDA GPUs|Found no NVIDIA",
+        r"CUDA_HOME|Error building extension|Ninja is required|not compiled with CUDA|No CUDA GPUs|no NVIDIA driver",
         "it needs CUDA, or a compiler, which this machine has not: let the file take plain PyTorch where "
         "torch.cuda.is_available() is false, with the same shapes",
     ),
@@ -54,7 +54,7 @@ def hint(error: BaseException) -> str | None:
 def _without_kernel(error: BaseException, text: str) -> str | None:
     """The qualified name of an operation that has no fake kernel."""
     if isinstance(error, UnsupportedOperatorException):
-        return getattr(error.func, "_schema", error.func).name
+        return str(error.func._schema.name)
     found = re.search(r"no fake impl registered for <CustomOpDef\(([\w:]+)\)>", text) or re.search(
         r"([\w]+::[\w.]+): attempted to run this operator with Meta tensors", text
     )
@@ -70,5 +70,6 @@ def _kernel_hint(name: str) -> str:
     operation = operation.partition(".")[0]
     schema = getattr(getattr(torch.ops, namespace), operation).default._schema
     arguments = [argument.name for argument in schema.arguments] or ["*args"]
-    lines = KERNEL_LINES.format(name=f"{namespace}::{operation}", arguments=", ".join(arguments), first=arguments[0])
-    return f"the operation {namespace}::{operation} has no fake kernel, which tells the shape it returns; add one:\n{lines}"
+    name = f"{namespace}::{operation}"
+    lines = KERNEL_LINES.format(name=name, arguments=", ".join(arguments), first=arguments[0])
+    return f"the operation {name} has no fake kernel, which tells the shape it returns; add one:\n{lines}"

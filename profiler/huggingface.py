@@ -48,7 +48,8 @@ ATTENTION = ("eager", "sdpa")
 MODEL_FILE_LINES = """\
     from transformers import AutoConfig, AutoModel
     def build_model():
-        return AutoModel.from_config(AutoConfig.from_pretrained({folder!r}, trust_remote_code=True), trust_remote_code=True)
+        config = AutoConfig.from_pretrained({folder!r}, trust_remote_code=True)
+        return AutoModel.from_config(config, trust_remote_code=True)
     def example_batch(batch_size):
         return {{...: ...}}"""
 
@@ -106,7 +107,7 @@ class HuggingFaceSource(ModelSource):
             )
             raise SourceError(sentence, error.traceback) from error
 
-    def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
+    def loss(self, outputs: Any, _batch: Any) -> torch.Tensor:
         """The loss of the outputs; where the class has none, the mean of its first floating-point output."""
         if getattr(outputs, "loss", None) is not None:
             return default_loss(outputs, self.path.name)
@@ -176,9 +177,8 @@ def _plain(data: dict[str, Any], assumptions: list[str]) -> dict[str, Any]:
         assumptions.append("the configuration points to code of its own, which is not run: transformers' own class is")
     if data.pop("quantization_config", None):
         assumptions.append("the configuration's quantization is left out: the weights are those of the precision")
-    for key in ("attn_implementation", "_attn_implementation"):
-        if data.get(key) not in (None, *ATTENTION):
-            assumptions.append(f"attention is PyTorch's own, not {data.pop(key)}")
+    further = [k for k in ("attn_implementation", "_attn_implementation") if data.get(k) not in (None, *ATTENTION)]
+    assumptions += [f"attention is PyTorch's own, not {data.pop(key)}" for key in further]
     return data
 
 

@@ -16,9 +16,15 @@ CTC_LABELS = 32
 IMAGE_SIZE, CHANNELS, FRAMES = 224, 3, 16
 
 LENGTH_NAMES = (
-    "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length max_seq_length seq_length "
-    "max_target_positions"
-).split()
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_length",
+    "max_target_positions",
+)
 IMAGE_NAMES = ("image_size", "img_size", "input_size", "crop_size")
 PER_SAMPLE = (
     "ForSequenceClassification",
@@ -31,7 +37,7 @@ PER_SAMPLE = (
     "ForSequenceClassificationHead",
 )
 """Ends of the names of classes that take one label a sample."""
-WITHOUT_LABELS = ("Detection", "Estimation", "ForMaskedImageModeling", "FrameClassification", "Segmentation", "Matching")
+WITHOUT_LABELS = ("Detection", "Estimation", "MaskedImageModeling", "FrameClassification", "Segmentation", "Matching")
 """Parts of the names of classes whose labels no configuration tells; semantic segmentation is told apart before."""
 
 
@@ -55,8 +61,7 @@ class BatchMaker:
     def make(self, batch_size: int) -> dict[str, Any]:
         """Keyword arguments of the model's forward."""
         names = [self._main]
-        required = {n for n, p in self._parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
-        names += [n for n in self._parameters if n in required - {"self", self._main} and n in MAKERS]
+        names += [n for n, p in self._parameters.items() if p.default is p.empty and n in MAKERS]
         if self._main == "pixel_values" and self._name.endswith("ForConditionalGeneration"):
             names += [n for n in ("input_ids",) if n in self._parameters]
         if self._name.endswith("CTC") and self._main == "input_features":
@@ -208,7 +213,7 @@ class BatchMaker:
 
     def _features(self, batch_size: int) -> torch.Tensor:
         """Spectrograms, in the layout that the configuration's own names point to."""
-        config = next((p for n in ("audio_config", "encoder_config") if (p := getattr(self._config, n, None))), self._config)
+        config = _first(self._config, ("audio_config", "encoder_config")) or self._config
         if bins := getattr(config, "spec_size", None):
             return torch.randn(batch_size, 1, 1001, getattr(config, "num_mel_bins", bins))
         if width := getattr(config, "feature_projection_input_dim", None):

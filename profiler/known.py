@@ -32,11 +32,10 @@ class KnownValues:
     def tell(self, fakes: Any, reals: Any) -> None:
         """Give the numbers of a tree of fake tensors."""
         for fake, real in zip(tree_leaves(fakes), tree_leaves(reals), strict=True):
-            if isinstance(fake, torch.Tensor) and isinstance(real, torch.Tensor) and _worthwhile(fake):
-                # A copy, because forward may write into its inputs; one without numbers has none to tell.
-                if not real.is_meta and real.layout is torch.strided:
-                    with _disable_current_modes():
-                        self._real[fake] = real.detach().cpu().clone()
+            if isinstance(fake, torch.Tensor) and _has_numbers(real) and _worthwhile(fake):
+                with _disable_current_modes():
+                    # A copy, because forward may write into its inputs.
+                    self._real[fake] = real.detach().cpu().clone()
 
     def of(self, tree: Any) -> Any:
         """The tree with real tensors in the place of the fake ones, or None if one is unknown."""
@@ -55,12 +54,9 @@ class KnownValues:
         """Do an operation for real as well, if all it reads is known; otherwise forget what it writes."""
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if func._schema.name in UNINITIALIZED or torch.Tag.nondeterministic_seeded in func.tags:
-            known = None
-        elif not all(map(_worthwhile, made)) or any(self._find(t) is None for t in read):
-            known = None
-        else:
-            known = self.of((args, kwargs))
+        certain = func._schema.name not in UNINITIALIZED and torch.Tag.nondeterministic_seeded not in func.tags
+        certain = certain and all(map(_worthwhile, made)) and all(self._find(t) is not None for t in read)
+        known = self.of((args, kwargs)) if certain else None
         if known is None:
             if func._schema.is_mutable:
                 self._spoil(func, args, kwargs)
@@ -174,6 +170,10 @@ def _packed(values: KnownValues, sequences: torch.Tensor, lengths: torch.Tensor,
         sizes = sizes_of_steps(sequences, real, batch_first)
         rows = int(sizes.sum())
     return sequences.new_empty(rows, *sequences.shape[2:]), sizes
+
+
+def _has_numbers(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_meta and value.layout is torch.strided
 
 
 def _worthwhile(tensor: torch.Tensor) -> bool:

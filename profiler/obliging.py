@@ -18,7 +18,7 @@ def obliging_fakes(values: KnownValues, assume: Callable[[str], None]) -> Iterat
     ``assume`` is told of zeros, in a phrase to which the place is added.
     """
 
-    def numpy(tensor: torch.Tensor, *, force: bool = False) -> Any:
+    def numpy(tensor: torch.Tensor, **_: Any) -> Any:
         known = values.of(tensor)
         if known is None:
             assume("the numbers of a tensor that NumPy gets are taken to be zeros")

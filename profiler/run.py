@@ -11,13 +11,13 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.blame import explained
+from profiler.contract import Loss, ModelSource, checked_batch, default_loss, loss_of, plain_model
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, MODEL_STATE, STEP, Alloc, Category, Op
 from profiler.layers import layer_profiles, repeated_blocks
 from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import replay
-from profiler.contract import Loss, ModelSource, checked_batch, default_loss, loss_of, plain_model
 from profiler.trace import Forward, Trace, trace_step
 
 Batches = dict[int, Callable[[], Any]]
