@@ -47,7 +47,7 @@ def faked(model: nn.Module, mode: FakeTensorMode, cast: torch.dtype | None) -> I
     modules = list(model.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ProfilerError("the model has a part compiled by torch.jit; profile it before it is compiled")
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+    before = [(module, dict(module.__dict__), _registries(module)) for module in modules]
     memo: dict[int, Any] = {}
     try:
         for module in modules:
@@ -58,17 +58,19 @@ def faked(model: nn.Module, mode: FakeTensorMode, cast: torch.dtype | None) -> I
             model.train()
         yield
     finally:
-        for module, attributes, parameters, buffers, children in before:
+        for module, attributes, registries in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
-            _refill(module._modules, children)
+            for name, content in registries.items():
+                registry = module.__dict__[name]
+                registry.clear()
+                registry.update(content)
 
 
-def _refill(target: dict[str, Any], content: dict[str, Any]) -> None:
-    target.clear()
-    target.update(content)
+def _registries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Copies of the module's parameters, buffers, children and hooks, which forward may add to."""
+    own = module.__dict__
+    return {name: dict(own[name]) for name in _MODULE_INTERNALS if isinstance(own.get(name), dict)}
 
 
 def _replace_registered(
