@@ -8,7 +8,6 @@ takes more memory than this machine can give.
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -36,24 +35,19 @@ def built_without_memory(build: Callable[[], nn.Module], where: str) -> nn.Modul
     said = ""
     for attempt in (torch.device("meta"), _LargeOnMeta()):
         try:
-            with attempt, without_cuda():
+            with attempt, WithoutCuda():
                 return build()
         except SourceError as error:
             if str(error) == said and "meta" not in said:
                 raise  # the fault lies elsewhere
             said = str(error)
-    with memory_guarded(where), without_cuda():
+    with memory_guarded(where), WithoutCuda():
         return build()
 
 
 def memory_guarded(where: str) -> TorchDispatchMode:
     """A context in which code that makes more tensors than this machine can hold ends in a ProfilerError."""
     return _Bounded(int(psutil.virtual_memory().available * SHARE_OF_FREE_MEMORY), where)
-
-
-def without_cuda() -> Any:
-    """A context in which tensors asked for on CUDA are made where tensors are made anyway; void where CUDA is there."""
-    return ExitStack() if torch.cuda.is_available() else _WithoutCuda()
 
 
 class _LargeOnMeta(TorchDispatchMode):
@@ -147,8 +141,8 @@ def without_cuda_in(arguments: Any, instead: Any) -> Any:
     return tuple(instead if _is_cuda(value) else value for value in arguments)
 
 
-class _WithoutCuda(TorchFunctionMode):
-    """Takes "cuda" out of calls, for a machine that has none."""
+class WithoutCuda(TorchFunctionMode):
+    """A context in which tensors asked for on CUDA are made, or stay, where tensors are without it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

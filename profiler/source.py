@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from profiler.abstract import memory_guarded
+from profiler.abstract import WithoutCuda, memory_guarded
 from profiler.blame import explained
 from profiler.contract import (
     BATCH_LINES,
@@ -66,7 +67,7 @@ class ModelFile(ModelSource):
         if not callable(make):
             raise SourceError(f"{self.path.name} has no example batch: add example_batch(batch_size)\n{BATCH_LINES}")
         what = f"example_batch({batch_size}) of {self.path.name}"
-        with explained(f"{what} raises", self.path):
+        with explained(f"{what} raises", self.path), nullcontext() if torch.cuda.is_available() else WithoutCuda():
             batch = make(batch_size, **self._sequence_argument(make))
         return checked_batch(batch, what)
 

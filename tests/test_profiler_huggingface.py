@@ -185,7 +185,12 @@ def test_what_needs_further_packages_or_code_of_its_own_is_left_out_and_said(wri
         )
     )
     said = " | ".join(source.assumptions)
-    for part in ("code of its own, which is not run", "quantization is left out", "not flash_attention_2", "no MyLlama"):
+    for part in (
+        "code of its own, which is not run",
+        "quantization is left out",
+        "not flash_attention_2",
+        "no MyLlama",
+    ):
         assert part in said
     assert not source.build().config.use_cache
 
@@ -207,7 +212,10 @@ def test_a_model_of_tens_of_billions_of_parameters_is_built_without_memory(write
         ({"zero_optimization": {"stage": 3}}, "is a DeepSpeed configuration"),
         ({"_from_model_config": True, "transformers_version": "4"}, "such as generation_config.json"),
         ({"a": 1}, "is some other JSON file: a transformers config.json with a model_type"),
-        ({"model_type": "no_such_model"}, "does not have its model_type 'no_such_model'; correct it, or if it is newer"),
+        (
+            {"model_type": "no_such_model"},
+            "does not have its model_type 'no_such_model'; correct it, or if it is newer",
+        ),
         ({"model_type": "mine", "auto_map": {"AutoConfig": "a.B"}}, "is not run; if you trust it, write a model file"),
         ({"architectures": ["Nothing"]}, r"does not have its architectures \['Nothing'\]"),
         ({"model_type": "llama", "hidden_size": "wide"}, "is no configuration that transformers"),
