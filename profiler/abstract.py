@@ -21,7 +21,7 @@ from profiler.errors import ProfilerError, SourceError
 
 SMALL_BYTES = 1 << 20
 """Tensors up to this size are real in the second attempt."""
-SHARE_OF_FREE_MEMORY = 0.5
+SHARE_OF_FREE_MEMORY = 0.8
 """What a real build may take of it: the rest is for the profiler, and for everything else that runs here."""
 
 GIB = 1 << 30
@@ -128,8 +128,8 @@ class _Bounded(TorchDispatchMode):
     def _check(self, coming: int) -> None:
         if self._held_bytes + coming > self._limit_bytes:
             raise ProfilerError(
-                f"{self._where} makes tensors of more than {self._limit_bytes / GIB:.1f} GiB, half of this machine's "
-                "free memory, and can not be built without memory because it reads their numbers: let build_model() "
+                f"{self._where} makes tensors of more than {self._limit_bytes / GIB:.1f} GiB, most of this "
+                "machine's free memory, and reads their numbers, or makes them before anyone asks: let build_model() "
                 "make the model, and nothing in it call .item(), .tolist(), .numpy() or .cpu() on a large tensor"
             )
 

@@ -68,6 +68,8 @@ class BatchMaker:
             names += [n for n in ("attention_mask",) if n in self._parameters]
         if "return_loss" in self._parameters:
             names += [n for n in ("input_ids", "pixel_values", "input_features") if n in self._parameters]
+        elif self._main == "input_ids" and {"pixel_values", "input_features"} & self._parameters.keys():
+            self._assume("the batch is text alone, without images or audio")
         batch: dict[str, Any] = {}
         for name in dict.fromkeys(names):
             if name not in MAKERS:

@@ -53,10 +53,7 @@ class KnownValues:
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do an operation for real as well, if all it reads is known; otherwise forget what it writes."""
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        certain = func._schema.name not in UNINITIALIZED and torch.Tag.nondeterministic_seeded not in func.tags
-        certain = certain and all(map(_worthwhile, made)) and all(self._find(t) is not None for t in read)
-        known = self.of((args, kwargs)) if certain else None
+        known = self.of((args, kwargs)) if self._certain(func, args, kwargs) and all(map(_worthwhile, made)) else None
         if known is None:
             if func._schema.is_mutable:
                 self._spoil(func, args, kwargs)
@@ -81,6 +78,11 @@ class KnownValues:
         """How many elements a real mask selects."""
         with _disable_current_modes():
             return int(mask.count_nonzero())
+
+    def _certain(self, func: Any, args: Any, kwargs: Any) -> bool:
+        if func._schema.name in UNINITIALIZED or torch.Tag.nondeterministic_seeded in func.tags:
+            return False
+        return all(self._find(t) is not None for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
 
     def _find(self, tensor: torch.Tensor) -> torch.Tensor | None:
         if not isinstance(tensor, torch._subclasses.FakeTensor):
