@@ -29,13 +29,14 @@ from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
 from profiler.calibrate import calibrate as measure_rates
+from profiler.contract import ModelSource
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
 from profiler.measure import measure_step
 from profiler.optimizers import OPTIMIZERS
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
-from profiler.source import ModelSource, load_source
+from profiler.source import load_source
 from profiler.trace import PRECISIONS
 from tui import watch as watch_run
 from tui.errors import RunError
@@ -56,8 +57,9 @@ SHOWN = {"rich_help_panel": "What is shown and written"}
 TIMED = {"rich_help_panel": "On a GPU"}
 PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
 
-File = Annotated[Path, typer.Argument(help="A Python file with the model: see the README, 'Your model file'.")]
+File = Annotated[Path, typer.Argument(help="A Python file with the model (docs/model-file.md), or a config.json.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]
+Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (or samples of audio) in the batch.")]
 PrecisionOption = Annotated[
     Precision | None,
     typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
@@ -72,6 +74,7 @@ Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A director
 def profile(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    seq: Seq = None,
     precision: Annotated[str, typer.Option(metavar="|".join(PRECISIONS), help=PRECISIONS_HELP)] = "fp32",
     optimizer: Annotated[str, typer.Option(metavar="NAME", help=f"{', '.join(OPTIMIZERS)}.")] = "adamw",
     clip: Annotated[bool, typer.Option("--clip", help="Clip the gradients by their norm.")] = False,
@@ -92,7 +95,7 @@ def profile(
     json: Annotated[Path | None, typer.Option(help="Write profile.json here.", **SHOWN)] = None,
 ) -> None:
     """What each layer costs, and the peak of a plain training step. Needs no GPU."""
-    source = load_source(file)
+    source = load_source(file, seq)
     found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration)
     console.print(profile_tables(found, depth))
     writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
@@ -110,6 +113,7 @@ def profile(
 def plan(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
+    seq: Seq = None,
     gpus: Gpus = None,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -120,7 +124,7 @@ def plan(
     """What to do about it on this machine, or on one you describe."""
     out.mkdir(parents=True, exist_ok=True)
     machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
-    found = _plan(load_source(file), machine, batch_size, precision)
+    found = _plan(load_source(file, seq), machine, batch_size, precision)
     found.save(out / "plan.json")
     config, notes = ds_config(found)
     (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
@@ -138,6 +142,7 @@ def train(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step; 8 if not given.")
     ] = None,
+    seq: Seq = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-TIME if not given.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
@@ -155,7 +160,7 @@ def train(
     """Train by a plan, with a live dashboard; writes plan.json, events.jsonl and a checkpoint into the run."""
     if resume and out is None:
         raise PlanError("--resume needs the run to go on with: name it by --out")
-    source = load_source(file)
+    source = load_source(file, seq)
     run_dir = out or Path("runs") / f"{source.name}-{datetime.now():%Y%m%d-%H%M%S}"
     prepare_run(run_dir, resume=resume)
     if plan is None and resume:

@@ -26,8 +26,8 @@ from offload.events import EventLog
 from offload.plan import Plan, Precision
 from offload.store import check_directory
 from profiler.blame import user_traceback
+from profiler.contract import ModelSource, call_model
 from profiler.errors import ProfilerError, SourceError
-from profiler.source import ModelSource, call_model
 
 INTERRUPTED = 130
 LOSSES_AVERAGED = 10

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from profiler.errors import ProfilerError, SourceError
+from profiler.hints import hint
 
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -49,6 +50,8 @@ def _is_own(filename: str, path: Path | None) -> bool:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f"it exits ({error.code!r}); keep what parses arguments or trains under if __name__ == '__main__'"
-    text = str(error).strip()
-    first = text.splitlines()[0] if text else ""
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    said = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    advice = hint(error)
+    return f"{said}; {advice}" if advice else said

@@ -17,6 +17,7 @@ from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch.utils._pytree import tree_map_only
 
 from profiler.attention import Report, attention_kernel
+from profiler.packing import register_packing
 
 aten = torch.ops.aten
 
@@ -50,6 +51,7 @@ def cuda_semantics(report: Report) -> Iterator[None]:
             _register_autocast(library)
             library.impl("dropout", _dropout, "AutogradCPU")
             library.impl("scaled_dot_product_attention", attention_kernel(report), "AutogradCPU")
+            register_packing(library)
         except BaseException:
             library._destroy()
             raise

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from profiler.errors import ProfilerError
 
 _MODULE_INTERNALS = frozenset(nn.Module().__dict__)
+
+
+def fake_mode() -> FakeTensorMode:
+    """A mode whose tensors raise when a compiled extension asks for their memory, in place of ending the process."""
+    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, cast: torch.dtype | None = None) -> torch.Tensor:
@@ -42,7 +49,7 @@ def faked(
     modules = list(model.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ProfilerError("the model has a part compiled by torch.jit; profile it before it is compiled")
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers), dict(m._modules)) for m in modules]
+    before = [(module, dict(module.__dict__), _registries(module)) for module in modules]
     used = [m for path, m in model.named_modules() if not unused(path)]
     memo: dict[int, Any] = {}
     try:
@@ -54,17 +61,19 @@ def faked(
             model.train()
         yield
     finally:
-        for module, attributes, parameters, buffers, children in before:
+        for module, attributes, registries in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
-            _refill(module._parameters, parameters)
-            _refill(module._buffers, buffers)
-            _refill(module._modules, children)
+            for name, content in registries.items():
+                registry = module.__dict__[name]
+                registry.clear()
+                registry.update(content)
 
 
-def _refill(target: dict[str, Any], content: dict[str, Any]) -> None:
-    target.clear()
-    target.update(content)
+def _registries(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """Copies of the module's parameters, buffers, children and hooks, which forward may add to."""
+    own = module.__dict__
+    return {name: dict(own[name]) for name in _MODULE_INTERNALS if isinstance(own.get(name), dict)}
 
 
 def _replace_registered(

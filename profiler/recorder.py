@@ -17,6 +17,7 @@ from profiler.cudnn import layout_workspace_bytes
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
+from profiler.known import KnownValues, assumed_result, known_selection
 from profiler.shapes import work_shape
 
 aten = torch.ops.aten
@@ -82,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self.assumptions: dict[str, None] = {}
         self.phase = SETUP
         self.used_outside: set[str] = set()
+        self.values = KnownValues()
         self._stack = stack
         self._ids: dict[int, int] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
@@ -177,6 +179,7 @@ class Recorder(TorchDispatchMode):
             self._note_reads((args, kwargs))
         module = self._stack.current()
         out = self._run(func, args, kwargs)
+        self.values.follow(func, args, kwargs, out)
         flops = flops_of(func, args, kwargs, out)
         if name in MATMULS and self.phase not in self._workspaces:
             # Backward runs on a thread of its own, with a handle of its own.
@@ -203,31 +206,51 @@ class Recorder(TorchDispatchMode):
             return torch.tensor([ALMOST_ONE] if args[0] else ALMOST_ONE, dtype=kwargs.get("dtype"))
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _grouped_mm(func, args, kwargs)
+        if func is aten.split_with_sizes.default and self.assumptions:
+            args = self._even_split(*args)
         try:
             return func(*args, **kwargs)
         except DataDependentOutputException:
-            return self._assume_value(func, args)
+            known = self.values.of((args, kwargs))
+            return self._assume_value(func, args) if known is None else self.values.run(func, *known)
         except DynamicOutputShapeException as error:
-            return self._assume_selection(func, args, error)
+            known = known_selection(self.values, func, args, kwargs)
+            return self._assume_selection(func, args, kwargs, error) if known is None else known
+
+    def _even_split(self, tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> Any:
+        """The arguments of a split; sizes that do not fit, because they were assumed, become equal ones."""
+        length, count = tensor.shape[dim], len(sizes)
+        if sum(sizes) == length or not count:
+            return tensor, sizes, dim
+        self.assume("the parts that a tensor is split into are taken to be equal")
+        return tensor, [length // count + (i < length % count) for i in range(count)], dim
+
+    def assume(self, phrase: str) -> None:
+        """Note what the running module was taken to have."""
+        self._assume(f"in {self._place()} {phrase}")
 
     def _assume_value(self, func: Any, args: Any) -> Any:
         if func is aten._local_scalar_dense.default:
             dtype = args[0].dtype
             value: Any = True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        elif func is aten.equal.default:
+        elif func in (aten.equal.default, aten.allclose.default):
             value = True
         else:
             raise ProfilerError(f"{func} in {self._place()} depends on data, which a profile can not know")
         self._assume(f"a value that {self._place()} reads from a tensor ({func._schema.name}) is taken to be {value}")
         return value
 
-    def _assume_selection(self, func: Any, args: Any, error: Exception) -> Any:
+    def _assume_selection(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
         if func is aten.nonzero.default:
             out: Any = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         elif func is aten.masked_select.default:
             out = args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
         elif func is aten.index.Tensor:
             out = func(args[0], _all_chosen(args[1]))
+        elif (assumed := assumed_result(self.values, func, args, kwargs)) is not None:
+            out, taken = assumed
+            self._assume(f"in {self._place()} ({func._schema.name}) {taken}")
+            return out
         else:
             raise ProfilerError(
                 f"the size of the result of {func} in {self._place()} depends on data, which a profile can not know"

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
+from profiler.contract import Loss, ModelSource, checked_batch, default_loss, loss_of, plain_model
 from profiler.errors import ProfilerError
 from profiler.events import MODEL_STATE, PHASES, Alloc, Call, Category, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
@@ -19,7 +20,6 @@ from profiler.optimizers import check_optimizer
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import Peaks, replay, training_loop
 from profiler.runs import Run, runs_of
-from profiler.source import Loss, ModelSource, check_batch, default_loss, loss_of
 from profiler.timed import Target, find_target, timed
 from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
@@ -69,7 +69,8 @@ def profile_source(
     blocks = repeated_blocks(model)
     subject = _Subject(model, source.forward, precision, blocks, runs_of(model, blocks), source.path.name)
     batches: Batches = {size: partial(source.example_batch, size) for size in (batch_size, 1)}
-    return _profile(subject, batches, batch_size, optimizer, clip, source.name, target)
+    profile = _profile(subject, batches, batch_size, optimizer, clip, source.name, target)
+    return replace(profile, assumptions=(*source.assumptions, *profile.assumptions))
 
 
 def profile_model(
@@ -93,7 +94,7 @@ def profile_model(
     """
     check_optimizer(optimizer)
     target = find_target(device, calibration)
-    check_batch(batch, "the batch")
+    model, batch = plain_model(model), checked_batch(batch, "the batch")
     if batch_size is None:
         batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
     forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))

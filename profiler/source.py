@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -12,38 +13,41 @@ from typing import Any
 import torch
 from torch import nn
 
+from profiler.abstract import WithoutCuda, memory_guarded
 from profiler.blame import explained
+from profiler.contract import (
+    BATCH_LINES,
+    ModelSource,
+    check_loss,
+    checked_batch,
+    default_loss,
+    described,
+    plain_model,
+)
 from profiler.errors import SourceError
-
-Loss = Callable[[Any, Any], torch.Tensor]
-"""``loss(outputs, batch)``: the scalar to train on."""
+from profiler.huggingface import CONFIG_NAME, HuggingFaceSource
 
 BUILD_LINES = """\
     def build_model():
         model = {name}(...)
         return model"""
-LAZY_LINES = """\
-    def build_model():
-        model = MyModel()
-        model(example_batch(1))
-        return model"""
-BATCH_LINES = """\
-    def example_batch(batch_size):
-        tokens = torch.randint(0, 1000, (batch_size, 128))
+SEQUENCE_LINES = """\
+    def example_batch(batch_size, seq_len=128):
+        tokens = torch.randint(0, 1000, (batch_size, seq_len))
         return {"input_ids": tokens, "labels": tokens}"""
-LOSS_LINES = """\
-    def loss(outputs, batch):
-        logits = outputs
-        return torch.nn.functional.cross_entropy(logits.flatten(0, -2), batch["labels"].flatten())"""
+SEQUENCE_NAMES = ("seq_len", "sequence_length")
+"""What example_batch and train_batches may call a second parameter, for the length of sequences."""
 
 
 @dataclass(frozen=True)
-class ModelSource:
-    """A model file that was run. ``load_source`` makes it; every method raises SourceError for the file's faults."""
+class ModelFile(ModelSource):
+    """A Python file that was run."""
 
     path: Path
     name: str
     module: ModuleType
+    sequence_length: int | None = None
+    """What the batches are to have, None for what the file chooses."""
 
     def build(self) -> nn.Module:
         """The model: from ``build_model()``, ``model``, or the one class that constructs without arguments."""
@@ -52,55 +56,41 @@ class ModelSource:
             model = builder()
         if not isinstance(model, nn.Module):
             raise SourceError(
-                f"build_model() of {self.path.name} returned {_a(model)}; it must return the model:\n"
+                f"build_model() of {self.path.name} returned {described(model)}; it must return the model:\n"
                 + BUILD_LINES.format(name="MyModel")
             )
-        if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-            raise SourceError(
-                f"the model of {self.path.name} has lazy modules, without shapes so far; run a batch through it:\n"
-                + LAZY_LINES
-            )
-        return model
-
-    def build_abstract(self) -> nn.Module:
-        """The model on the meta device, without memory for its parameters; the real one where that fails."""
-        try:
-            with torch.device("meta"):
-                return self.build()
-        except SourceError:
-            return self.build()
+        return plain_model(model)
 
     def example_batch(self, batch_size: int) -> Any:
-        """One batch: a dict of keyword arguments, a tuple of arguments, or a tensor."""
+        """What the file's ``example_batch(batch_size)`` returns."""
         make = getattr(self.module, "example_batch", None)
         if not callable(make):
             raise SourceError(f"{self.path.name} has no example batch: add example_batch(batch_size)\n{BATCH_LINES}")
-        with explained(f"example_batch({batch_size}) of {self.path.name} raises", self.path):
-            batch = make(batch_size)
-        check_batch(batch, f"example_batch({batch_size}) of {self.path.name}")
-        return batch
+        what = f"example_batch({batch_size}) of {self.path.name}"
+        with explained(f"{what} raises", self.path), nullcontext() if torch.cuda.is_available() else WithoutCuda():
+            batch = make(batch_size, **self._sequence_argument(make))
+        return checked_batch(batch, what)
 
     @property
     def has_train_batches(self) -> bool:
-        """Whether the file has data of its own."""
+        """Whether the file has ``train_batches``."""
         return callable(getattr(self.module, "train_batches", None))
 
     def train_batches(self, batch_size: int) -> Iterator[Any]:
         """The file's ``train_batches(batch_size)``, or the example batch over and over."""
         if not self.has_train_batches:
-            batch = self.example_batch(batch_size)
-            while True:
-                yield batch
-        with explained(f"train_batches({batch_size}) of {self.path.name} raises", self.path):
-            batches = iter(self.module.train_batches(batch_size))
+            yield from super().train_batches(batch_size)
+        what = f"train_batches({batch_size}) of {self.path.name}"
+        make = self.module.train_batches
+        with explained(f"{what} raises", self.path):
+            batches = iter(make(batch_size, **self._sequence_argument(make)))
         while True:
-            with explained(f"train_batches({batch_size}) of {self.path.name} raises", self.path):
+            with explained(f"{what} raises", self.path):
                 try:
                     batch = next(batches)
                 except StopIteration:
                     return
-            check_batch(batch, f"train_batches({batch_size}) of {self.path.name}")
-            yield batch
+            yield checked_batch(batch, what)
 
     def loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """The scalar to train on: the file's ``loss(outputs, batch)``, or what the model returns."""
@@ -111,9 +101,16 @@ class ModelSource:
             value = own(outputs, batch)
         return check_loss(value, f"loss(outputs, batch) of {self.path.name} returned")
 
-    def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Run the model on a batch; returns the loss."""
-        return loss_of(model, batch, self.loss, self.path)
+    def _sequence_argument(self, make: Callable[..., Any]) -> dict[str, int]:
+        if self.sequence_length is None:
+            return {}
+        for name in SEQUENCE_NAMES:
+            if name in inspect.signature(make).parameters:
+                return {name: self.sequence_length}
+        raise SourceError(
+            f"{make.__name__}(batch_size) of {self.path.name} takes no sequence length, so that --seq "
+            f"{self.sequence_length} can not reach it: add a parameter seq_len\n{SEQUENCE_LINES}"
+        )
 
     def _builder(self) -> Callable[[], Any]:
         build = getattr(self.module, "build_model", None)
@@ -135,16 +132,31 @@ class ModelSource:
         raise SourceError(f"{self.path.name} must say which model to use, and has {found}: add build_model()\n{lines}")
 
 
-def load_source(path: Path | str) -> ModelSource:
-    """Run a model file as a script would be, its folder on ``sys.path``; code under a main guard does not run.
+def load_source(path: Path | str, sequence_length: int | None = None) -> ModelSource:
+    """The source of a model: a Python file, a Hugging Face config.json, or a directory that holds one.
 
-    Raises SourceError when the file is missing, is not Python, or raises.
+    ``sequence_length`` is what the batches are to have, None for what the source chooses. Raises SourceError when the
+    file is missing, is neither, or raises.
     """
     path = Path(path).resolve()
-    if not path.is_file():
-        raise SourceError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        path /= CONFIG_NAME
+    if not path.exists():
+        raise SourceError(f"{path} does not exist")
+    if path.is_dir():
+        raise SourceError(f"{path} is a folder without {CONFIG_NAME}; name the .py file that defines the model")
+    if path.suffix == ".json":
+        return HuggingFaceSource.load(path, sequence_length)
     if path.suffix != ".py":
-        raise SourceError(f"{path.name} is not a Python file; name the .py file that defines the model")
+        raise SourceError(
+            f"{path.name} is neither a Python file nor a Hugging Face {CONFIG_NAME}; "
+            "name the .py file that defines the model"
+        )
+    return _run(path, sequence_length)
+
+
+def _run(path: Path, sequence_length: int | None) -> ModelFile:
+    """Run a model file as a script would be, its folder on ``sys.path``; code under a main guard does not run."""
     # A name of its own, under which pickle and dataclasses find the file's classes.
     name = f"_model_{path.stem}_{sha256(str(path).encode()).hexdigest()[:8]}"
     module = ModuleType(name)
@@ -155,65 +167,14 @@ def load_source(path: Path | str) -> ModelSource:
     arguments, sys.argv = sys.argv, [str(path)]
     sys.modules[name] = module
     try:
-        with explained(f"{path.name} raises when it is run", path):
+        with memory_guarded(path.name), explained(f"{path.name} raises when it is run", path):
             exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
         sys.argv = arguments
-    return ModelSource(path, path.stem, module)
-
-
-def call_model(model: Callable[..., Any], batch: Any) -> Any:
-    """Call the model: a dict as keyword arguments, a tuple as arguments, a tensor as the only one."""
-    if isinstance(batch, dict):
-        return model(**batch)
-    if isinstance(batch, tuple):
-        return model(*batch)
-    return model(batch)
-
-
-def loss_of(model: nn.Module, batch: Any, loss: Loss, path: Path | None = None) -> torch.Tensor:
-    """Run the model on a batch and take the loss, the faults of either explained."""
-    where = f" of {path.name}" if path else ""
-    with explained(f"the forward pass{where} fails on the example batch", path):
-        outputs = call_model(model, batch)
-    with explained(f"loss(outputs, batch){where} raises", path):
-        return check_loss(loss(outputs, batch), f"loss(outputs, batch){where} returned")
-
-
-def default_loss(outputs: Any, where: str = "the model file") -> torch.Tensor:
-    """The model's output where it is a scalar, or else its ``loss``."""
-    value = outputs
-    if isinstance(outputs, dict):
-        value = outputs.get("loss")
-    elif not isinstance(outputs, torch.Tensor):
-        value = getattr(outputs, "loss", None)
-    if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return check_loss(value, "the model returned")
-    raise SourceError(
-        f"the model returns {_a(outputs)}, which is no loss: add loss(outputs, batch) to {where}\n{LOSS_LINES}"
-    )
-
-
-def check_loss(value: Any, what: str) -> torch.Tensor:
-    """The value, if backward can start from it."""
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        raise SourceError(f"{what} {_a(value)}; the loss must be a tensor with one element:\n{LOSS_LINES}")
-    if torch.is_grad_enabled() and not value.requires_grad:
-        raise SourceError(f"{what} a loss that no trainable parameter leads to; nothing could be trained")
-    return value
-
-
-def check_batch(batch: Any, what: str) -> None:
-    """Raise SourceError unless it is a dict with string keys, a tuple or a tensor."""
-    if isinstance(batch, torch.Tensor | tuple) or (isinstance(batch, dict) and all(isinstance(k, str) for k in batch)):
-        return
-    raise SourceError(
-        f"{what} is {_a(batch)}; it must be a dict of keyword arguments, a tuple of arguments or a tensor:\n"
-        + BATCH_LINES
-    )
+    return ModelFile(path, path.stem, module, sequence_length)
 
 
 def _is_model_class(value: Any) -> bool:
@@ -226,9 +187,3 @@ def _constructs_without_arguments(cls: type) -> bool:
     except (TypeError, ValueError):
         return False
     return True
-
-
-def _a(value: Any) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    return "None" if value is None else f"a {type(value).__name__}"

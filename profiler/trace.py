@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from profiler.cuda_semantics import cuda_semantics
-from profiler.errors import ProfilerError
+from profiler.errors import ProfilerError, SourceError
 from profiler.events import BACKWARD, FORWARD, LOSS, Call, Category, Event, Gradient, Save
-from profiler.fakes import fake_batch, faked
+from profiler.fakes import fake_batch, fake_mode, faked
 from profiler.folding import Folding
+from profiler.obliging import obliging_fakes
 from profiler.recorder import ModuleStack, Recorder
 from profiler.runs import Run, parents
 from profiler.unfold import unfold
@@ -94,7 +94,7 @@ def _trace(
     runs: tuple[Run, ...],
 ) -> Trace:
     cast = torch.bfloat16 if precision == "bf16" else None
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = fake_mode()
     with ExitStack() as scope:
         scope.enter_context(torch.random.fork_rng(devices=()))
         scope.enter_context(_quiet())
@@ -105,8 +105,11 @@ def _trace(
         step = _Step(model, stack, recorder, folding, blocks, cast)
         scope.enter_context(cuda_semantics(recorder.report))
         inputs = fake_batch(mode, batch, cast)
+        recorder.values.tell(inputs, batch)
         step.register(inputs)
         scope.enter_context(step.observed(recompute))
+        scope.enter_context(torch.compiler.set_stance("force_eager"))  # the compiler would meet fake tensors
+        scope.enter_context(obliging_fakes(recorder.values, recorder.assume))
         scope.enter_context(mode)
         scope.enter_context(recorder)
         step.run(forward, inputs, _autocast(precision))
@@ -178,10 +181,21 @@ class _Step:
     def run(self, forward: Forward, batch: Any, autocast: Any) -> None:
         """Forward and loss, then backward. Outputs are dropped once the loss is there, which stays."""
         keep = torch.autograd.graph.saved_tensors_hooks(self._save, _same)
-        with self.recorder.during(FORWARD), keep, autocast:
+        with self.recorder.during(FORWARD), keep, autocast, self._doubted():
             self.loss = forward(self.model, batch)
         with self.recorder.during(BACKWARD):
             self.loss.backward()
+
+    @contextmanager
+    def _doubted(self) -> Iterator[None]:
+        """Say with an error what was assumed before it, and may have led to it."""
+        try:
+            yield
+        except SourceError as error:
+            if not self.recorder.assumptions:
+                raise
+            last = list(self.recorder.assumptions)[-1]
+            raise SourceError(f"{error}; before that, {last}", error.traceback) from error
 
     def result(self) -> Trace:
         """What was seen."""

@@ -112,6 +112,18 @@ def test_calibrating_without_a_gpu_is_a_sentence(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_configuration_stands_in_place_of_the_file_and_seq_sets_its_length(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 96, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flops = []
+    for length in (16, 32):
+        done = memplan("profile", ".", "-b", 2, "--seq", length, "--json", "p.json", folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        flops.append(json.loads((tmp_path / "p.json").read_text())["totals"]["forward_flops"])
+    assert flops[1] > 2 * flops[0]
+
+
 def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path) -> None:
     nvme = ("--nvme", f"{tmp_path / 'swap'}:64MiB")
     done = memplan("plan", model, *TIERS, *nvme, "--out", "out", folder=tmp_path)

@@ -147,7 +147,7 @@ FAULTS = {
         "build_model() of model.py raises: ZeroDivisionError",
         "return 1 / 0",
     ),
-    "build_model that returns no module": ("def build_model():\n    return 3\n", "returned a int", ""),
+    "build_model that returns no module": ("def build_model():\n    return 3\n", "returned an int", ""),
     "no example batch": (LINEAR, "add example_batch(batch_size)", ""),
     "an example batch that raises": (
         LINEAR + "def example_batch(n):\n    return missing\n",
@@ -206,8 +206,8 @@ def test_missing_files_folders_and_other_kinds_are_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("")
     for path, sentence in (
         (tmp_path / "absent.py", "does not exist"),
-        (tmp_path, "is not a file"),
-        (tmp_path / "notes.txt", "is not a Python file"),
+        (tmp_path, "is a folder without config.json"),
+        (tmp_path / "notes.txt", "is neither a Python file nor"),
     ):
         with pytest.raises(SourceError, match=sentence):
             load_source(path)
