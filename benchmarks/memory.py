@@ -34,7 +34,7 @@ from benchmarks.children import Failure, in_children
 from benchmarks.common import RESULTS, host
 from benchmarks.zoo import CONFIGURATIONS, Configuration
 from profiler.measure import TrainingLoop, measure_step
-from profiler.source import default_loss, loss_of
+from profiler.contract import default_loss, loss_of
 
 SECONDS_A_CHILD = 60.0
 PREPARED_AHEAD = 4

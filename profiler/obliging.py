@@ -1,5 +1,6 @@
 """What fake tensors refuse and forward passes do: leaving for NumPy or CUDA, and being printed with a format."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,3 +58,21 @@ def obliging_fakes(values: KnownValues, assume: Callable[[str], None]) -> Iterat
                 setattr(FakeTensor, name, own[name])
             else:
                 delattr(FakeTensor, name)
+
+
+@contextmanager
+def unnoticed_fakes() -> Iterator[None]:
+    """Keep transformers from seeing fake tensors: it would then take the path of a model that is exported.
+
+    On that path attention gets a mask, and other kernels, where the real step has none.
+    """
+    utilities = sys.modules.get("transformers.utils.import_utils")
+    own = getattr(utilities, "is_fake_tensor", None)
+    if utilities is None or own is None:
+        yield
+        return
+    vars(utilities)["is_fake_tensor"] = lambda _: False
+    try:
+        yield
+    finally:
+        vars(utilities)["is_fake_tensor"] = own

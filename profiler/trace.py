@@ -17,7 +17,7 @@ from profiler.errors import ProfilerError, SourceError
 from profiler.events import BACKWARD, FORWARD, LOSS, Call, Category, Event, Gradient, Save
 from profiler.fakes import fake_batch, fake_mode, faked
 from profiler.folding import Folding
-from profiler.obliging import obliging_fakes
+from profiler.obliging import obliging_fakes, unnoticed_fakes
 from profiler.recorder import ModuleStack, Recorder
 from profiler.runs import Run, parents
 from profiler.unfold import unfold
@@ -110,6 +110,7 @@ def _trace(
         scope.enter_context(step.observed(recompute))
         scope.enter_context(torch.compiler.set_stance("force_eager"))  # the compiler would meet fake tensors
         scope.enter_context(obliging_fakes(recorder.values, recorder.assume))
+        scope.enter_context(unnoticed_fakes())
         scope.enter_context(mode)
         scope.enter_context(recorder)
         step.run(forward, inputs, _autocast(precision))

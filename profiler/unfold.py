@@ -127,11 +127,13 @@ class _Unfolding:
         return found
 
     def _check(self) -> None:
-        """Raise unless rounds 1 and 2 are the same, and nothing but the markers of the blocks was passed over."""
+        """Raise unless rounds 1 and 2 are the same, and what ran between the blocks passed over has left nothing."""
         spans = self.spans
-        for span, kind in ((spans.skipped_forward, Call), (spans.skipped_backward, Back)):
-            if not all(isinstance(e, kind) for e in self.events[span.start : span.stop]):
-                raise CannotUnfoldError("something ran between the blocks that were passed over")
+        for span in (spans.skipped_forward, spans.skipped_backward):
+            between = self.events[span.start : span.stop]
+            made, ended = ({e.id for e in between if isinstance(e, kind)} for kind in (Alloc, Free))
+            if made != ended or any(isinstance(e, Gradient) for e in between):
+                raise CannotUnfoldError("something ran between the blocks that were passed over, and left something")
         for side in (spans.forward, spans.backward):
             one, two = (self._canonical(c, side[c]) for c in (TEMPLATE - 1, TEMPLATE))
             if one != two:

@@ -4,7 +4,7 @@ from torch import nn
 
 from profiler import ProfilerError
 from profiler.measure import PHASES, measure_step
-from profiler.source import default_loss, loss_of
+from profiler.contract import default_loss, loss_of
 from tests.profiler_models import mean_square
 
 

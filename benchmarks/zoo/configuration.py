@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from profiler.source import Loss
+from profiler.contract import Loss
 
 Build = Callable[[], nn.Module]
 Batch = Callable[[], Any]
