@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from profiler.formulas import attention_flops
+from profiler.products import attention_of
 from profiler.shapes import attention_shape
 
 
@@ -86,10 +86,10 @@ class _FusedAttention(torch.autograd.Function):
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.report = report
-        ctx.flops = attention_flops(query.shape, key.shape, value.shape[-1], causal)
+        ctx.work = attention_of(query.shape, key.shape, value.shape[-1], causal)
         ctx.shape = attention_shape(query.shape, key.shape, causal, mask is not None)
         tensors = [t for t in (query, key, value, out, sums, mask) if t is not None]
-        report("attention", ctx.flops, tensors, ctx.shape)
+        report("attention", ctx.work.flops, tensors, ctx.shape)
         return out
 
     @staticmethod
@@ -102,7 +102,6 @@ class _FusedAttention(torch.autograd.Function):
         if key.shape[1] != query.shape[1]:
             shape = (*query.shape[:2], *key.shape[2:])
             held += [key.new_empty(shape), value.new_empty((*shape[:3], value.shape[-1]))]
-        # Five matrix products where forward has two: the scores are computed again.
         moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
-        ctx.report("attention_backward", ctx.flops * 5 // 2, moved, ctx.shape)
+        ctx.report("attention_backward", ctx.work.backward_flops, moved, ctx.shape)
         return (*grads, None, None, None)
