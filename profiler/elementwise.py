@@ -51,7 +51,7 @@ FREE = frozenset(_NOTHING.split())
 
 PER_RESULT = _table(
     {
-        1: "hardswish hardswish_backward elu_backward leaky_relu_backward hardtanh_backward hardsigmoid_backward "
+        1: "hardswish hardswish_backward mish_backward elu_backward leaky_relu_backward hardtanh_backward hardsigmoid_backward "
         "hardshrink_backward softshrink_backward softplus_backward log_sigmoid_forward log_sigmoid_backward "
         "_prelu_kernel _prelu_kernel_backward rrelu_with_noise rrelu_with_noise_backward floor_divide polar _add_relu "
         "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_avg_pool3d_backward _masked_scale",
@@ -73,18 +73,21 @@ PER_FIRST = _table(
         "reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward "
         "replication_pad2d_backward replication_pad3d_backward upsample_nearest1d_backward "
         "upsample_nearest2d_backward upsample_nearest3d_backward _upsample_nearest_exact1d_backward "
-        "_upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward _embedding_bag_dense_backward",
+        "_upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward",
         # square and add
         2: "norm linalg_vector_norm native_norm _powsum linalg__powsum",
         # difference, its square, sum; the largest taken off, exponential, sum; square, sum, product
-        3: "mse_loss dist multi_margin_loss multi_margin_loss_backward logsumexp _weight_norm_interface",
+        3: "mse_loss dist renorm embedding_renorm multi_margin_loss multi_margin_loss_backward logsumexp _weight_norm_interface",
         # sum for the mean, difference, square, sum
         4: "var var_mean std std_mean "
         # the largest taken off, exponential, sum, division; the logarithm's difference instead of the division
         "_softmax _safe_softmax _log_softmax _masked_softmax logcumsumexp _logcumsumexp "
         # product with the gradient (or exponential), sum, product, difference
         "_softmax_backward_data _log_softmax_backward_data _masked_softmax_backward "
-        "smooth_l1_loss huber_loss soft_margin_loss",
+        "smooth_l1_loss huber_loss soft_margin_loss "
+        # scaled, rounded, clamped, scaled back
+        "fake_quantize_per_tensor_affine_cachemask fake_quantize_per_channel_affine_cachemask "
+        "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
         # product, sum, product, difference, product
         5: "_weight_norm_interface_backward",
         8: "binary_cross_entropy",
@@ -182,6 +185,11 @@ def _around(a: Arguments) -> int:
     return int(_SAMPLED_AXIS[a["interpolation_mode"]] ** a["grid"].shape[-1])
 
 
+def affine_grid_flops(a: Arguments, out: torch.Tensor) -> int:
+    """Each position times the matrix of [batch, dims, dims + 1]."""
+    return 2 * out.numel() * a["theta"].shape[-1]
+
+
 def fft_flops(a: Arguments, out: torch.Tensor) -> int:
     """5 n log2(n) for a transform of n complex numbers, as is usual (Cooley and Tukey); half of it for real ones."""
     x = a["self"]
@@ -209,8 +217,9 @@ def ctc_backward_flops(a: Arguments, _: Any) -> int:
 
 
 def embedding_bag_flops(a: Arguments, _: Any) -> int:
-    """One an element of the vectors that are added."""
-    return a["indices"].numel() * a["weight"].shape[1]
+    """One an element of the vectors that are added, in backward of their gradients."""
+    vectors = a["weight"] if "weight" in a else a["grad"]
+    return a["indices"].numel() * vectors.shape[1]
 
 
 def distance_flops(a: Arguments, out: torch.Tensor) -> int:
@@ -229,6 +238,7 @@ _NORM_BACKWARDS = (
     "native_layer_norm_backward native_group_norm_backward native_batch_norm_backward cudnn_batch_norm_backward "
     "batch_norm_backward"
 ).split()
+_BAGS = "_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward".split()
 _POOLS = ("avg_pool2d", "avg_pool3d")
 
 FORMULAS: dict[str, Formula] = {
@@ -248,7 +258,8 @@ FORMULAS: dict[str, Formula] = {
     **{f"{name}_{end}": nll_flops for name in ("nll_loss", "nll_loss2d") for end in ("forward", "backward")},
     "_ctc_loss": ctc_flops,
     "_ctc_loss_backward": ctc_backward_flops,
-    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), embedding_bag_flops),
+    **dict.fromkeys(_BAGS, embedding_bag_flops),
+    "affine_grid_generator": affine_grid_flops,
     **dict.fromkeys(("_cdist_forward", "_cdist_backward", "_euclidean_dist"), distance_flops),
 }
 """Those that depend on more than a number of elements."""

@@ -66,7 +66,7 @@ def _count_of(func: Any) -> Count | None:
         return _nothing
     if name in PER_FIRST:
         return _per_first(PER_FIRST[name])
-    if name in PER_RESULT or torch.Tag.pointwise in func.tags or _is_pointwise_list(schema.name):
+    if name in PER_RESULT or torch.Tag.pointwise in func.tags or _is_pointwise(name):
         return _per_result(PER_RESULT.get(name, 1), _COMPLEX_POINTWISE.get(name, 2))
     return None
 
@@ -124,13 +124,12 @@ def _first(value: Any) -> torch.Tensor:
     return _tensors(value)[0]
 
 
-def _is_pointwise_list(name: str) -> bool:
-    """Whether an operation on lists does to each tensor what a pointwise one does."""
-    name = plain_name(name)
-    packet = getattr(torch.ops.aten, name.removeprefix("_foreach_"), None)
-    if not name.startswith("_foreach_") or packet is None:
-        return False
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+def _is_pointwise(name: str) -> bool:
+    """Whether an overload of PyTorch's operation is marked as pointwise; those in place and on lists often are not."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 def _is_factory(schema: Any) -> bool:

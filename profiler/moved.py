@@ -87,12 +87,14 @@ def _nll(_: Sequence[Any], read: Sequence[torch.Tensor], written: Sequence[torch
 def _scattered(passes: int) -> Rule:
     """Numbers go to places of the first argument: they are read with their indices, and the places written.
 
-    ``passes`` is 2 where the places are read too. A result of its own is first a copy.
+    ``passes`` is 2 where the places are read too. A result of its own is first a copy, except in backward: autograd
+    adds to zeros in their place, only before a dispatch mode, such as the tracer's, it does not.
     """
 
     def rule(_: Sequence[Any], read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> int:
         target, given = read[0], read[1:]
-        copied = 0 if written[0] is target else 2 * traffic(written)
+        in_place = written[0] is target or torch._C._current_autograd_node() is not None
+        copied = 0 if in_place else 2 * traffic(written)
         places = min(max(t.numel() for t in given) * target.element_size(), traffic(read[:1]))
         return copied + traffic(given) + passes * places
 
