@@ -22,9 +22,12 @@ LLAMAS = {
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    return {"gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None, **host()}
+
+
+def host() -> dict[str, Any]:
+    """The same without the GPU, which can not be asked for its name without initialising CUDA."""
     return {
-        "gpu": gpu,
         "cpu": platform.processor() or platform.machine(),
         "cores": len(psutil.Process().cpu_affinity() or ()),
         "host_bytes": psutil.virtual_memory().total,

@@ -8,7 +8,7 @@ among the storages made there. If in these terms the second and the third round 
 again, and so on: the third is repeated for every round that was passed over, and what follows refers to the last copy.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import Any
@@ -20,8 +20,10 @@ FORWARD_SIDE, BACKWARD_SIDE = "forward", "backward"
 TEMPLATE = 2
 """The round that is repeated; the one before it must be its like."""
 
-Numbered = Alloc | Free | Save
-"""Events that name a storage."""
+ID_AT: dict[Any, int] = {Alloc: 0, Free: 0, Save: 0}
+"""Position of the storage's id among an event's fields."""
+NAME_AT: dict[Any, int] = {Alloc: 3, Op: 4, Save: 1, Call: 0, Back: 0, Gradient: 0}
+"""Position of the dotted name."""
 Name = tuple[int, str, int]
 """(round, side, position) of a storage; forward positions count from the end of their round, and are negative."""
 
@@ -131,7 +133,7 @@ class _Unfolding:
             if not all(isinstance(e, kind) for e in self.events[span.start : span.stop]):
                 raise CannotUnfoldError("something ran between the blocks that were passed over")
         for side in (spans.forward, spans.backward):
-            one, two = (self._canonical(side[c], c) for c in (TEMPLATE - 1, TEMPLATE))
+            one, two = (self._canonical(c, side[c]) for c in (TEMPLATE - 1, TEMPLATE))
             if one != two:
                 raise CannotUnfoldError("the blocks are not alike")
         three, two = (self._sizes(spans.backward[c]) for c in (3, TEMPLATE))
@@ -141,17 +143,15 @@ class _Unfolding:
     def _sizes(self, span: range) -> list[tuple[object, ...]]:
         return [(e.bytes, e.category) for e in self.events[span.start : span.stop] if isinstance(e, Alloc)]
 
-    def _canonical(self, span: range, c: int) -> list[Any]:
+    def _canonical(self, c: int, span: range) -> list[Any]:
         p = self.run.period
-        prefixes = {path: str(i) for i, path in enumerate(self.run.blocks[c * p : (c + 1) * p])}
-        rename = _Renaming(prefixes)
+        events = self.events[span.start : span.stop]
+        names = _renamed(events, {path: str(i) for i, path in enumerate(self.run.blocks[c * p : (c + 1) * p])})
+        ids = {number: self._relative(number, c) for number in _ids(events)}
         found: list[Any] = []
         # What ends at one moment does so in any order: a container's, or that of a set.
-        for ends, group in groupby(self.events[span.start : span.stop], key=lambda e: isinstance(e, Free)):
-            forms = [
-                (type(e), *_replaced(e, rename, self._relative(e.id, c) if isinstance(e, Numbered) else 0))
-                for e in group
-            ]
+        for ends, group in groupby(events, key=lambda e: isinstance(e, Free)):
+            forms = [(type(e), *_replaced(e, ids, names)) for e in group]
             found += sorted(forms, key=repr) if ends else forms
         return found
 
@@ -179,10 +179,10 @@ class _Unfolding:
         p, blocks = self.run.period, self.run.blocks
         start = TEMPLATE * p
         pairs = zip(blocks[start : start + p], blocks[start + shift * p : start + (shift + 1) * p], strict=True)
-        rename = _Renaming(dict(pairs))
         template = self.events[span.start : span.stop]
-        ids = {n: self._shifted(n, shift) for n in {e.id for e in template if isinstance(e, Numbered)}}
-        return [type(e)._make(_replaced(e, rename, ids[e.id] if isinstance(e, Numbered) else 0)) for e in template]
+        names = _renamed(template, dict(pairs))
+        ids = {number: self._shifted(number, shift) for number in _ids(template)}
+        return [tuple.__new__(type(e), _replaced(e, ids, names)) for e in template]
 
     def _shifted(self, number: int, shift: int) -> int:
         if number in self.names:
@@ -196,12 +196,8 @@ class _Unfolding:
     def _used_names(self) -> set[Any]:
         """What the template's events name, relative to it."""
         spans = (self.spans.forward[TEMPLATE], self.spans.backward[TEMPLATE])
-        return {
-            self._relative(e.id, TEMPLATE)
-            for span in spans
-            for e in self.events[span.start : span.stop]
-            if isinstance(e, Free | Save)
-        }
+        used = (e for span in spans for e in self.events[span.start : span.stop] if isinstance(e, Free | Save))
+        return {self._relative(e.id, TEMPLATE) for e in used}
 
     def _after(self, event: Event, used: set[Any]) -> list[Event]:
         """An event after the copies: what the last round names of the one before it is the last copy's."""
@@ -231,30 +227,28 @@ class _Unfolding:
         return [Free(self._id(c + shift, side, position), event.phase) for shift in range(self.rounds + 1)]
 
 
-class _Renaming:
-    """Dotted names under some prefixes, moved under others; remembers what it was asked."""
-
-    def __init__(self, prefixes: dict[str, str]) -> None:
-        self._prefixes, self._known = prefixes, dict(prefixes)
-
-    def __call__(self, name: str) -> str:
-        """The name with its prefix replaced, if it has one of them."""
-        if name not in self._known:
-            head = name
-            while head and head not in self._prefixes:
-                head = head.rpartition(".")[0]
-            self._known[name] = self._prefixes[head] + name[len(head) :] if head else name
-        return self._known[name]
+def _ids(events: Sequence[Event]) -> set[int]:
+    return {e.id for e in events if isinstance(e, Alloc | Free | Save)}
 
 
-def _replaced(e: Event, rename: _Renaming, number: Any) -> tuple[object, ...]:
-    """The event's fields with its storage's id and its names replaced."""
-    if isinstance(e, Alloc):
-        return (number, e.bytes, e.category, rename(e.module), e.phase)
-    if isinstance(e, Free):
-        return (number, e.phase)
-    if isinstance(e, Op):
-        return (e.name, e.flops, e.bytes, e.dtype, rename(e.module), e.phase, e.recompute, e.shape)
-    if isinstance(e, Save):
-        return (number, rename(e.module))
-    return (rename(e.parameter if isinstance(e, Gradient) else e.module),)
+def _renamed(span: Sequence[Event], prefixes: dict[str, str]) -> dict[str, str]:
+    """Every dotted name in some events, under another prefix if it has one of ``prefixes``."""
+    found: dict[str, str] = {}
+    names: set[Any] = {e[NAME_AT[type(e)]] for e in span if type(e) in NAME_AT}
+    for name in names:
+        head = name
+        while head and head not in prefixes:
+            head = head.rpartition(".")[0]
+        found[name] = prefixes[head] + name[len(head) :] if head else name
+    return found
+
+
+def _replaced(e: Event, ids: Mapping[int, Any], names: Mapping[str, str]) -> list[Any]:
+    """The event's fields with its storage's id and its name replaced."""
+    fields: list[Any] = list(e)
+    kind = type(e)
+    if kind in ID_AT:
+        fields[ID_AT[kind]] = ids[fields[ID_AT[kind]]]
+    if kind in NAME_AT:
+        fields[NAME_AT[kind]] = names[fields[NAME_AT[kind]]]
+    return fields

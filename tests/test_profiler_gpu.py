@@ -1,14 +1,14 @@
 """The prediction beside the plain training loop on a CUDA device. Run with ``-s`` to see the figures."""
 
-import gc
-from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 from profiler import PRECISIONS, profile_model
-from profiler.events import BACKWARD, FORWARD, STEP
+from profiler.measure import measure_step
+from profiler.source import loss_of
 from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 
 pytestmark = [
@@ -48,47 +48,7 @@ def _conv():
 
 
 MODELS = {"mlp": _mlp, "gpt": _gpt, "llama": _llama, "conv": _conv}
-OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p),
-    "adamw-fused": lambda p: torch.optim.AdamW(p, fused=True),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9),
-}
-
-
-def _to_device(batch, dtype):
-    if isinstance(batch, dict):
-        return {name: _to_device(value, dtype) for name, value in batch.items()}
-    return batch.to("cuda", dtype) if batch.is_floating_point() else batch.cuda()
-
-
-def measure(model, batch, loss_fn, precision, optimizer):
-    """Peak bytes by phase of the third step of the plain loop, and the bytes reserved by its end."""
-    gc.collect()
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
-    base, base_reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = model.to(dtype).cuda().train()
-    batch = _to_device(batch, dtype)
-    update = OPTIMIZERS[optimizer](model.parameters())
-    peaks = {}
-
-    def phase(name):
-        torch.cuda.synchronize()
-        peaks[name] = torch.cuda.max_memory_allocated() - base
-        torch.cuda.reset_peak_memory_stats()
-
-    for _ in range(3):
-        torch.cuda.reset_peak_memory_stats()
-        with torch.autocast("cuda", torch.bfloat16) if precision == "amp" else nullcontext():
-            loss = loss_fn(model(**batch) if isinstance(batch, dict) else model(batch), batch)
-        phase(FORWARD)
-        loss.backward()
-        phase(BACKWARD)
-        update.step()
-        update.zero_grad()
-        phase(STEP)
-    return peaks, torch.cuda.memory_reserved() - base_reserved
+OPTIMIZERS = ("adamw", "adamw-fused", "sgd-momentum")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -97,13 +57,12 @@ def measure(model, batch, loss_fn, precision, optimizer):
 def test_predicted_peak_is_within_8_percent_of_the_device(model_name, precision, optimizer):
     model, batch, loss = MODELS[model_name]()
     predicted = profile_model(model, batch, loss=loss, precision=precision, optimizer=optimizer)
-    actual, reserved = measure(model, batch, loss, precision, optimizer)
+    actual = measure_step(model, batch, partial(loss_of, loss=loss), precision, optimizer, timed_steps=0)
     figures = {
-        FORWARD: (predicted.peaks.forward_bytes, actual[FORWARD]),
-        BACKWARD: (predicted.peaks.backward_bytes, actual[BACKWARD]),
-        STEP: (predicted.peaks.step_bytes, actual[STEP]),
-        "overall": (predicted.peaks.overall_bytes, max(actual.values())),
-        "reserved": (predicted.peaks.reserved_bytes, reserved),
+        "backward": (predicted.peaks.backward_bytes, actual.steady_bytes["backward"]),
+        "step": (predicted.peaks.step_bytes, actual.steady_bytes["step"]),
+        "overall": (predicted.peaks.overall_bytes, actual.overall_bytes),
+        "reserved": (predicted.peaks.reserved_bytes, actual.reserved_bytes),
     }
     print(f"\n{model_name} {precision} {optimizer}:", end="")
     for name, (guess, truth) in figures.items():
