@@ -44,17 +44,18 @@ _NOTHING = (
     "max min amax amin aminmax _aminmax argmax argmin sort topk kthvalue median nanmedian mode cummax cummin "
     "_cummax_helper _cummin_helper max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d "
     "adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d any all count_nonzero equal isin searchsorted "
-    "bucketize bincount histc unique _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive allclose"
+    "bucketize bincount histc _unique _unique2 unique_dim unique_consecutive unique_dim_consecutive allclose"
 )
 FREE = frozenset(_NOTHING.split())
 """Make, fill, move, choose or compare numbers; so does what ends in ``_copy`` (a view's values, copied)."""
 
 PER_RESULT = _table(
     {
-        1: "hardswish hardswish_backward mish_backward elu_backward leaky_relu_backward hardtanh_backward hardsigmoid_backward "
-        "hardshrink_backward softshrink_backward softplus_backward log_sigmoid_forward log_sigmoid_backward "
-        "_prelu_kernel _prelu_kernel_backward rrelu_with_noise rrelu_with_noise_backward floor_divide polar _add_relu "
-        "_adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward adaptive_avg_pool3d_backward _masked_scale",
+        1: "hardswish hardswish_backward mish_backward elu_backward leaky_relu_backward hardtanh_backward "
+        "hardsigmoid_backward hardshrink_backward softshrink_backward softplus_backward log_sigmoid_forward "
+        "log_sigmoid_backward _prelu_kernel _prelu_kernel_backward rrelu_with_noise rrelu_with_noise_backward "
+        "floor_divide polar _add_relu _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward "
+        "adaptive_avg_pool3d_backward _masked_scale",
         2: "addcmul addcdiv native_dropout native_dropout_backward _fused_dropout glu glu_backward",
         3: "lerp linalg_cross mse_loss_backward smooth_l1_loss_backward huber_loss_backward",
         4: "soft_margin_loss_backward",
@@ -75,9 +76,10 @@ PER_FIRST = _table(
         "upsample_nearest2d_backward upsample_nearest3d_backward _upsample_nearest_exact1d_backward "
         "_upsample_nearest_exact2d_backward _upsample_nearest_exact3d_backward",
         # square and add
-        2: "norm linalg_vector_norm native_norm _powsum linalg__powsum",
+        2: "norm linalg_vector_norm native_norm linalg__powsum",
         # difference, its square, sum; the largest taken off, exponential, sum; square, sum, product
-        3: "mse_loss dist renorm embedding_renorm multi_margin_loss multi_margin_loss_backward logsumexp _weight_norm_interface",
+        3: "mse_loss dist renorm embedding_renorm multi_margin_loss multi_margin_loss_backward logsumexp "
+        "_weight_norm_interface",
         # sum for the mean, difference, square, sum
         4: "var var_mean std std_mean "
         # the largest taken off, exponential, sum, division; the logarithm's difference instead of the division
@@ -233,33 +235,38 @@ _SUPPORTS = {"_upsample_bilinear2d_aa": 2, "_upsample_bicubic2d_aa": 4, "_upsamp
 _NORMS = (
     "native_layer_norm native_group_norm native_batch_norm cudnn_batch_norm _native_batch_norm_legit "
     "_native_batch_norm_legit_functional _batch_norm_with_update _batch_norm_with_update_functional"
-).split()
+)
 _NORM_BACKWARDS = (
     "native_layer_norm_backward native_group_norm_backward native_batch_norm_backward cudnn_batch_norm_backward "
     "batch_norm_backward"
-).split()
-_BAGS = "_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward".split()
+)
+_BAGS = "_embedding_bag _embedding_bag_forward_only _embedding_bag_backward _embedding_bag_dense_backward"
 _POOLS = ("avg_pool2d", "avg_pool3d")
+
+
+def _all(names: str, formula: Formula) -> dict[str, Formula]:
+    return dict.fromkeys(names.split(), formula)
+
 
 FORMULAS: dict[str, Formula] = {
     **{name: added(source) for name, source in (_SOURCES | _ACCUMULATED).items()},
     "_unsafe_masked_index_put_accumulate": added("values"),
-    **dict.fromkeys(_NORMS, norm_flops),
-    **dict.fromkeys(_NORM_BACKWARDS, norm_backward_flops),
+    **_all(_NORMS, norm_flops),
+    **_all(_NORM_BACKWARDS, norm_backward_flops),
     "_native_batch_norm_legit_no_training": lambda a, out: norm_flops({**a, "training": False}, out),
     "_fused_rms_norm": rms_norm_flops,
     "_fused_rms_norm_backward": rms_norm_backward_flops,
     **{name + end: average_pool_flops for name in _POOLS for end in ("", "_backward")},
     **{name + end: interpolation(taps) for name, taps in _TAPS.items() for end in ("", "_backward")},
     **{name + end: antialiased(support) for name, support in _SUPPORTS.items() for end in ("", "_backward")},
-    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d"), grid_sample_flops),
-    **dict.fromkeys(("grid_sampler_2d_backward", "grid_sampler_3d_backward"), grid_sample_backward_flops),
-    **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), fft_flops),
+    **_all("grid_sampler_2d grid_sampler_3d", grid_sample_flops),
+    **_all("grid_sampler_2d_backward grid_sampler_3d_backward", grid_sample_backward_flops),
+    **_all("_fft_r2c _fft_c2r _fft_c2c", fft_flops),
     **{f"{name}_{end}": nll_flops for name in ("nll_loss", "nll_loss2d") for end in ("forward", "backward")},
     "_ctc_loss": ctc_flops,
     "_ctc_loss_backward": ctc_backward_flops,
-    **dict.fromkeys(_BAGS, embedding_bag_flops),
+    **_all(_BAGS, embedding_bag_flops),
     "affine_grid_generator": affine_grid_flops,
-    **dict.fromkeys(("_cdist_forward", "_cdist_backward", "_euclidean_dist"), distance_flops),
+    **_all("_cdist_forward _cdist_backward _euclidean_dist", distance_flops),
 }
 """Those that depend on more than a number of elements."""

@@ -7,7 +7,7 @@ values counts 0. Complex numbers count as the real ones that they are made of.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,10 +49,12 @@ def rate_dtype(tensors: Sequence[torch.Tensor]) -> str:
 def is_view(func: Any) -> bool:
     """Whether an operation's result is another look at its argument."""
     schema = func._schema
-    return torch.Tag.inplace_view in func.tags or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return torch.Tag.inplace_view in func.tags or any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _count_of(func: Any) -> Count | None:
     schema = func._schema
     name = plain_name(schema.name)
@@ -83,7 +85,7 @@ def _by_name(func: Any, formula: Callable[[Mapping[str, Any], Any], int], comple
     return count
 
 
-def _nothing(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+def _nothing(_: tuple[Any, ...], __: dict[str, Any], ___: Any) -> int:
     return 0
 
 

@@ -1,12 +1,14 @@
 """Bytes that an operation reads and writes if every number crosses the memory bus once.
 
-A tensor is read at most once, and of a storage at most as much as it has: an expanded tensor, or one given twice,
-costs no more than what is there. An operation that works in place reads and writes. What a caller can not see from the
-sizes of the arguments is told here: what is written only, what is read in part, and what is given for its shape only.
+A tensor is read at most once, and of a storage at most as much as it holds: an expanded tensor, or one given twice,
+costs no more than the numbers that are there. An operation that works in place reads and writes. What can not be seen
+from the sizes of the arguments is told here: what is written only, what is read in part, and what is given for its
+shape only.
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -18,9 +20,7 @@ Rule = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor]],
 """Bytes from the arguments by place, the tensors among all arguments, and the results."""
 
 
-def moved_bytes(
-    func: Any, args: Sequence[Any], read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]
-) -> int:
+def moved_bytes(func: Any, args: Sequence[Any], read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> int:
     """Of one call of an operator overload; 0 for a view. ``read`` are all tensors that it is given, in order."""
     return _rule_of(func)(args, read, written)
 
@@ -28,13 +28,21 @@ def moved_bytes(
 def traffic(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes of the numbers in the tensors, none of them twice."""
     if len(tensors) == 1:
-        tensor = tensors[0]
-        return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+        return min(_own_bytes(tensors[0]), tensors[0].untyped_storage().nbytes())
     parts: dict[int, list[int]] = {}
     for tensor in {id(t): t for t in tensors}.values():
         storage = tensor.untyped_storage()
-        parts.setdefault(storage._cdata, [storage.nbytes(), 0])[1] += tensor.nbytes
+        parts.setdefault(storage._cdata, [storage.nbytes(), 0])[1] += _own_bytes(tensor)
     return sum(min(whole, used) for whole, used in parts.values())
+
+
+def _own_bytes(tensor: torch.Tensor) -> int:
+    """Of a tensor's numbers, an expanded dimension's once."""
+    strides = tensor.stride()
+    if 0 not in strides:
+        return tensor.nbytes
+    sizes = zip(tensor.shape, strides, strict=True)
+    return prod(size for size, stride in sizes if stride or not size) * tensor.element_size()
 
 
 def _all(_: Sequence[Any], read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> int:
@@ -134,7 +142,7 @@ _RULES: list[tuple[Rule, str]] = [
 _BY_NAME = {name: rule for rule, names in _RULES for name in names.split()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rule_of(func: Any) -> Rule:
     schema = func._schema
     name = plain_name(schema.name)
