@@ -33,8 +33,8 @@ from benchmarks.building import batch_of, build_real
 from benchmarks.children import Failure, in_children
 from benchmarks.common import RESULTS, host
 from benchmarks.zoo import CONFIGURATIONS, Configuration
-from profiler.measure import TrainingLoop, measure_step
 from profiler.contract import default_loss, loss_of
+from profiler.measure import TrainingLoop, measure_step
 
 SECONDS_A_CHILD = 60.0
 PREPARED_AHEAD = 4

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import pad
 
-from profiler.formulas import attention_flops
+from profiler.products import attention_of
 from profiler.shapes import attention_shape
 
 
@@ -80,16 +80,21 @@ class _FusedAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         flash = query.dtype in HALF and mask is None
-        # The kernels write [batch, length, heads, dim], so that joining the heads afterwards copies nothing.
-        out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        ctx.random = [query.new_empty((), dtype=torch.int64) for _ in range(2 * flash)]  # seed and offset of dropout
+        # The kernels work on [batch, length, heads, dim]. If that is how the output is written, joining the heads
+        # afterwards copies nothing; flash attention writes it as the query lies.
+        if flash:
+            out = torch.empty_like(query.transpose(1, 2)).transpose(1, 2)
+        else:
+            out = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
         rows = length if flash else -(-length // 32) * 32
         sums = query.new_empty(batch, heads, rows, dtype=torch.float32)
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.report = report
-        ctx.flops = attention_flops(query.shape, key.shape, value.shape[-1], causal)
+        ctx.work = attention_of(query.shape, key.shape, value.shape[-1], causal)
         ctx.shape = attention_shape(query.shape, key.shape, causal, mask is not None)
         tensors = [t for t in (query, key, value, out, sums, mask) if t is not None]
-        report("attention", ctx.flops, tensors, ctx.shape)
+        report("attention", ctx.work.flops, tensors, ctx.shape)
         return out
 
     @staticmethod
@@ -102,7 +107,6 @@ class _FusedAttention(torch.autograd.Function):
         if key.shape[1] != query.shape[1]:
             shape = (*query.shape[:2], *key.shape[2:])
             held += [key.new_empty(shape), value.new_empty((*shape[:3], value.shape[-1]))]
-        # Five matrix products where forward has two: the scores are computed again.
         moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
-        ctx.report("attention_backward", ctx.flops * 5 // 2, moved, ctx.shape)
+        ctx.report("attention_backward", ctx.work.backward_flops, moved, ctx.shape)
         return (*grads, None, None, None)

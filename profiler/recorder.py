@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from profiler.cudnn import layout_workspace_bytes
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
-from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
+from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
+from profiler.moved import moved_bytes, traffic
+from profiler.reductions import reduction_workspace_bytes
 from profiler.shapes import work_shape
 
 aten = torch.ops.aten
@@ -137,7 +139,7 @@ class Recorder(TorchDispatchMode):
 
     def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
         """Log an operation that the dispatcher does not show, with the tensors that it reads and writes."""
-        moved = sum(t.nbytes for t in tensors)
+        moved = traffic(tensors)
         op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
 
@@ -189,12 +191,12 @@ class Recorder(TorchDispatchMode):
             self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
         for tensor in _tensors(out):
             self.watch(tensor, Category.ACTIVATION, module)
-        if passing := layout_workspace_bytes(func, args, out):
+        if passing := layout_workspace_bytes(func, args, out) or reduction_workspace_bytes(func, args, kwargs, out):
             number = self.new_id()
             self.events.append(Alloc(number, passing, Category.ACTIVATION, module, self.phase))
             self.events.append(Free(number, self.phase))
         read, written = _tensors((args, kwargs)), _tensors(out)
-        moved = moved_bytes(func, read, written)
+        moved = moved_bytes(func, args, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
         op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
         self.events.append(op)
