@@ -8,6 +8,7 @@ each phase to issue it (the step is waited for at its end only), and every opera
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,7 @@ from profiler.contract import default_loss, loss_of
 from profiler.measure import TrainingLoop
 
 SECONDS_A_CHILD = 60.0
-PREPARED_AHEAD = 3
-WARM_STEPS, TIMED_STEPS, PROFILED_STEPS = 3, 8, 2
+WARM_STEPS, TIMED_STEPS = 3, 8
 LISTED = 80
 """The operations that take most are listed by the shapes of their inputs too, so many."""
 ANNOTATION = "phase "
@@ -49,17 +50,21 @@ def main() -> None:
     args = parser.parse_args()
     began, rows = time.monotonic(), []
     chosen = [c for c in CONFIGURATIONS if re.search(args.only, c.name)]
-    for configuration, result in in_children(chosen, _profiled, 1, PREPARED_AHEAD, SECONDS_A_CHILD):
+    # All are built before the first one runs: building takes the cores that issue operations.
+    built = multiprocessing.get_context("fork").Barrier(len(chosen), timeout=SECONDS_A_CHILD)
+    for configuration, result in in_children(chosen, partial(_profiled, built), 1, len(chosen), SECONDS_A_CHILD):
         row = {"error": result.text} if isinstance(result, Failure) else result
         rows.append({"name": configuration.name, **row})
         args.out.write_text(json.dumps({"benchmark": "kernels", "machine": host(), "rows": rows}, indent=1) + "\n")
         print(f"{time.monotonic() - began:6.1f} s  {_line(rows[-1])}", flush=True)
 
 
-def _profiled(configuration: Configuration, turn: Callable[[], None]) -> Row:
-    torch.set_num_threads(4)
-    model, batch = build_real(configuration), batch_of(configuration)
-    torch.manual_seed(2)
+def _profiled(built: Barrier, configuration: Configuration, turn: Callable[[], None]) -> Row:
+    torch.set_num_threads(2)
+    try:
+        model, batch = build_real(configuration), batch_of(configuration)
+    finally:
+        built.wait()
     turn()
     forward = partial(loss_of, loss=configuration.loss or (lambda outputs, _: default_loss(outputs)))
     ways = configuration.precision, configuration.optimizer, configuration.clip
@@ -68,7 +73,7 @@ def _profiled(configuration: Configuration, turn: Callable[[], None]) -> Row:
         loop.step()
     timed = [_timed(loop) for _ in range(TIMED_STEPS)]
     events = _events(loop)
-    seconds = sum(k.duration for e in events for k in e.kernels if k.name != e.name) / 1e6 / PROFILED_STEPS
+    seconds = sum(k.duration for e in events for k in e.kernels if k.name != e.name) / 1e6
     return {
         "gpu": torch.cuda.get_device_name(),
         "step_seconds": statistics.median(t["step_seconds"] for t in timed),
@@ -95,17 +100,21 @@ def _timed(loop: TrainingLoop) -> dict[str, float]:
 
 
 def _events(loop: TrainingLoop) -> list[FunctionEvent]:
-    """Of the profiled steps, each phase annotated with its name once it has ended."""
+    """Of one step, each phase annotated with its name once it has ended."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], record_shapes=True) as found:
-        for _ in range(PROFILED_STEPS):
-            loop.step(lambda phase: record_function(ANNOTATION + phase).__enter__().__exit__(None, None, None))
+        loop.step(_annotated)
         torch.cuda.synchronize()
     return list(found.events())
 
 
+def _annotated(phase: str) -> None:
+    with record_function(ANNOTATION + phase):
+        pass
+
+
 def _operations(events: list[FunctionEvent]) -> list[Row]:
-    """Operations by phase and name, and the largest by their inputs' shapes too, with calls and seconds a step."""
+    """Operations by phase and name, and the largest by their inputs' shapes too, with calls and seconds."""
     cpu = [e for e in events if e.device_type == torch.autograd.DeviceType.CPU]
     cpu.sort(key=lambda e: e.time_range.start)
     whole: defaultdict[tuple[str, str], list[Any]] = defaultdict(lambda: [0, 0.0, defaultdict(float)])
@@ -127,9 +136,9 @@ def _operations(events: list[FunctionEvent]) -> list[Row]:
     return [
         {
             **dict(zip(("phase", "name", "shapes"), key, strict=False)),
-            "calls": calls / PROFILED_STEPS,
-            "seconds": seconds / PROFILED_STEPS,
-            "kernels": {name: value / PROFILED_STEPS for name, value in kernels.items()},
+            "calls": calls,
+            "seconds": seconds,
+            "kernels": dict(kernels),
         }
         for key, (calls, seconds, kernels) in [*whole.items(), *largest]
     ]
