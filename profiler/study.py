@@ -1,6 +1,8 @@
 """One model under one way of training it, and what its traces add up to."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -56,6 +58,10 @@ class Study:
 
     def profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         """The profile of a batch of ``batch_size``, with activation points of every batch."""
+        with _uncollected():
+            return self._profile(batches, batch_size)
+
+    def _profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         batch = batches[batch_size]()
         trace = self.trace(batch, recompute=False)
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
@@ -73,8 +79,9 @@ class Study:
         if size < 1 or (seq is not None and seq < 1):
             raise ProfileError("batch and seq must be at least 1")
         like = resized(known, (known_size, size), (length, seq) if length is not None and seq is not None else None)
-        trace = self.trace(like, recompute=False)
-        return self._summed_up(trace, like, size, (_point(size, False, trace, self.optimizer),), trace.assumptions)
+        with _uncollected():
+            trace = self.trace(like, recompute=False)
+            return self._summed_up(trace, like, size, (_point(size, False, trace, self.optimizer),), trace.assumptions)
 
     def _summed_up(
         self, trace: Trace, batch: Any, size: int, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
@@ -120,6 +127,18 @@ class Study:
                     how = " with recomputed blocks" if recompute else ""
                     remarks.append(f"batch size {size}{how} is left out: {str(error).splitlines()[0]}")
         return traces, remarks
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collection of cycles: storages end with their last reference, always at the same moment; and it takes time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:
