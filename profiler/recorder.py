@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from profiler.cudnn import layout_workspace_bytes
+from profiler.cudnn import passing_blocks
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
@@ -187,18 +188,27 @@ class Recorder(TorchDispatchMode):
             number = self.new_id()
             self._categories[number] = Category.WORKSPACE
             self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
-        for tensor in _tensors(out):
-            self.watch(tensor, Category.ACTIVATION, module)
-        if passing := layout_workspace_bytes(func, args, out):
-            number = self.new_id()
-            self.events.append(Alloc(number, passing, Category.ACTIVATION, module, self.phase))
-            self.events.append(Free(number, self.phase))
         read, written = _tensors((args, kwargs)), _tensors(out)
+        passing = passing_blocks(func, args, out)
+        with self._passing(passing.around, module):
+            for tensor, blocks in zip_longest(written, passing.after[: len(written)], fillvalue=()):
+                self.watch(tensor, Category.ACTIVATION, module)
+                with self._passing(blocks, module):
+                    pass
         moved = moved_bytes(func, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
         op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
         self.events.append(op)
         return out
+
+    @contextmanager
+    def _passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
+        """Log blocks of these bytes that end after what is inside."""
+        numbers = [self.new_id() for _ in sizes]
+        for number, size in zip(numbers, sizes, strict=True):
+            self.events.append(Alloc(number, size, Category.ACTIVATION, module, self.phase))
+        yield
+        self.events.extend(Free(number, self.phase) for number in reversed(numbers))
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.rand.default and list(args[0]) in ([], [1]):
