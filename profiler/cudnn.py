@@ -105,13 +105,12 @@ def _copies_bytes(call: _Convolution) -> int:
     """Input, output and weight with their channels last, where they are not so already or have to be padded."""
     if call.depthwise or call.plain_product:
         return 0
-    channels = call.x.shape[1] * call.x.element_size()
-    padded = -(-channels // CHANNELS_ALIGNMENT_BYTES) * CHANNELS_ALIGNMENT_BYTES
-    few = channels < CHANNELS_ALIGNMENT_BYTES
-    if (few and call.kernel <= DIRECT_KERNEL_ELEMENTS) or (call.channels_last and padded == channels):
+    few = call.x.shape[1] * call.x.element_size() < CHANNELS_ALIGNMENT_BYTES
+    padded = _padded_bytes(call.x)
+    if (few and call.kernel <= DIRECT_KERNEL_ELEMENTS) or (call.channels_last and padded == call.x.nbytes):
         return 0
-    weight = call.weight.nbytes if call.kernel > 1 else 0
-    return (call.x.nbytes + weight) * padded // channels + (0 if call.channels_last else call.y.nbytes)
+    weight = call.weight.nbytes * padded // call.x.nbytes if call.kernel > 1 else 0
+    return padded + weight + (0 if call.channels_last else _padded_bytes(call.y))
 
 
 def _weight_gradient_bytes(call: _Convolution) -> int:
@@ -122,8 +121,16 @@ def _weight_gradient_bytes(call: _Convolution) -> int:
         return _copies_bytes(call) + sums
     if call.channels_last:
         return sums
-    samples = call.x.shape[0] * call.weight.numel() * SUM_BYTES
-    return min(samples, call.x.nbytes + call.y.nbytes + sums)
+    copies = _padded_bytes(call.x) + _padded_bytes(call.y)
+    if call.x.element_size() < SUM_BYTES and copies > call.x.nbytes + call.y.nbytes:
+        return copies + sums
+    return min(call.x.shape[0] * call.weight.numel() * SUM_BYTES, copies + sums)
+
+
+def _padded_bytes(tensor: torch.Tensor) -> int:
+    channels = tensor.shape[1] * tensor.element_size()
+    padded = -(-channels // CHANNELS_ALIGNMENT_BYTES) * CHANNELS_ALIGNMENT_BYTES
+    return tensor.nbytes * padded // channels
 
 
 def _split_sums_bytes(weight: torch.Tensor) -> int:
