@@ -51,6 +51,7 @@ def cuda_semantics(report: Report) -> Iterator[None]:
         try:
             _register_autocast(library)
             library.impl("dropout", _dropout, "AutogradCPU")
+            library.impl("linear", _linear, "AutogradCPU")
             library.impl("scaled_dot_product_attention", attention_kernel(report), "AutogradCPU")
             for name, kernel in recurrent_kernels(report):
                 library.impl(name, kernel, "AutogradCPU")
@@ -137,3 +138,10 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if p == 1:
         return x * 0
     return aten.native_dropout(x, p, True)[0]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Adds the bias in place where PyTorch does for all but its subclasses, to which fake tensors belong."""
+    if bias is None or x.dim() == 2 or x.is_contiguous():
+        return aten.linear.default.decompose(x, weight, bias)
+    return torch.matmul(x, weight.t()).add_(bias)
