@@ -2,9 +2,9 @@
 
 [Note: Standing in for CUDA] A step is traced with fake CPU tensors because fake CUDA tensors need a CUDA device.
 Four things would come out wrong: autocast follows the CPU's list of operators, dropout keeps a floating-point mask,
-attention takes a path with a quadratic score matrix, and recurrent layers fall into steps. Each is mended by registering a kernel of our own for the
-CPU's dispatch key, which reaches every caller, Python or C++, and by taking it away after the trace. Meanwhile other
-threads meet these kernels too: do not train on the CPU while a trace runs.
+attention takes a path with a quadratic score matrix, and recurrent layers fall into single steps. Each is mended by
+registering a kernel of our own for the CPU's dispatch key, which reaches every caller, Python or C++, and by taking it
+away after the trace. Meanwhile other threads meet these kernels too: do not train on the CPU while a trace runs.
 """
 
 import warnings

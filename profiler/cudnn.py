@@ -84,9 +84,9 @@ def passing_blocks(func: Any, args: Any, out: Any) -> Passing:
         return Passing(_made_contiguous(call, call.x), (_in_one_layout(call, _copies_bytes(call)),))
     if func is aten.convolution_backward.default:
         call = _Convolution(args[1], args[0], args[2], args[4], args[9])
-        after = () if out[0] is None else (_in_one_layout(call, _copies_bytes(call)),)
-        if out[1] is not None:
-            after += ((_weight_gradient_bytes(call),),)
+        for_input = _in_one_layout(call, _copies_bytes(call))
+        steps = zip(out, (for_input, (_weight_gradient_bytes(call),)), strict=False)
+        after = tuple(blocks for gradient, blocks in steps if gradient is not None)
         return Passing(_made_contiguous(call, call.y, call.x), after)
     return Passing()
 

@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -136,8 +135,20 @@ class Recorder(TorchDispatchMode):
         """What the storage holds, as far as is known."""
         return self._categories[number]
 
-    def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
-        """Log an operation that the dispatcher does not show, with the tensors that it reads and writes."""
+    def report(
+        self,
+        name: str,
+        flops: int,
+        tensors: Sequence[torch.Tensor],
+        shape: tuple[int, ...] = (),
+        lasting_bytes: int = 0,
+    ) -> None:
+        """Log an operation that the dispatcher does not show, with the tensors that it reads and writes.
+
+        The first of its name makes ``lasting_bytes`` that are never given back.
+        """
+        if lasting_bytes and name not in self._workspaces:
+            self._make_workspace(name, lasting_bytes)
         moved = sum(t.nbytes for t in tensors)
         op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
@@ -184,16 +195,13 @@ class Recorder(TorchDispatchMode):
         flops = flops_of(func, args, kwargs, out)
         if name in MATMULS and self.phase not in self._workspaces:
             # Backward runs on a thread of its own, with a handle of its own.
-            self._workspaces.add(self.phase)
-            number = self.new_id()
-            self._categories[number] = Category.WORKSPACE
-            self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
+            self._make_workspace(self.phase, WORKSPACE_BYTES)
         read, written = _tensors((args, kwargs)), _tensors(out)
         passing = passing_blocks(func, args, out)
-        with self._passing(passing.around, module):
-            for tensor, blocks in zip_longest(written, passing.after[: len(written)], fillvalue=()):
+        with self.passing(passing.around, module):
+            for number, tensor in enumerate(written):
                 self.watch(tensor, Category.ACTIVATION, module)
-                with self._passing(blocks, module):
+                with self.passing(passing.after[number] if number < len(passing.after) else (), module):
                     pass
         moved = moved_bytes(func, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
@@ -202,13 +210,17 @@ class Recorder(TorchDispatchMode):
         return out
 
     @contextmanager
-    def _passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
+    def passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
         """Log blocks of these bytes that end after what is inside."""
         numbers = [self.new_id() for _ in sizes]
         for number, size in zip(numbers, sizes, strict=True):
             self.events.append(Alloc(number, size, Category.ACTIVATION, module, self.phase))
         yield
         self.events.extend(Free(number, self.phase) for number in reversed(numbers))
+
+    def _make_workspace(self, key: str, size: int) -> None:
+        self._workspaces.add(key)
+        self.stand_in(size, Category.WORKSPACE, "")
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.rand.default and list(args[0]) in ([], [1]):

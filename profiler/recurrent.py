@@ -7,9 +7,10 @@ torch 2.11 and cuDNN 9, in fp32, autocast to bf16 and pure bf16, and explained t
   every layer but the last its output, and a bit an element for the dropout between layers.
 - A workspace passes in forward and again in both halves of backward: the gates, once more, 8 MiB a layer, and the
   gates of one step.
-- The weights of a layer lie in one buffer and so do their gradients. The buffer is made with the module, but not in
-  bf16, which PyTorch does not flatten: there a copy is made in every forward pass and kept for backward. Under
-  autocast the weights are cast into such a buffer.
+- The weights of a layer lie in one buffer and so do their gradients. The buffer is made when the module moves to the
+  device, but not in bf16, which PyTorch does not flatten: there a copy is made in every forward pass and kept for
+  backward. Under autocast the weights are cast into such a buffer.
+- With dropout, the first call makes the states of its random numbers.
 
 Not measured: GRUs, counted with four gates because the reset gate acts on a product that backward needs apart; plain
 RNNs, counted with one; several directions, projections, packed sequences (counted as if padded); whether the 8 MiB
@@ -20,12 +21,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from profiler.attention import Report
+from profiler.cudnn import MULTIPROCESSORS
 
 GATES = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 """What cuDNN keeps of a step beside its states, in multiples of the hidden size."""
 WORKSPACE_LAYER_BYTES = 8 << 20
+DROPOUT_STATES_BYTES = MULTIPROCESSORS * 2048 * 24
+"""A random number generator for every thread that the device can hold."""
 
 
 def recurrent_kernels(report: Report) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -33,6 +38,12 @@ def recurrent_kernels(report: Report) -> Iterator[tuple[str, Callable[..., Any]]
     for kind in GATES:
         yield f"{kind}.input", _padded(kind, report)
         yield f"{kind}.data", _packed(kind, report)
+
+
+def flattened_bytes(module: nn.Module) -> tuple[int, ...]:
+    """The weights that a layer has left behind when they moved into one buffer, of other modules none."""
+    weights = [*module.parameters(recurse=False)] if isinstance(module, nn.RNNBase) else []
+    return tuple(w.nbytes for w in weights if w.dtype != torch.bfloat16)
 
 
 class _Layers(NamedTuple):
@@ -71,7 +82,7 @@ def _padded(kind: str, report: Report) -> Callable[..., Any]:
         x: torch.Tensor,
         hx: Any,
         params: Sequence[torch.Tensor],
-        has_biases: bool,
+        _: bool,
         num_layers: int,
         dropout: float,
         train: bool,
@@ -92,7 +103,7 @@ def _packed(kind: str, report: Report) -> Callable[..., Any]:
         batch_sizes: torch.Tensor,
         hx: Any,
         params: Sequence[torch.Tensor],
-        has_biases: bool,
+        _: bool,
         num_layers: int,
         dropout: float,
         train: bool,
@@ -170,7 +181,8 @@ class _Recurrent(torch.autograd.Function):
         ctx.save_for_backward(x, hx, cx, y, reserve, flat, *weights)
         ctx.set_materialize_grads(False)
         ctx.call, ctx.flops, ctx.report = call, flops, report
-        report("recurrent", flops, [whole, y, reserve, *weights], (call.batch, call.hidden))
+        lasting = DROPOUT_STATES_BYTES if call.dropout else 0
+        report("recurrent", flops, [whole, y, reserve, *weights], (call.batch, call.hidden), lasting)
         del workspace
         return y, hy, cy
 
@@ -180,7 +192,8 @@ class _Recurrent(torch.autograd.Function):
         call = ctx.call
         dy, *dstates = gradients
         dy = torch.zeros_like(y) if dy is None else dy
-        ends = [torch.zeros_like(s) for s, given in zip((hx, cx), dstates, strict=True) if s is not None and given is None]
+        given = zip((hx, cx), dstates, strict=True)
+        ends = [torch.zeros_like(state) for state, end in given if state is not None and end is None]
         whole, dy = x.contiguous(), dy.contiguous()
         dx, dhx, dcx = torch.empty_like(whole), torch.empty_like(hx), None if cx is None else torch.empty_like(cx)
         workspace = _raw(x, call.workspace_bytes(x.element_size()))

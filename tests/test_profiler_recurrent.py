@@ -35,7 +35,9 @@ def gradients(trace):
 def test_outputs_states_and_gradients_have_the_shapes_of_pytorch(
     kind, layers, bidirectional, batch_first, bias, packed, precision
 ):
-    layer = LAYERS[kind](6, 5, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, dropout=0.1 * (layers - 1))
+    layer = LAYERS[kind](
+        6, 5, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional, dropout=0.1 * (layers - 1)
+    )
     x = torch.randn(3, 3, 6)
     expected, seen = [], []
 
