@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from profiler.accumulation import added_in_place
 from profiler.cudnn import passing_blocks
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
@@ -91,6 +92,7 @@ class Recorder(TorchDispatchMode):
         self._parameters: dict[int, tuple[str, frozenset[str]]] = {}
         self._workspaces: set[str] = set()
         self._paused = False
+        self._sums: dict[int, int] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -174,10 +176,8 @@ class Recorder(TorchDispatchMode):
     def finished(self) -> tuple[Event, ...]:
         """The events, each storage in its final category; what ends from now on is not logged."""
         self._watches.clear()
-        return tuple(
-            Alloc(e.id, e.bytes, self._categories[e.id], e.module, e.phase) if isinstance(e, Alloc) else e
-            for e in self.events
-        )
+        events = [e._replace(category=self._categories[e.id]) if isinstance(e, Alloc) else e for e in self.events]
+        return tuple(added_in_place(events, self._sums))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and log it with the storages it made."""
@@ -203,6 +203,8 @@ class Recorder(TorchDispatchMode):
                 self.watch(tensor, Category.ACTIVATION, module)
                 with self.passing(passing.after[number] if number < len(passing.after) else (), module):
                     pass
+        if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
+            self._note_sum(out, *args[:2])
         moved = moved_bytes(func, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
         op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
@@ -217,6 +219,12 @@ class Recorder(TorchDispatchMode):
             self.events.append(Alloc(number, size, Category.ACTIVATION, module, self.phase))
         yield
         self.events.extend(Free(number, self.phase) for number in reversed(numbers))
+
+    def _note_sum(self, out: torch.Tensor, first: torch.Tensor, second: Any) -> None:
+        sizes = {tensor.untyped_storage().nbytes() for tensor in (out, first)}
+        if isinstance(second, torch.Tensor) and len(sizes) == 1:
+            module = self._stack.current()
+            self._sums[self.watch(out, Category.ACTIVATION, module)] = self.watch(first, Category.ACTIVATION, module)
 
     def _make_workspace(self, key: str, size: int) -> None:
         self._workspaces.add(key)
