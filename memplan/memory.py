@@ -107,8 +107,8 @@ def activations_of(profile: ModelProfile, batch_size: int, recompute: bool, devi
     """
     points = _of(profile.activations, recompute)
     # The allocator that keeps memory back, and the libraries' workspaces, are CUDA's.
-    spared = profile.workspace_bytes if device == "cpu" else 0
-    allocated = _at_batch([(p.batch_size, max(0, p.allocated_bytes - spared)) for p in points], batch_size)
+    held = [(p.batch_size, p.on_cpu_bytes if device == "cpu" else p.allocated_bytes) for p in points]
+    allocated = _at_batch(held, batch_size)
     reserved = _at_batch([(p.batch_size, p.reserved_bytes) for p in points], batch_size)
     if allocated is None or reserved is None:
         return None

@@ -21,6 +21,7 @@ COLOURS = {
     Category.OPTIMIZER: "#7a58c0",
     Category.ACTIVATION: "#c2703d",
     Category.WORKSPACE: "#7d8794",
+    Category.SCRATCH: "#b9a26a",
     Category.BUFFER: "#a8617f",
     Category.INPUT: "#8a8f3c",
 }

@@ -21,6 +21,7 @@ HOLDS = {
     Category.OPTIMIZER: "optimizer state",
     Category.ACTIVATION: "activations",
     Category.WORKSPACE: "library workspaces",
+    Category.SCRATCH: "scratch of kernels",
     Category.BUFFER: "buffers",
     Category.INPUT: "the batch",
 }

@@ -22,7 +22,14 @@ from profiler.shapes import attention_shape
 class Report(Protocol):
     """Hears of what the dispatcher does not show."""
 
-    def __call__(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
+    def __call__(
+        self,
+        name: str,
+        flops: int,
+        tensors: Sequence[torch.Tensor],
+        shape: tuple[int, ...] = (),
+        lasting_bytes: int = 0,
+    ) -> None:
         """An operation ran; ``tensors`` are those that it reads and writes."""
 
 

@@ -1,10 +1,10 @@
 """Makes fake CPU tensors behave as CUDA ones would, where the two differ in what they allocate.
 
 [Note: Standing in for CUDA] A step is traced with fake CPU tensors because fake CUDA tensors need a CUDA device.
-Three things would come out wrong: autocast follows the CPU's list of operators, dropout keeps a floating-point mask,
-and attention takes a path with a quadratic score matrix. Each is mended by registering a kernel of our own for the
-CPU's dispatch key, which reaches every caller, Python or C++, and by taking it away after the trace. Meanwhile other
-threads meet these kernels too: do not train on the CPU while a trace runs.
+Four things would come out wrong: autocast follows the CPU's list of operators, dropout keeps a floating-point mask,
+attention takes a path with a quadratic score matrix, and recurrent layers fall into single steps. Each is mended by
+registering a kernel of our own for the CPU's dispatch key, which reaches every caller, Python or C++, and by taking it
+away after the trace. Meanwhile other threads meet these kernels too: do not train on the CPU while a trace runs.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from profiler.attention import Report, attention_kernel
 from profiler.packing import register_packing
+from profiler.recurrent import recurrent_kernels
 
 aten = torch.ops.aten
 
@@ -43,25 +44,24 @@ UNTOUCHED = frozenset({"binary_cross_entropy", "norm.Scalar", "norm.ScalarOpt_di
 
 @contextmanager
 def cuda_semantics(report: Report) -> Iterator[None]:
-    """CUDA's autocast, dropout and attention for CPU tensors; ``report(name, flops)`` hears of every attention."""
+    """CUDA's autocast, dropout, attention and recurrent layers for CPU tensors; ``report`` hears of the last two."""
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # every registration here overrides one, which is the point
         try:
             _register_autocast(library)
             library.impl("dropout", _dropout, "AutogradCPU")
+            library.impl("linear", _linear, "AutogradCPU")
             library.impl("scaled_dot_product_attention", attention_kernel(report), "AutogradCPU")
+            for name, kernel in recurrent_kernels(report):
+                library.impl(name, kernel, "AutogradCPU")
             register_packing(library)
         except BaseException:
             library._destroy()
             raise
-    onednn = torch._C._get_mkldnn_enabled()
-    # Its recurrent layers hide their matrix products. Set below the public switch, which warns about TF32.
-    torch._C._set_mkldnn_enabled(False)
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(onednn)
         library._destroy()
 
 
@@ -138,3 +138,10 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if p == 1:
         return x * 0
     return aten.native_dropout(x, p, True)[0]
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Adds the bias in place where PyTorch does for all but its subclasses, to which fake tensors belong."""
+    if bias is None or x.dim() == 2 or x.is_contiguous():
+        return aten.linear.default.decompose(x, weight, bias)
+    return torch.matmul(x, weight.t()).add_(bias)

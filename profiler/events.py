@@ -13,10 +13,15 @@ class Category(StrEnum):
     GRADIENT = "gradient"
     OPTIMIZER = "optimizer"
     WORKSPACE = "workspace"
+    """What CUDA's libraries keep for themselves."""
+    SCRATCH = "scratch"
+    """What one of their kernels holds for a moment."""
     ACTIVATION = "activation"
     """Everything else: what autograd keeps, and what lives for a moment."""
 
 
+OF_CUDA = frozenset({Category.WORKSPACE, Category.SCRATCH})
+"""Not there where the CPU computes."""
 MODEL_STATE = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER})
 """What an engine that offloads keeps elsewhere."""
 

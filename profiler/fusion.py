@@ -1,10 +1,10 @@
-"""Layers that CUDA runs in one kernel, or cuDNN in a few, where a trace on the CPU shows their parts."""
+"""Layers that CUDA runs in one kernel, where a trace on the CPU shows their parts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
 from profiler.events import BACKWARD, Event, Gradient, Op
 
-FUSED = {"LSTM": "recurrent", "GRU": "recurrent", "RNN": "recurrent", "RMSNorm": "aten::_fused_rms_norm"}
+FUSED = {"RMSNorm": "aten::_fused_rms_norm"}
 """By the class of ``torch.nn`` that does it."""
 
 
@@ -35,15 +35,10 @@ def _whole(parts: list[Op], module_types: Mapping[str, str]) -> Op:
     name = FUSED[module_types[first.module]]
     backward = first.phase == BACKWARD and not first.recompute
     largest = max(parts, key=lambda op: op.bytes)
-    shape: tuple[int, ...] = ()
-    if name == "recurrent":
-        # The products of one time step are the smallest: [batch, width] times [width, gates of that width].
-        products = [op.shape for op in parts if op.shape]
-        shape = (min(s[1] for s in products), min(min(s[2:4]) for s in products)) if products else ()
     return first._replace(
         name=name + "_backward" if backward else name,
         flops=sum(op.flops or 0 for op in parts),
         bytes=largest.bytes,
         dtype=largest.dtype,
-        shape=shape,
+        shape=(),
     )

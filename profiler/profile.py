@@ -88,6 +88,8 @@ class ActivationPoint:
     reserved_bytes: int
     executed_flops: int
     """Forward, recompute and backward of one micro-batch."""
+    on_cpu_bytes: int
+    """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
 
 
 @dataclass(frozen=True)
@@ -186,8 +188,6 @@ class ModelProfile:
     """The device whose rates the seconds are for."""
     step_seconds: float | None = None
     """Of one step on it, the optimizer included."""
-    workspace_bytes: int = 0
-    """Of the peaks and the activations, what CUDA's libraries keep for themselves: not there where the CPU computes."""
     assumptions: tuple[str, ...] = ()
     """What was assumed where a value depends on data, one sentence each."""
     again: Callable[[int | None, int | None], "ModelProfile"] | None = field(default=None, repr=False, compare=False)

@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from profiler.cudnn import layout_workspace_bytes
+from profiler.accumulation import added_in_place
+from profiler.cudnn import passing_blocks
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
-from profiler.moved import moved_bytes, traffic
+from profiler.moved import moved_bytes
 from profiler.reductions import reduction_workspace_bytes
 from profiler.shapes import work_shape
 
@@ -93,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self._parameters: dict[int, tuple[str, frozenset[str]]] = {}
         self._workspaces: set[str] = set()
         self._paused = False
+        self._sums: dict[int, int] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -137,9 +139,21 @@ class Recorder(TorchDispatchMode):
         """What the storage holds, as far as is known."""
         return self._categories[number]
 
-    def report(self, name: str, flops: int, tensors: Sequence[torch.Tensor], shape: tuple[int, ...] = ()) -> None:
-        """Log an operation that the dispatcher does not show, with the tensors that it reads and writes."""
-        moved = traffic(tensors)
+    def report(
+        self,
+        name: str,
+        flops: int,
+        tensors: Sequence[torch.Tensor],
+        shape: tuple[int, ...] = (),
+        lasting_bytes: int = 0,
+    ) -> None:
+        """Log an operation that the dispatcher does not show, with the tensors that it reads and writes.
+
+        The first of its name makes ``lasting_bytes`` that are never given back.
+        """
+        if lasting_bytes and name not in self._workspaces:
+            self._make_workspace(name, lasting_bytes)
+        moved = sum(t.nbytes for t in tensors)
         op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
 
@@ -164,10 +178,8 @@ class Recorder(TorchDispatchMode):
     def finished(self) -> tuple[Event, ...]:
         """The events, each storage in its final category; what ends from now on is not logged."""
         self._watches.clear()
-        return tuple(
-            Alloc(e.id, e.bytes, self._categories[e.id], e.module, e.phase) if isinstance(e, Alloc) else e
-            for e in self.events
-        )
+        events = [e._replace(category=self._categories[e.id]) if isinstance(e, Alloc) else e for e in self.events]
+        return tuple(added_in_place(events, self._sums))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and log it with the storages it made."""
@@ -185,22 +197,44 @@ class Recorder(TorchDispatchMode):
         flops = flops_of(func, args, kwargs, out)
         if name in MATMULS and self.phase not in self._workspaces:
             # Backward runs on a thread of its own, with a handle of its own.
-            self._workspaces.add(self.phase)
-            number = self.new_id()
-            self._categories[number] = Category.WORKSPACE
-            self.events.append(Alloc(number, WORKSPACE_BYTES, Category.WORKSPACE, "", self.phase))
-        for tensor in _tensors(out):
-            self.watch(tensor, Category.ACTIVATION, module)
-        if passing := layout_workspace_bytes(func, args, out) or reduction_workspace_bytes(func, args, kwargs, out):
-            number = self.new_id()
-            self.events.append(Alloc(number, passing, Category.ACTIVATION, module, self.phase))
-            self.events.append(Free(number, self.phase))
+            self._make_workspace(self.phase, WORKSPACE_BYTES)
         read, written = _tensors((args, kwargs)), _tensors(out)
+        passing = passing_blocks(func, args, out)
+        with self.passing(passing.around, module):
+            for number, tensor in enumerate(written):
+                self.watch(tensor, Category.ACTIVATION, module)
+                with self.passing(passing.after[number] if number < len(passing.after) else (), module):
+                    pass
+        if partial_sums := reduction_workspace_bytes(func, args, kwargs, out):
+            with self.passing((partial_sums,), module):
+                pass
+        if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
+            self._note_sum(out, *args[:2])
         moved = moved_bytes(func, args, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
         op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
         self.events.append(op)
         return out
+
+    @contextmanager
+    def passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
+        """Log blocks of these bytes that end after what is inside."""
+        numbers = [self.new_id() for _ in sizes]
+        for number, size in zip(numbers, sizes, strict=True):
+            self._categories[number] = Category.SCRATCH
+            self.events.append(Alloc(number, size, Category.SCRATCH, module, self.phase))
+        yield
+        self.events.extend(Free(number, self.phase) for number in reversed(numbers))
+
+    def _note_sum(self, out: torch.Tensor, first: torch.Tensor, second: Any) -> None:
+        sizes = {tensor.untyped_storage().nbytes() for tensor in (out, first)}
+        if isinstance(second, torch.Tensor) and len(sizes) == 1:
+            module = self._stack.current()
+            self._sums[self.watch(out, Category.ACTIVATION, module)] = self.watch(first, Category.ACTIVATION, module)
+
+    def _make_workspace(self, key: str, size: int) -> None:
+        self._workspaces.add(key)
+        self.stand_in(size, Category.WORKSPACE, "")
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func is aten.rand.default and list(args[0]) in ([], [1]):

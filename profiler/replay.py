@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import count
 
-from profiler.allocator import CachingAllocator
+from profiler.allocator import ALIGNMENT_BYTES, CachingAllocator, round_up
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, STEP, Alloc, Category, Free
 from profiler.optimizers import clip_events, optimizer_events
 from profiler.trace import Trace
@@ -56,6 +56,22 @@ def replay(loop: Loop, allocator: CachingAllocator, leave_out: Collection[Catego
     first = Peaks(_play(allocator, loop.first, leave_out), allocator.reserved_bytes)
     steady = Peaks(_play(allocator, loop.steady, leave_out), allocator.reserved_bytes)
     return first, steady
+
+
+def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
+    """The most bytes that tensors hold in the steady state, without the categories in ``leave_out``."""
+    sizes: dict[int, int] = {}
+    held = peak = 0
+    for number, part in enumerate((loop.setup, loop.first, loop.steady)):
+        for event in part:
+            if isinstance(event, Free):
+                held -= sizes.pop(event.id, 0)
+            elif event.category not in leave_out:
+                sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
+                held += sizes[event.id]
+                if number == 2 and held > peak:
+                    peak = held
+    return peak
 
 
 def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[Category]) -> dict[str, int]:

@@ -12,10 +12,10 @@ from torch import nn
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import MODEL_STATE, PHASES, Alloc, Call, Category, Op
+from profiler.events import MODEL_STATE, OF_CUDA, PHASES, Call, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Peaks, replay, training_loop
+from profiler.replay import Peaks, allocated_peak, replay, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, timed
@@ -106,9 +106,6 @@ class Study:
             operations=operation_profiles(trace),
             timeline=timeline,
             peak_contents=contents,
-            workspace_bytes=sum(
-                e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.WORKSPACE
-            ),
             assumptions=(*self.assumptions, *remarks),
             again=partial(self._scaled, batch, size),
         )
@@ -164,6 +161,8 @@ def _parameters(model: nn.Module, trace: Trace) -> tuple[ParameterProfile, ...]:
 
 
 def _point(batch_size: int, recompute: bool, trace: Trace, optimizer: str) -> ActivationPoint:
-    _, peaks = replay(training_loop(trace, optimizer), CachingAllocator(), leave_out=MODEL_STATE)
+    loop = training_loop(trace, optimizer)
+    _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
+    on_cpu = allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA)
     flops = sum(e.flops or 0 for e in trace.events if isinstance(e, Op))
-    return ActivationPoint(batch_size, recompute, peaks.overall_bytes, peaks.reserved_bytes, flops)
+    return ActivationPoint(batch_size, recompute, peaks.overall_bytes, peaks.reserved_bytes, flops, on_cpu)

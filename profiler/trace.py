@@ -19,6 +19,7 @@ from profiler.fakes import fake_batch, fake_mode, faked
 from profiler.folding import Folding
 from profiler.obliging import obliging_fakes, unnoticed_fakes
 from profiler.recorder import ModuleStack, Recorder
+from profiler.recurrent import flattened_bytes
 from profiler.runs import Run, parents
 from profiler.unfold import unfold
 
@@ -145,6 +146,9 @@ class _Step:
                 self.recorder.stand_in(self._traced(name, parameter).bytes, Category.PARAMETER, owner)
             else:
                 self.recorder.watch_parameter(name, parameter, frozenset(owners[id(parameter)]))
+        for path, module in self.model.named_modules():
+            with self.recorder.passing(flattened_bytes(module), path):
+                pass
         for name, buffer in self.model.named_buffers():
             owner = name.rpartition(".")[0]
             if self.folding.inside(owner):

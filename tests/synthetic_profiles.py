@@ -49,17 +49,12 @@ def profile_of(
     workspace_bytes: int = 0,
 ) -> ModelProfile:
     """Activations of ``activation`` bytes a sample and a fixed quarter of that; recompute keeps a third."""
-    points = [
-        ActivationPoint(
-            b,
-            r,
-            (activation // 4 + activation * b) // (3 if r else 1),
-            (activation // 3 + activation * b) // (3 if r else 1),
-            flops * b * (4 if r else 3) // 3,
-        )
-        for b in (1, batch_size)
-        for r in ((False, True) if recompute else (False,))
-    ]
+    points = []
+    for b in (1, batch_size):
+        for r in (False, True) if recompute else (False,):
+            allocated, reserved = ((activation // n + activation * b) // (3 if r else 1) for n in (4, 3))
+            flop = flops * b * (4 if r else 3) // 3
+            points.append(ActivationPoint(b, r, allocated, reserved, flop, max(0, allocated - workspace_bytes)))
     return ModelProfile(
         model="Synthetic",
         precision=precision,
@@ -68,7 +63,6 @@ def profile_of(
         layers=tuple(layers),
         parameters=tuple(parameters),
         buffer_bytes=0,
-        workspace_bytes=workspace_bytes,
         peaks=PEAKS,
         first_peaks=PEAKS,
         activations=tuple(points),

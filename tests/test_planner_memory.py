@@ -67,10 +67,8 @@ def test_the_root_leaves_the_gpu_last_and_equal_blocks_first():
 
 
 def profile_with(*known: tuple[int, int], workspace_bytes: int = 0):
-    profile = transformer(2, workspace_bytes=workspace_bytes)
-    return replace(
-        profile, activations=tuple(ActivationPoint(batch, False, value, 2 * value, 1) for batch, value in known)
-    )
+    points = (ActivationPoint(batch, False, value, 2 * value, 1, value - workspace_bytes) for batch, value in known)
+    return replace(transformer(2), activations=tuple(points))
 
 
 def peaks(profile, *batches: int, device: str = "cpu") -> list[int]:

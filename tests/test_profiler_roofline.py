@@ -127,15 +127,22 @@ def test_kinds_follow_from_names_and_shapes():
     assert rate_of(op("aten::bmm", 1, 1, shape=(5, 2, 3, 4, 16))) == ("batched_matmul", (5, 2, 3, 4))
 
 
-def test_layers_that_cudnn_runs_whole_are_one_operation_a_direction():
-    model = nn.Sequential(nn.LSTM(16, 32, batch_first=True))
-    trace = trace_step(model, torch.zeros(4, 10, 16), lambda m, x: m(x)[0].sum())
+def test_layers_that_one_kernel_runs_are_one_operation_a_direction():
+    model = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16), nn.Linear(16, 16))
+    trace = trace_step(model, torch.zeros(4, 16), lambda m, x: m(x).sum())
     types = {path: type(module).__name__ for path, module in model.named_modules()}
     whole = time_of(trace.events, module_types=types)
     parts = time_of(trace.events, ASSUMED, H200)
-    assert {n for n in whole.by_operation if "recurrent" in n} == {"recurrent", "recurrent_backward"}
-    assert not [n for n in whole.by_operation if "sigmoid" in n or "addmm" in n]
-    assert time_of(trace.events, ASSUMED, H200, module_types=types).total_seconds < parts.total_seconds / 2
+    assert {n for n in whole.by_operation if "rms" in n} == {"aten::_fused_rms_norm", "aten::_fused_rms_norm_backward"}
+    assert not [n for n in whole.by_operation if "rsqrt" in n]
+    assert time_of(trace.events, ASSUMED, H200, module_types=types).total_seconds < parts.total_seconds
+
+
+def test_recurrent_layers_are_one_operation_a_direction():
+    trace = trace_step(nn.LSTM(16, 32, 2), torch.zeros(10, 4, 16), lambda m, x: m(x)[0].sum())
+    operations = time_of(trace.events).by_operation
+    assert {"recurrent", "recurrent_backward"} < set(operations)
+    assert not [n for n in operations if "sigmoid" in n or "mm" in n]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from profiler.errors import ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Free, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, OF_CUDA, SETUP, Alloc, Category, Free, Op
 from profiler.layers import repeated_blocks, saved_storages
 from profiler.trace import Trace, trace_step
 from tests.profiler_models import GPT, conv_net, llama, mean_square, mlp, next_token_loss, really_allocated, tokens
@@ -24,7 +24,7 @@ def fake_allocated(trace: Trace) -> tuple[int, int]:
     """(bytes left, peak bytes) of the step itself."""
     sizes, held, peak = {}, 0, 0
     for e in trace.events:
-        if isinstance(e, Alloc) and e.phase != SETUP and e.category is not Category.WORKSPACE:
+        if isinstance(e, Alloc) and e.phase != SETUP and e.category not in OF_CUDA:
             sizes[e.id] = e.bytes
             held += e.bytes
         elif isinstance(e, Free):
