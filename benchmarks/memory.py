@@ -10,13 +10,15 @@ memory.json.
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,11 @@ from benchmarks.building import batch_of, build_real
 from benchmarks.children import Failure, in_children
 from benchmarks.common import RESULTS, host
 from benchmarks.zoo import CONFIGURATIONS, Configuration
-from profiler.measure import TrainingLoop, measure_step
 from profiler.contract import default_loss, loss_of
+from profiler.measure import TrainingLoop, measure_step
 
 SECONDS_A_CHILD = 60.0
+BUILT_TOGETHER = 14
 PREPARED_AHEAD = 4
 TOGETHER = 3
 """Children on the device at once where nothing but the allocator's own figures counts."""
@@ -70,8 +73,7 @@ def measure(chosen: list[Configuration], out: Path, traces: Path | None) -> None
     if traces is not None:
         traces.mkdir(parents=True, exist_ok=True)
         (traces / TRACES).unlink(missing_ok=True)
-    alone = in_children(chosen, partial(_natively, traces is not None), 1, PREPARED_AHEAD, SECONDS_A_CHILD)
-    for configuration, result in alone:
+    for configuration, result in _alone(chosen, traces is not None):
         row = rows[configuration.name]
         if isinstance(result, Failure):
             row["error"] = result.text
@@ -91,13 +93,27 @@ def measure(chosen: list[Configuration], out: Path, traces: Path | None) -> None
     print(f"{len(rows)} configurations, {failed} failed, {time.monotonic() - began:.0f} s: {out}")
 
 
-def _natively(traced: bool, configuration: Configuration, turn: Callable[[], None]) -> tuple[Row, bytes]:
+def _alone(chosen: list[Configuration], traced: bool) -> Iterator[tuple[Configuration, Any]]:
+    """One after the other, in groups that are built before the first one runs: building takes cores from a step."""
+    for start in range(0, len(chosen), BUILT_TOGETHER):
+        group = chosen[start : start + BUILT_TOGETHER]
+        built = multiprocessing.get_context("fork").Barrier(len(group), timeout=SECONDS_A_CHILD)
+        yield from in_children(group, partial(_natively, traced, built), 1, len(group), SECONDS_A_CHILD)
+
+
+def _natively(
+    traced: bool, built: Barrier, configuration: Configuration, turn: Callable[[], None]
+) -> tuple[Row, bytes]:
     lines: list[bytes] = []
 
     def record(loop: TrainingLoop) -> None:
         lines.append(packed(configuration.name, record_step(loop)))
 
-    measured = _step(configuration, turn, timed_steps=TIMED_STEPS, then=record if traced else None)
+    def turn_when_all_are_built() -> None:
+        built.wait()
+        turn()
+
+    measured = _step(configuration, turn_when_all_are_built, timed_steps=TIMED_STEPS, then=record if traced else None)
     return measured, b"".join(lines)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from profiler.events import FORWARD, Op
-from profiler.formulas import attention_flops
+from profiler.products import attention_of
 
 DTYPES = (torch.bfloat16, torch.float32)
 MOST_FLOPS = {torch.bfloat16: 5e12, torch.float32: 4e11}
@@ -116,9 +116,9 @@ def _attention(on: Numbers, sort: str, heads: int, length: int, dim: int) -> Ite
     causal, masked = sort == "_causal", sort == "_masked"
     many = min(heads, 16)
     batch = heads // many
-    flops = attention_flops((batch, many, length, dim), (batch, many, length, dim), dim, causal)
+    work = attention_of((batch, many, length, dim), (batch, many, length, dim), dim, causal)
     size = batch * many * length * dim * on.size
-    if flops * 2.5 > MOST_FLOPS[on.dtype] or 8 * size > MOST_BYTES:
+    if work.backward_flops > MOST_FLOPS[on.dtype] or 8 * size > MOST_BYTES:
         return
     trained = tuple(on.random(batch, length, many, dim, grad=True) for _ in range(3))
     q, k, v = (t.transpose(1, 2) for t in trained)
@@ -129,8 +129,8 @@ def _attention(on: Numbers, sort: str, heads: int, length: int, dim: int) -> Ite
 
     shape = (heads, length, length, dim, int(causal), int(masked))
     name = on.name
-    yield Timed(f"attention{sort}/{name}", forward, (on.op("attention", flops, 4 * size, shape),))
-    backward = on.op("attention_backward", flops * 5 // 2, 8 * size, shape)
+    yield Timed(f"attention{sort}/{name}", forward, (on.op("attention", work.flops, 4 * size, shape),))
+    backward = on.op("attention_backward", work.backward_flops, 8 * size, shape)
     yield Timed(f"attention{sort}_backward/{name}", _backward(forward(), trained), (backward,))
 
 

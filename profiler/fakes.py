@@ -49,8 +49,12 @@ def faked(
     modules = list(model.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ProfilerError("the model has a part compiled by torch.jit; profile it before it is compiled")
-    before = [(module, dict(module.__dict__), _registries(module)) for module in modules]
-    used = [m for path, m in model.named_modules() if not unused(path)]
+    paths = dict(model.named_modules())
+    used = [m for path, m in paths.items() if not unused(path)]
+    # Whoever passes over a module may still change the module itself, though nothing below it.
+    touched = [m for path, m in paths.items() if not path or not unused(path.rpartition(".")[0])]
+    before = [(module, dict(module.__dict__), _registries(module)) for module in touched]
+    modes = [(module, module.training) for module in modules]
     memo: dict[int, Any] = {}
     try:
         for module in used:
@@ -61,6 +65,8 @@ def faked(
             model.train()
         yield
     finally:
+        for module, training in modes:
+            module.training = training
         for module, attributes, registries in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)

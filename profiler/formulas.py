@@ -1,100 +1,44 @@
-"""FLOPs of operations by formula, two to a multiply-add."""
+"""FLOPs of operations by formula.
 
-from collections.abc import Callable, Sequence
-from math import prod
+[Note: What counts] Everything that computes floating numbers: products (``profiler.products``), two to a multiply-add,
+and what works number by number (``profiler.elementwise``). Products are nearly all of it: for a decoder of N
+parameters and T tokens they are the 6 N T that people know, and its attention. What computes integers or truth
+values counts 0. Complex numbers count as the real ones that they are made of.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
-
-Formula = Callable[..., int]
-_FORMULAS: dict[str, Formula] = {}
+from profiler.elementwise import FORMULAS, FREE, PER_FIRST, PER_RESULT
+from profiler.kinds import plain_name
+from profiler.products import PRODUCTS
 
 MATMULS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_mm"})
+"""Products that cuBLAS carries out in a workspace of its own."""
 
-_MOVES = (
-    "_local_scalar_dense _pin_memory _to_copy _unsafe_view arange bernoulli_ cat clone constant_pad_nd copy_ "
-    "embedding empty_like empty_strided expand_copy fill fill_ flip full_like gather index index_select lift "
-    "lift_fresh lift_fresh_copy masked_select new_empty new_empty_strided new_full new_ones new_zeros nonzero "
-    "normal_ ones_like rand_like randn_like repeat roll scalar_tensor select_backward select_scatter "
-    "slice_backward slice_scatter split_with_sizes_copy stack tril triu uniform_ unfold_backward zero_ zeros_like"
-)
-MOVES = frozenset("aten::" + name for name in _MOVES.split())
-"""Operations that only make, fill or move numbers."""
+Count = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
+"""FLOPs from the arguments, by place and by name, and the result."""
 
-
-_ASKS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
-UNMOVED = frozenset("aten::" + name for name in _ASKS)
-"""Operations that only ask for memory."""
-
-
-def register(name: str) -> Callable[[Formula], Formula]:
-    """Register a formula, called with the operation's arguments and ``out_val``; a second one is refused."""
-
-    def add(formula: Formula) -> Formula:
-        if name in _FORMULAS:
-            raise ValueError(f"{name} has a formula already")
-        _FORMULAS[name] = formula
-        return formula
-
-    return add
-
-
-for _packet, _formula in flop_registry.items():
-    _name = getattr(_packet, "_qualified_op_name", "")
-    if _name in MATMULS:
-        register(_name)(_formula)
-
-
-@register("aten::convolution")
-def convolution_flops(x: torch.Tensor, weight: torch.Tensor, *args: Any, out_val: torch.Tensor) -> int:
-    """Each weight meets each output position once, or each input position where the convolution is transposed.
-
-    The weight is [out, in / groups, ...], transposed [in, out / groups, ...]: groups are accounted for by its size.
-    """
-    transposed = bool(args[4])
-    positions = x.shape if transposed else out_val.shape
-    return 2 * positions[0] * prod(positions[2:]) * weight.numel()
-
-
-@register("aten::convolution_backward")
-def convolution_backward_flops(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *args: Any, **_: Any) -> int:
-    """The input's gradient and the weight's each cost as much as forward, where they are asked for."""
-    transposed, output_mask = bool(args[4]), args[7]
-    positions = x.shape if transposed else grad.shape
-    return 2 * positions[0] * prod(positions[2:]) * weight.numel() * (bool(output_mask[0]) + bool(output_mask[1]))
-
-
-@register("aten::_grouped_mm")
-def grouped_mm_flops(a: torch.Tensor, b: torch.Tensor, *_: Any, **__: Any) -> int:
-    """Every row of ``a`` meets one group's matrix, whatever the sizes of the groups."""
-    return 2 * a.numel() * b.shape[-1]
-
-
-def attention_flops(query: Sequence[int], key: Sequence[int], value_dim: int, causal: bool) -> int:
-    """Forward: scores and their product with the values; a causal mask leaves half. Shapes [..., length, dim]."""
-    *heads, length, dim = query
-    flops = 2 * prod(heads) * length * key[-2] * (dim + value_dim)
-    return flops // 2 if causal else flops
+COMPLEX_PRODUCT = 4
+"""A complex multiply-add is four real ones."""
+_COMPLEX_POINTWISE = {"mul": 6, "div": 6}
+"""FLOPs of one complex number; of other operations 2, one for each of its parts."""
 
 
 def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int | None:
-    """FLOPs of one call of an operator overload; ``None`` when there is no formula for it."""
-    schema = func._schema
-    formula = _FORMULAS.get(schema.name)
-    if formula is not None:
-        return int(formula(*args, **kwargs, out_val=out))
-    return 0 if schema.name in MOVES or _is_view(schema) or _is_factory(schema) else None
+    """FLOPs of one call of an operator overload; ``None`` when there is no formula for it.
 
-
-def moved_bytes(func: Any, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> int:
-    """Bytes that a call reads and writes if every tensor crosses the memory bus once; 0 for a view."""
-    schema = func._schema
-    if _is_view(schema) or schema.name in UNMOVED:
-        return 0
-    return sum(t.nbytes for t in read) + sum(t.nbytes for t in written)
+    What a person registers with ``torch.utils.flop_counter.register_flop_formula`` for an operator of theirs counts.
+    """
+    count = _count_of(func)
+    if count is not None:
+        return count(args, kwargs, out)
+    registered = flop_registry.get(func._overloadpacket)
+    return int(registered(*args, **kwargs, out_val=out)) if registered else None
 
 
 def rate_dtype(tensors: Sequence[torch.Tensor]) -> str:
@@ -102,8 +46,92 @@ def rate_dtype(tensors: Sequence[torch.Tensor]) -> str:
     return next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "")
 
 
-def _is_view(schema: Any) -> bool:
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+def is_view(func: Any) -> bool:
+    """Whether an operation's result is another look at its argument."""
+    schema = func._schema
+    return torch.Tag.inplace_view in func.tags or any(
+        r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
+    )
+
+
+@cache
+def _count_of(func: Any) -> Count | None:
+    schema = func._schema
+    name = plain_name(schema.name)
+    if name in PRODUCTS:
+        return _by_name(func, PRODUCTS[name], COMPLEX_PRODUCT)
+    if name in FORMULAS:
+        return _by_name(func, FORMULAS[name], 1)
+    name = name.removeprefix("_foreach_")
+    copies = name.endswith("_copy") and "::" not in name
+    if name in FREE or copies or is_view(func) or _is_factory(schema):
+        return _nothing
+    if name in PER_FIRST:
+        return _per_first(PER_FIRST[name])
+    if name in PER_RESULT or torch.Tag.pointwise in func.tags or _is_pointwise(name):
+        return _per_result(PER_RESULT.get(name, 1), _COMPLEX_POINTWISE.get(name, 2))
+    return None
+
+
+def _by_name(func: Any, formula: Callable[[Mapping[str, Any], Any], int], complex_factor: int) -> Count:
+    """A formula that is called with the arguments by name, defaults filled in."""
+    names = [argument.name for argument in func._schema.arguments]
+    defaults = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+        flops = int(formula({**defaults, **dict(zip(names, args, strict=False)), **kwargs}, out))
+        return flops * complex_factor if complex_factor > 1 and _first(out).is_complex() else flops
+
+    return count
+
+
+def _nothing(_: tuple[Any, ...], __: dict[str, Any], ___: Any) -> int:
+    return 0
+
+
+def _per_first(flops: int) -> Count:
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+        result = _first(out)
+        parts = 2 if result.is_complex() else int(result.is_floating_point())
+        return flops * parts * sum(t.numel() for t in _operand(args, kwargs)) if parts else 0
+
+    return count
+
+
+def _per_result(flops: int, complex_flops: int) -> Count:
+    def count(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+        operand = _operand(args, kwargs)
+        results = _tensors(out) or operand  # operations on lists in place return nothing
+        # Those have a result for each of their inputs; of others one counts, beside it may be a mask.
+        numbers = sum(t.numel() for t in results[: len(operand) or 1])
+        if results and results[0].is_complex():
+            return complex_flops * numbers
+        return flops * numbers if results and results[0].is_floating_point() else 0
+
+    return count
+
+
+def _operand(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[torch.Tensor]:
+    """The tensors of the first argument, none where it is a number."""
+    return _tensors(args[0] if args else next(iter(kwargs.values())))
+
+
+def _tensors(value: Any) -> Sequence[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    return [t for t in value if isinstance(t, torch.Tensor)] if isinstance(value, (list, tuple)) else ()
+
+
+def _first(value: Any) -> torch.Tensor:
+    return _tensors(value)[0]
+
+
+def _is_pointwise(name: str) -> bool:
+    """Whether an overload of PyTorch's operation is marked as pointwise; those in place and on lists often are not."""
+    packet = getattr(torch.ops.aten, name, None)
+    return packet is not None and any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
 
 
 def _is_factory(schema: Any) -> bool:

@@ -6,7 +6,8 @@ Unknown is ``None``, never 0.
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,21 @@ class ModelProfile:
     """Of the peaks and the activations, what CUDA's libraries keep for themselves: not there where the CPU computes."""
     assumptions: tuple[str, ...] = ()
     """What was assumed where a value depends on data, one sentence each."""
+    again: Callable[[int | None, int | None], "ModelProfile"] | None = field(default=None, repr=False, compare=False)
+    """Profiles the same model on another batch; only where the profile was made, never in a file."""
+
+    def scaled(self, batch: int | None = None, seq: int | None = None) -> "ModelProfile":
+        """The profile of the same step with ``batch`` samples, or ``seq`` tokens a sample.
+
+        It is traced anew, so it is no estimate. Its only activation point is that of its own batch. Raises
+        ProfileError where the profile was read from a file.
+        """
+        if self.again is None:
+            raise ProfileError(
+                f"this profile of {self.model} was read from a file and has no model any more: profile the model again"
+                " with the batch that you want"
+            )
+        return self.again(batch, seq)
 
     @property
     def uncounted_ops(self) -> dict[str, int]:
@@ -231,7 +247,7 @@ class ModelProfile:
         """The JSON form, with the totals spelled out for programs that read only those."""
         return {
             "schema": SCHEMA,
-            **asdict(self),
+            **{name: value for name, value in asdict(replace(self, again=None)).items() if name != "again"},
             "totals": {
                 "parameters": self.parameter_elements,
                 "trainable_parameters": self.trainable_elements,

@@ -17,8 +17,10 @@ from profiler.accumulation import added_in_place
 from profiler.cudnn import passing_blocks
 from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
-from profiler.formulas import MATMULS, flops_of, moved_bytes, rate_dtype
+from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
+from profiler.moved import moved_bytes, traffic
+from profiler.reductions import reduction_workspace_bytes
 from profiler.shapes import work_shape
 
 aten = torch.ops.aten
@@ -151,7 +153,7 @@ class Recorder(TorchDispatchMode):
         """
         if lasting_bytes and name not in self._workspaces:
             self._make_workspace(name, lasting_bytes)
-        moved = sum(t.nbytes for t in tensors)
+        moved = traffic(tensors)
         op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
 
@@ -203,9 +205,11 @@ class Recorder(TorchDispatchMode):
                 self.watch(tensor, Category.ACTIVATION, module)
                 with self.passing(passing.after[number] if number < len(passing.after) else (), module):
                     pass
+        with self.passing((reduction_workspace_bytes(func, args, kwargs, out),), module):
+            pass
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
             self._note_sum(out, *args[:2])
-        moved = moved_bytes(func, read, written)
+        moved = moved_bytes(func, args, read, written)
         dtype, shape = rate_dtype(read or written), work_shape(name, args, out)
         op = Op(name, flops, moved, dtype, module, self.phase, self._recomputing(), shape)
         self.events.append(op)
@@ -213,9 +217,9 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
-        """Log blocks of these bytes that end after what is inside."""
-        numbers = [self.new_id() for _ in sizes]
-        for number, size in zip(numbers, sizes, strict=True):
+        """Log blocks of these bytes, if more than none, that end after what is inside."""
+        numbers = {self.new_id(): size for size in sizes if size}
+        for number, size in numbers.items():
             self.events.append(Alloc(number, size, Category.ACTIVATION, module, self.phase))
         yield
         self.events.extend(Free(number, self.phase) for number in reversed(numbers))

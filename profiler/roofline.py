@@ -3,7 +3,7 @@
 [Note: The queue] The CPU issues operations one after another, each at a cost of its own; the device begins each when it
 has been issued and the one before is done. A large model keeps the device busy and hides the CPU; a small one leaves
 the device waiting for work, and its step lasts as long as the CPU takes to issue it. Both come out of the same
-simulation. The loop goes on without waiting for a step's result, so the second of two steps is the steady state.
+simulation. A step begins with nothing in the queue and ends when the device is done: loops read their loss.
 """
 
 from collections import defaultdict
@@ -28,7 +28,7 @@ _ARITHMETIC = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class StepTime:
-    """The seconds of one step in the steady state, all of them divided in four ways."""
+    """The seconds of one step, all of them divided in four ways."""
 
     total_seconds: float
     by_phase: Mapping[str, float]
@@ -66,7 +66,7 @@ def step_time(
     """
     works = [*_works(fused(events, module_types or {}), device, calibration)]
     works += _update(trained, optimizer, clip, device, calibration)
-    return _steady(works)
+    return _played(works)
 
 
 def op_seconds(op: Op, device: Device, calibration: Calibration = ASSUMED) -> float:
@@ -136,22 +136,25 @@ def _update(
         yield from [piece] * OPTIMIZER_PIECES
 
 
-def _steady(works: Sequence[Work]) -> StepTime:
-    shares: dict[str, dict[str, float]] = {}
+def _played(works: Sequence[Work]) -> StepTime:
+    shares: dict[str, dict[str, float]] = {n: defaultdict(float) for n in ("phase", "module", "operation", "bound")}
+
+    def spent(work: Work, waiting: float, kernel: float) -> None:
+        shares["phase"][work.phase] += waiting + kernel
+        shares["module"][work.module] += waiting + kernel
+        shares["operation"][work.name] += waiting + kernel
+        shares["bound"][work.bound] += kernel
+        shares["bound"][LAUNCH] += waiting
+
     cpu = device = 0.0
-    for _ in range(2):
-        shares = {name: defaultdict(float) for name in ("phase", "module", "operation", "bound")}
-        begun = device
-        for work in works:
-            cpu += work.issue_seconds
-            if work.kernel_seconds:
-                waiting = max(0.0, cpu - device)
-                device += waiting + work.kernel_seconds
-                shares["phase"][work.phase] += waiting + work.kernel_seconds
-                shares["module"][work.module] += waiting + work.kernel_seconds
-                shares["operation"][work.name] += waiting + work.kernel_seconds
-                shares["bound"][work.bound] += work.kernel_seconds
-                shares["bound"][LAUNCH] += waiting
-            if work.synchronises:
-                cpu = max(cpu, device)
-    return StepTime(device - begun, *(dict(share) for share in shares.values()))
+    for work in works:
+        cpu += work.issue_seconds
+        if work.kernel_seconds:
+            waiting = max(0.0, cpu - device)
+            device += waiting + work.kernel_seconds
+            spent(work, waiting, work.kernel_seconds)
+        if work.synchronises:
+            cpu = max(cpu, device)
+    if works and cpu > device:  # what the CPU does after the last kernel
+        spent(works[-1], cpu - device, 0.0)
+    return StepTime(max(cpu, device), *(dict(share) for share in shares.values()))

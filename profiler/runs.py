@@ -1,7 +1,8 @@
 """Finding runs of blocks that repeat, so that a trace needs to run only a few of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ class Run:
         return range(start, start + rounds * self.period)
 
 
-def parents(path: str) -> Iterator[str]:
+@lru_cache(maxsize=1 << 16)
+def parents(path: str) -> tuple[str, ...]:
     """The path and every module above it, the model ("") last."""
+    found = []
     while path:
-        yield path
+        found.append(path)
         path = path.rpartition(".")[0]
-    yield ""
+    return (*found, "")
 
 
 def runs_of(model: nn.Module, blocks: Sequence[str]) -> tuple[Run, ...]:

@@ -9,6 +9,14 @@ import torch
 _LEFT = {"mm": 0, "bmm": 0, "_scaled_mm": 0, "addmm": 1, "baddbmm": 1, "addbmm": 1}
 _LEFT_FACTOR = {"aten::" + name: position for name, position in _LEFT.items()}
 """Where the left factor stands among the arguments; the right one follows."""
+_PACKED = {
+    "_flash_attention_forward": (0, 3, 8, None),
+    "_flash_attention_backward": (1, 6, 11, None),
+    "_efficient_attention_forward": (0, 4, 9, 3),
+    "_efficient_attention_backward": (1, 6, 14, 4),
+}
+_PACKED_ATTENTION = {"aten::" + name: places for name, places in _PACKED.items()}
+"""Where queries, offsets of the sequences, causality and mask stand among the arguments; keys follow the queries."""
 
 WIDEST_LOAD_BYTES = 16
 
@@ -17,7 +25,7 @@ def work_shape(name: str, args: Sequence[Any], out: Any) -> tuple[int, ...]:
     """The sizes of a call.
 
     Of a matrix product (batch, m, n, k, alignment in bytes), of a convolution (positions, channels in, channels out,
-    elements of the kernel, groups), of any other operation ().
+    elements of the kernel, groups), of attention ``attention_shape``, of any other operation ().
 
     Rows that begin at multiples of 16 bytes can be loaded whole; the alignment is that of the worst of the three
     matrices. Positions are those of the batch's outputs, or of its inputs where the convolution is transposed.
@@ -37,6 +45,10 @@ def work_shape(name: str, args: Sequence[Any], out: Any) -> tuple[int, ...]:
             groups = out.shape[0]
             inner //= groups
         return (groups, max(rows, 1), b.shape[-1], max(inner, 1), min(_alignment(a), _alignment(b)))
+    if name in ("aten::mv", "aten::addmv", "aten::dot", "aten::vdot", "aten::addr"):
+        return _with_vector(name, args)
+    if name in _PACKED_ATTENTION:
+        return _packed_attention(args, *_PACKED_ATTENTION[name])
     if name == "aten::convolution":
         return _convolution(args[0], args[1], out, bool(args[6]), args[8])
     if name == "aten::convolution_backward":
@@ -47,6 +59,24 @@ def work_shape(name: str, args: Sequence[Any], out: Any) -> tuple[int, ...]:
 def attention_shape(query: Sequence[int], key: Sequence[int], causal: bool, masked: bool) -> tuple[int, ...]:
     """(batch times heads, queries, keys, dim, whether causal, whether with a mask), from shapes [..., length, dim]."""
     return (prod(query[:-2]), query[-2], key[-2], query[-1], int(causal), int(masked))
+
+
+def _with_vector(name: str, args: Sequence[Any]) -> tuple[int, ...]:
+    left, right = args[-2:] if name in ("aten::addmv", "aten::addr") else args[:2]
+    if name == "aten::addr":
+        return (1, len(left), len(right), 1, _alignment(args[0]) if args[0].dim() == 2 else WIDEST_LOAD_BYTES)
+    if left.dim() == 1:
+        return (1, 1, 1, len(left), WIDEST_LOAD_BYTES)
+    return (1, left.shape[0], 1, left.shape[1], _alignment(left))
+
+
+def _packed_attention(args: Sequence[Any], first: int, offsets: int, causal: int, mask: int | None) -> tuple[int, ...]:
+    """Of [batch, length, heads, dim], or of sequences behind each other, taken to be of equal length."""
+    query, key = (args[place].shape for place in (first, first + 1))
+    count = args[offsets].shape[0] - 1 if args[offsets] is not None else prod(query[:-3])
+    lengths = (max(prod(shape[:-2]) // count, 1) for shape in (query, key))
+    masked = mask is not None and args[mask] is not None
+    return (count * query[-2], *lengths, query[-1], int(bool(args[causal])), int(masked))
 
 
 def _convolution(

@@ -94,15 +94,19 @@ class _Unfolding:
     def result(self) -> list[Event]:
         """The events with the copies in their places."""
         self._check()
-        spans, template = self.spans, TEMPLATE
+        spans = self.spans
         out = list(self.events[: spans.skipped_forward.start])
+        forward, backward = (
+            _Template(self.events[span.start : span.stop])
+            for span in (spans.forward[TEMPLATE], spans.backward[TEMPLATE])
+        )
         for copy in range(self.rounds):
-            out += self._copied(spans.forward[template], copy + 1)
+            out += self._copied(forward, copy + 1)
         used = self._used_names()
         for i in range(spans.skipped_forward.stop, spans.skipped_backward.start):
             out += self._after(self.events[i], used)
         for copy in reversed(range(self.rounds)):
-            out += self._copied(spans.backward[template], copy + 1)
+            out += self._copied(backward, copy + 1)
         for i in range(spans.skipped_backward.stop, len(self.events)):
             out += self._below(self.events[i], used)
         return out
@@ -147,14 +151,14 @@ class _Unfolding:
 
     def _canonical(self, c: int, span: range) -> list[Any]:
         p = self.run.period
-        events = self.events[span.start : span.stop]
-        names = _renamed(events, {path: str(i) for i, path in enumerate(self.run.blocks[c * p : (c + 1) * p])})
-        ids = {number: self._relative(number, c) for number in _ids(events)}
+        part = _Template(self.events[span.start : span.stop])
+        names = _renamed(part.names, {path: str(i) for i, path in enumerate(self.run.blocks[c * p : (c + 1) * p])})
+        forms = part.copy({number: self._relative(number, c) for number in part.ids}, names)
         found: list[Any] = []
         # What ends at one moment does so in any order: a container's, or that of a set.
-        for ends, group in groupby(events, key=lambda e: isinstance(e, Free)):
-            forms = [(type(e), *_replaced(e, ids, names)) for e in group]
-            found += sorted(forms, key=repr) if ends else forms
+        for ends, group in groupby(forms, key=lambda e: isinstance(e, Free)):
+            kinds = [(type(e), e) for e in group]
+            found += sorted(kinds, key=repr) if ends else kinds
         return found
 
     def _relative(self, number: int, c: int) -> Any:
@@ -176,15 +180,14 @@ class _Unfolding:
         each = forward + len(self.made[TEMPLATE, BACKWARD_SIDE])
         return self.next_id + (c - TEMPLATE - 1) * each + forward + position
 
-    def _copied(self, span: range, shift: int) -> list[Event]:
+    def _copied(self, template: "_Template", shift: int) -> list[Event]:
         """The template's events, ``shift`` rounds later."""
         p, blocks = self.run.period, self.run.blocks
         start = TEMPLATE * p
         pairs = zip(blocks[start : start + p], blocks[start + shift * p : start + (shift + 1) * p], strict=True)
-        template = self.events[span.start : span.stop]
-        names = _renamed(template, dict(pairs))
-        ids = {number: self._shifted(number, shift) for number in _ids(template)}
-        return [tuple.__new__(type(e), _replaced(e, ids, names)) for e in template]
+        return template.copy(
+            {number: self._shifted(number, shift) for number in template.ids}, _renamed(template.names, dict(pairs))
+        )
 
     def _shifted(self, number: int, shift: int) -> int:
         if number in self.names:
@@ -229,28 +232,35 @@ class _Unfolding:
         return [Free(self._id(c + shift, side, position), event.phase) for shift in range(self.rounds + 1)]
 
 
-def _ids(events: Sequence[Event]) -> set[int]:
-    return {e.id for e in events if isinstance(e, Alloc | Free | Save)}
+class _Template:
+    """Some events, ready to be copied many times with other ids and names."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        self._fields: list[tuple[Any, list[Any], int | None, int | None]] = [
+            (type(e), list(e), ID_AT.get(type(e)), NAME_AT.get(type(e))) for e in events
+        ]
+        self.ids: set[int] = {fields[at] for _, fields, at, _ in self._fields if at is not None}
+        self.names: set[str] = {fields[at] for _, fields, _, at in self._fields if at is not None}
+
+    def copy(self, ids: Mapping[int, Any], names: Mapping[str, str]) -> list[Event]:
+        """The events with every id and name replaced."""
+        out: list[Any] = []
+        for kind, fields, id_at, name_at in self._fields:
+            fields = fields.copy()
+            if id_at is not None:
+                fields[id_at] = ids[fields[id_at]]
+            if name_at is not None:
+                fields[name_at] = names[fields[name_at]]
+            out.append(tuple.__new__(kind, fields))
+        return out
 
 
-def _renamed(span: Sequence[Event], prefixes: dict[str, str]) -> dict[str, str]:
-    """Every dotted name in some events, under another prefix if it has one of ``prefixes``."""
+def _renamed(names: Iterable[str], prefixes: dict[str, str]) -> dict[str, str]:
+    """Dotted names, under another prefix if they have one of ``prefixes``."""
     found: dict[str, str] = {}
-    names: set[Any] = {e[NAME_AT[type(e)]] for e in span if type(e) in NAME_AT}
     for name in names:
         head = name
         while head and head not in prefixes:
             head = head.rpartition(".")[0]
         found[name] = prefixes[head] + name[len(head) :] if head else name
     return found
-
-
-def _replaced(e: Event, ids: Mapping[int, Any], names: Mapping[str, str]) -> list[Any]:
-    """The event's fields with its storage's id and its name replaced."""
-    fields: list[Any] = list(e)
-    kind = type(e)
-    if kind in ID_AT:
-        fields[ID_AT[kind]] = ids[fields[ID_AT[kind]]]
-    if kind in NAME_AT:
-        fields[NAME_AT[kind]] = names[fields[NAME_AT[kind]]]
-    return fields

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from profiler import PRECISIONS, profile_model
-from profiler.measure import measure_step
 from profiler.contract import loss_of
+from profiler.measure import measure_step
 from tests.profiler_models import GPT, conv_net, mean_square, next_token_loss, tokens
 
 pytestmark = [

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from profiler import ProfilerError
-from profiler.measure import PHASES, measure_step
 from profiler.contract import default_loss, loss_of
+from profiler.measure import PHASES, measure_step
 from tests.profiler_models import mean_square
 
 

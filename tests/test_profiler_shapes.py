@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from profiler.events import BACKWARD, FORWARD, LOSS, Op
+from profiler.shapes import work_shape
 from profiler.trace import trace_step
 
 CONV = "aten::convolution"
@@ -43,3 +44,23 @@ def test_attention_says_heads_lengths_and_causality_in_both_directions():
 
     for name, phase in (("attention", LOSS), ("attention_backward", BACKWARD)):
         assert shapes(nn.Linear(8, 8), torch.zeros(2, 4, 32, 8), name, phase, forward) == [(8, 32, 16, 8, 1, 0)]
+
+
+def test_products_with_vectors_say_their_sizes_as_matrices():
+    matrix, row, column = torch.zeros(3, 4), torch.zeros(4), torch.zeros(3)
+    assert work_shape("aten::mv", (matrix, row), column) == (1, 3, 1, 4, 16)
+    assert work_shape("aten::addmv", (column, matrix, row), column) == (1, 3, 1, 4, 16)
+    assert work_shape("aten::addr", (matrix, column, row), matrix) == (1, 3, 4, 1, 16)
+    assert work_shape("aten::dot", (row, row), row.sum()) == (1, 1, 1, 4, 16)
+
+
+def test_attention_over_packed_sequences_says_their_mean_length():
+    q, k = torch.zeros(12, 4, 8), torch.zeros(24, 2, 8)
+    offsets = torch.zeros(4, dtype=torch.int32)
+    forward = (q, k, k, offsets, offsets, 8, 8, 0.0, True, False)
+    assert work_shape("aten::_flash_attention_forward", forward, (q,)) == (12, 4, 8, 8, 1, 0)
+    backward = (q, q, k, k, q, q, offsets, offsets, 8, 8, 0.0, False, offsets, offsets)
+    assert work_shape("aten::_flash_attention_backward", backward, (q, k, k)) == (12, 4, 8, 8, 0, 0)
+    dense = q.view(3, 4, 4, 8)
+    masked = (dense, dense, dense, dense, None, None, 4, 4, 0.0, 0)
+    assert work_shape("aten::_efficient_attention_forward", masked, (dense,)) == (12, 4, 4, 8, 0, 1)

@@ -1,0 +1,104 @@
+"""What CUDA's reductions hold for a moment: partial results of the blocks that share an output.
+
+[Note: Reductions] PyTorch's reduction kernel gives an output to several blocks where one would have too much to do and
+the device would stay half empty. Each then writes what it has summed to a buffer of the caching allocator. The gradient
+of a bias is such a sum, over all rows of a batch, and its buffer can be larger than the gradient of the activations: at
+6304 rows of 3072 bf16 numbers it is 132 MiB. How the kernel splits its work is written down in ATen's ``Reduce.cuh``
+(``setReduceConfig``); this file follows it for sums over dimensions that are not the fastest. A sum over the fastest
+dimension needs one number a block, which is little.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+SUMS = frozenset(
+    f"aten::{name}" for name in ("sum", "mean", "linalg_vector_norm", "norm", "amax", "amin", "prod", "any", "all")
+)
+PROCESSORS = 132
+"""Of an H100 or H200, the devices for which the predictions hold best."""
+THREADS_A_PROCESSOR = 2048
+LARGEST_BLOCK = 512
+WARP = 32
+LARGEST_VECTOR = 4
+FEWEST_VALUES, MOST_VALUES = 16, 256
+"""That a thread should sum."""
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A reduction with its dimensions merged as far as they are contiguous, in elements."""
+
+    inputs: int
+    """Summed for each output."""
+    outputs: int
+    width: int
+    """Length of the fastest dimension that is kept."""
+    vector: int
+    """Outputs that a thread makes at once."""
+
+
+def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Bytes of the buffer for partial results of a reduction; 0 for other calls, and where no output is shared."""
+    if func._schema.name not in SUMS or not isinstance(out, torch.Tensor) or not isinstance(args[0], torch.Tensor):
+        return 0
+    problem = _problem(args[0], _summed(func, args, kwargs), out)
+    if problem is None:
+        return 0
+    # Sums are kept in fp32 for 16-bit numbers.
+    size = max(4, args[0].element_size())
+    block_threads = LARGEST_BLOCK // problem.vector
+    block_width = min(_power_below(problem.width // problem.vector, block_threads), WARP)
+    block_height = min(_power_below(problem.inputs, block_threads), block_threads // block_width)
+    block_width = min(_power_below(problem.width // problem.vector, block_threads), block_threads // block_height)
+    grid = -(-problem.outputs // problem.vector // block_width)
+    if problem.inputs < min(block_height * FEWEST_VALUES, MOST_VALUES):
+        return 0
+    values = -(-problem.inputs // block_height)
+    resident = PROCESSORS * (THREADS_A_PROCESSOR // (block_width * block_height))
+    if values < MOST_VALUES or grid > resident:
+        return 0
+    sharing = max(min(-(-resident // grid), -(-values // FEWEST_VALUES)), -(-values // MOST_VALUES))
+    if sharing <= 1:
+        return 0
+    return size * problem.outputs * sharing * block_width * problem.vector
+
+
+def _summed(func: Any, args: Any, kwargs: Any) -> set[int]:
+    """The dimensions that are summed; all where none is named."""
+    names = [argument.name for argument in func._schema.arguments]
+    dims = kwargs.get("dim")
+    if dims is None and "dim" in names and names.index("dim") < len(args):
+        dims = args[names.index("dim")]
+    count = args[0].dim()
+    if isinstance(dims, int):
+        dims = [dims]
+    return {d % count for d in dims} if dims and count else set(range(count))
+
+
+def _problem(x: torch.Tensor, summed: set[int], out: torch.Tensor) -> _Problem | None:
+    """None where the fastest dimension is summed, or nothing is."""
+    dims = sorted(
+        (stride, size, i in summed)
+        for i, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True))
+        if size > 1 and stride > 0
+    )
+    if not dims or dims[0][2] or not any(is_summed for _, _, is_summed in dims):
+        return None
+    # The kept dimensions that follow each other in memory count as one.
+    width, step = 1, dims[0][0]
+    for stride, size, is_summed in dims:
+        if is_summed or stride != step * width:
+            break
+        width *= size
+    others = [stride for stride, _, _ in dims if stride >= step * width]
+    vector = LARGEST_VECTOR if step == 1 else 1
+    while any(n % vector for n in (width, *others)):
+        vector //= 2
+    return _Problem(x.numel() // out.numel(), out.numel(), width, vector)
+
+
+def _power_below(count: int, limit: int) -> int:
+    """The largest power of two that is not above ``count``, at most ``limit``."""
+    return limit if count >= limit else 1 << (max(count, 1).bit_length() - 1)

@@ -1,0 +1,62 @@
+"""Buffers of reductions, against sizes seen on a GPU and the kernel's own rules."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from profiler.reductions import reduction_workspace_bytes
+
+aten = torch.ops.aten
+MIB = 1 << 20
+
+
+def workspace(shape, dims, dtype=torch.bfloat16, func=aten.sum.dim_IntList, keepdim=False) -> int:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    args = (x, dims, keepdim) if func is not aten.linalg_vector_norm.default else (x, 2, dims, keepdim)
+    return reduction_workspace_bytes(func, args, {}, func(*args))
+
+
+def test_the_gradient_of_a_bias_takes_what_an_h200_showed():
+    # A vision transformer's second linear layer, batch 32 of 197 patches, and its output's bias.
+    assert workspace((6304, 3072), [0]) == 132 * MIB
+    assert workspace((6304, 768), [0]) == pytest.approx(37.125 * MIB)
+    assert workspace((6304, 3072), [0], keepdim=True) == 132 * MIB
+    assert workspace((32, 197, 3072), [0, 1]) == 132 * MIB
+
+
+def test_16_bits_are_summed_in_fp32_and_64_bits_in_themselves():
+    assert workspace((6304, 3072), [0], torch.float32) == 132 * MIB
+    assert workspace((6304, 3072), [0], torch.float64) == 264 * MIB
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"),
+    [
+        ((6304, 3072), [1]),  # over the fastest dimension
+        ((6304, 3072), [0, 1]),  # to one number
+        ((512, 3072), [0]),  # too few rows to share
+        ((6304, 1), [1]),  # nothing
+        ((0, 8), [0]),
+    ],
+)
+def test_sums_that_are_not_shared_by_blocks_take_nothing(shape, dims):
+    assert workspace(shape, dims) == 0
+
+
+def test_other_operations_take_nothing_and_norms_are_sums():
+    x = torch.empty(6304, 3072, device="meta")
+    assert reduction_workspace_bytes(aten.mul.Tensor, (x, x), {}, x * x) == 0
+    assert workspace((6304, 3072), [0], torch.float32, aten.linalg_vector_norm.default) == 132 * MIB
+    assert reduction_workspace_bytes(aten.sum.default, (x,), {}, x.sum()) == 0
+
+
+@given(st.integers(1, 20000), st.integers(1, 20000))
+def test_a_buffer_holds_a_whole_number_of_partial_sums_for_every_output(rows, columns):
+    taken = workspace((rows, columns), [0], torch.float32)
+    assert taken >= 0
+    if taken:
+        assert rows >= 256
+        assert taken % (4 * columns) == 0
+        # Each share is of a block's width of numbers; no thread sums fewer than 16 rows.
+        assert taken // (4 * columns) <= rows * 128 // 16
