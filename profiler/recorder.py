@@ -20,7 +20,7 @@ from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Eve
 from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
 from profiler.moved import moved_bytes
-from profiler.reductions import reduction_workspace_bytes
+from profiler.reductions import copied_bytes, reduction_workspace_bytes
 from profiler.shapes import work_shape
 
 aten = torch.ops.aten
@@ -153,7 +153,7 @@ class Recorder(TorchDispatchMode):
         """
         if lasting_bytes and name not in self._workspaces:
             self._make_workspace(name, lasting_bytes)
-        moved = sum(t.nbytes for t in tensors)
+        moved = traffic(tensors)
         op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
         self.events.append(op)
 
@@ -205,9 +205,9 @@ class Recorder(TorchDispatchMode):
                 self.watch(tensor, Category.ACTIVATION, module)
                 with self.passing(passing.after[number] if number < len(passing.after) else (), module):
                     pass
-        if partial_sums := reduction_workspace_bytes(func, args, kwargs, out):
-            with self.passing((partial_sums,), module):
-                pass
+        scratch = (reduction_workspace_bytes(func, args, kwargs, out), copied_bytes(func, args))
+        with self.passing(scratch, module):
+            pass
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
             self._note_sum(out, *args[:2])
         moved = moved_bytes(func, args, read, written)
@@ -218,9 +218,9 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
-        """Log blocks of these bytes that end after what is inside."""
-        numbers = [self.new_id() for _ in sizes]
-        for number, size in zip(numbers, sizes, strict=True):
+        """Log blocks of these bytes, if more than none, that end after what is inside."""
+        numbers = {self.new_id(): size for size in sizes if size}
+        for number, size in numbers.items():
             self._categories[number] = Category.SCRATCH
             self.events.append(Alloc(number, size, Category.SCRATCH, module, self.phase))
         yield

@@ -16,6 +16,10 @@ import torch
 SUMS = frozenset(
     f"aten::{name}" for name in ("sum", "mean", "linalg_vector_norm", "norm", "amax", "amin", "prod", "any", "all")
 )
+SOFTMAXES = frozenset(
+    f"aten::{name}" for name in ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
+)
+"""Their kernels read rows that lie together, and copy what does not."""
 PROCESSORS = 132
 """Of an H100 or H200, the devices for which the predictions hold best."""
 THREADS_A_PROCESSOR = 2048
@@ -63,6 +67,14 @@ def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> in
     if sharing <= 1:
         return 0
     return size * problem.outputs * sharing * block_width * problem.vector
+
+
+def copied_bytes(func: Any, args: Any) -> int:
+    """Bytes of the contiguous copies of what a softmax, or its backward, reads; 0 for other calls."""
+    if func._schema.name not in SOFTMAXES:
+        return 0
+    read = [t for t in args[:2] if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in read if not t.is_contiguous())
 
 
 def _summed(func: Any, args: Any, kwargs: Any) -> set[int]:
