@@ -19,7 +19,7 @@ from profiler.errors import ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Event, Free, Op
 from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
-from profiler.moved import moved_bytes
+from profiler.moved import moved_bytes, traffic
 from profiler.reductions import copied_bytes, reduction_workspace_bytes
 from profiler.shapes import work_shape
 
