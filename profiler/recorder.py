@@ -20,7 +20,7 @@ from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Eve
 from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
 from profiler.moved import moved_bytes, traffic
-from profiler.reductions import copied_bytes, reduction_workspace_bytes
+from profiler.reductions import reduction_workspace_bytes, softmax_scratch_bytes
 from profiler.shapes import work_shape
 
 aten = torch.ops.aten
@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
                 self.watch(tensor, Category.ACTIVATION, module)
                 with self.passing(passing.after[number] if number < len(passing.after) else (), module):
                     pass
-        scratch = (reduction_workspace_bytes(func, args, kwargs, out), copied_bytes(func, args))
+        scratch = (reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args))
         with self.passing(scratch, module):
             pass
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():

@@ -69,11 +69,21 @@ def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> in
     return size * problem.outputs * sharing * block_width * problem.vector
 
 
-def copied_bytes(func: Any, args: Any) -> int:
-    """Bytes of the contiguous copies of what a softmax, or its backward, reads; 0 for other calls."""
-    if func._schema.name not in SOFTMAXES:
+def softmax_scratch_bytes(func: Any, args: Any) -> int:
+    """Bytes that a softmax, or its backward, holds for a moment; 0 for other calls.
+
+    Contiguous copies of what does not lie together; in backward the product of gradient and output (ATen's
+    ``SoftMax.cu``); in the safe softmax of attention one truth value a score, for rows that are all masked.
+    """
+    name = func._schema.name
+    if name == "aten::_safe_softmax":
+        return int(args[0].numel())
+    if name not in SOFTMAXES:
         return 0
     read = [t for t in args[:2] if isinstance(t, torch.Tensor)]
+    if name == "aten::_softmax_backward_data":
+        read = read[1:]
+        return read[0].numel() * read[0].element_size() * (1 if read[0].is_contiguous() else 2)
     return sum(t.numel() * t.element_size() for t in read if not t.is_contiguous())
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiler.reductions import reduction_workspace_bytes
+from profiler.reductions import reduction_workspace_bytes, softmax_scratch_bytes
 
 aten = torch.ops.aten
 MIB = 1 << 20
@@ -60,3 +60,15 @@ def test_a_buffer_holds_a_whole_number_of_partial_sums_for_every_output(rows, co
         assert taken % (4 * columns) == 0
         # Each share is of a block's width of numbers; no thread sums fewer than 16 rows.
         assert taken // (4 * columns) <= rows * 128 // 16
+
+
+def test_softmax_copies_what_does_not_lie_together_and_multiplies_in_backward():
+    x = torch.empty(4, 8, 16, device="meta")
+    apart = x.transpose(1, 2)
+    assert softmax_scratch_bytes(aten._log_softmax.default, (x, 1, False)) == 0
+    assert softmax_scratch_bytes(aten._log_softmax.default, (apart, 1, False)) == x.nbytes
+    assert softmax_scratch_bytes(aten._log_softmax_backward_data.default, (apart, apart, 1, x.dtype)) == 2 * x.nbytes
+    assert softmax_scratch_bytes(aten._softmax_backward_data.default, (x, x, 1, x.dtype)) == x.nbytes
+    assert softmax_scratch_bytes(aten._softmax_backward_data.default, (x, apart, 1, x.dtype)) == 2 * x.nbytes
+    assert softmax_scratch_bytes(aten._safe_softmax.default, (x, -1)) == x.numel()
+    assert softmax_scratch_bytes(aten.mul.Tensor, (x, x)) == 0
