@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from profiler.events import BACKWARD, Event, Gradient, Op
+from profiler.kinds import kind_of
 
 FUSED = {"LSTM": "recurrent", "GRU": "recurrent", "RNN": "recurrent", "RMSNorm": "aten::_fused_rms_norm"}
 """By the class of ``torch.nn`` that does it."""
@@ -35,11 +36,7 @@ def _whole(parts: list[Op], module_types: Mapping[str, str]) -> Op:
     name = FUSED[module_types[first.module]]
     backward = first.phase == BACKWARD and not first.recompute
     largest = max(parts, key=lambda op: op.bytes)
-    shape: tuple[int, ...] = ()
-    if name == "recurrent":
-        # The products of one time step are the smallest: [batch, width] times [width, gates of that width].
-        products = [op.shape for op in parts if op.shape]
-        shape = (min(s[1] for s in products), min(min(s[2:4]) for s in products)) if products else ()
+    shape = _recurrent_shape(parts) if name == "recurrent" else _norm_shape(parts)
     return first._replace(
         name=name + "_backward" if backward else name,
         flops=sum(op.flops or 0 for op in parts),
@@ -47,3 +44,18 @@ def _whole(parts: list[Op], module_types: Mapping[str, str]) -> Op:
         dtype=largest.dtype,
         shape=shape,
     )
+
+
+def _recurrent_shape(parts: list[Op]) -> tuple[int, ...]:
+    """The products of one time step are the smallest: [batch, width] times [width, gates of that width]."""
+    products = [op.shape for op in parts if kind_of(op) == "matmul" and op.shape]
+    return (min(s[1] for s in products), min(min(s[2:4]) for s in products)) if products else ()
+
+
+def _norm_shape(parts: list[Op]) -> tuple[int, ...]:
+    """(rows, width), as the mean over each row or the sum over all rows says."""
+    for op in parts:
+        if kind_of(op) == "reduction" and op.shape:
+            kept, reduced, apart = op.shape
+            return (reduced, kept) if apart else (kept, reduced)
+    return ()
