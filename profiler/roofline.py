@@ -89,7 +89,7 @@ def _compute_seconds(op: Op, device: Device) -> float:
     arithmetic, kind = _ARITHMETIC.get(op.dtype, "fp32"), kind_of(op).removesuffix("_backward")
     if kind not in PRODUCTS:
         arithmetic = "fp32"
-    elif arithmetic == "fp32" and kind == "convolution":
+    elif arithmetic == "fp32" and kind in ("convolution", "recurrent"):
         arithmetic = "tf32"  # PyTorch's default for cuDNN, though not for matrix products
     return (op.flops or 0) / device.peak(arithmetic)
 

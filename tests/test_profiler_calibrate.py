@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from profiler import calibrate as module
+from profiler import calibrate_blocks as blocks
 from profiler.calibrate import Session, calibrate
 from profiler.calibrate_issue import SHORT, _counts, issue_programs
 from profiler.calibrate_kernels import grids
@@ -56,6 +57,20 @@ def test_each_program_adds_one_kind_of_operation_a_phase_to_the_known_ones():
             assert len(new) <= 1, program.name
             known |= new
     assert {"call", "gradient", "forward/matmul", "backward/convolution_backward"} <= known
+
+
+def test_costs_in_blocks_keep_their_proportions_and_add_up_to_what_blocks_took(monkeypatch):
+    known = {"forward/elementwise": 1e-6, "forward/matmul": 2e-6, "backward/elementwise": 3e-6, "call": 1e-6}
+
+    def three_times(block, shape, precision):
+        more = blocks._more_issues(block, shape, precision)
+        return {
+            phase: 3 * sum(known.get(name, known[f"{phase}/elementwise"]) * count for name, count in counts.items())
+            for phase, counts in more.items()
+        }
+
+    monkeypatch.setattr(blocks, "_block_seconds", three_times)
+    assert blocks.in_blocks(known) == pytest.approx({name: 3 * seconds for name, seconds in known.items()})
 
 
 def test_measurements_that_fail_are_skipped_and_named(monkeypatch):
