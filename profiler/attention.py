@@ -74,7 +74,9 @@ def attention_kernel(report: Report) -> Callable[..., torch.Tensor]:
             query, key, value = (pad(t, (0, -t.shape[-1] % ALIGNED_ELEMENTS)) for t in (query, key, value))
         if attn_mask is not None:
             attn_mask = _mask_for(kernel, attn_mask, query, key)
-        out: torch.Tensor = _FusedAttention.apply(query, key, value, attn_mask, is_causal, kernel, report)
+        out: torch.Tensor = _FusedAttention.apply(
+            query, key, value, attn_mask, is_causal, dropout_p > 0, kernel, report
+        )
         return out[..., :dim] if dim % ALIGNED_ELEMENTS else out
 
     return attention
@@ -121,6 +123,7 @@ class _FusedAttention(torch.autograd.Function):
         value: torch.Tensor,
         mask: torch.Tensor | None,
         causal: bool,
+        dropout: bool,
         kernel: Kernel,
         report: Report,
     ) -> torch.Tensor:
@@ -139,7 +142,7 @@ class _FusedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, out, sums, mask)
         ctx.report, ctx.kernel = report, kernel
         ctx.work = attention_of(query.shape, key.shape, value.shape[-1], causal)
-        ctx.shape = attention_shape(query.shape, key.shape, causal, mask is not None)
+        ctx.shape = attention_shape(query.shape, key.shape, causal, mask is not None, dropout)
         tensors = [t for t in (query, key, value, out, sums, mask) if t is not None]
         report("attention", ctx.work.flops, tensors, ctx.shape)
         return out
@@ -152,7 +155,7 @@ class _FusedAttention(torch.autograd.Function):
         held = _held_in_backward(ctx.kernel, query, key, value, sums)
         moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
         ctx.report("attention_backward", ctx.work.backward_flops, moved, ctx.shape)
-        return (*grads, for_mask, None, None, None)
+        return (*grads, for_mask, None, None, None, None)
 
 
 def _mask_gradient(mask: torch.Tensor) -> torch.Tensor:

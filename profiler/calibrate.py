@@ -12,17 +12,21 @@ from itertools import product
 
 import torch
 
+from profiler.calibrate_blocks import checkpoint_seconds, in_blocks
 from profiler.calibrate_issue import issue_programs, issue_seconds, recurrent_issue_seconds
-from profiler.calibrate_kernels import Grid, Numbers, Timed, grids
-from profiler.calibrate_timing import cpu_seconds, device_seconds, undisturbed
-from profiler.calibrate_update import TENSORS, TINY_ELEMENTS, TINY_TENSORS, UPDATES, update
+from profiler.calibrate_kernels import grids
+from profiler.calibrate_numbers import Grid, Numbers, Timed
+from profiler.calibrate_timing import device_seconds, undisturbed
+from profiler.calibrate_update import TENSORS, UPDATES, clearing_seconds, update, update_seconds
 from profiler.calibration import Calibration, Rate
 from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-GRID_SECONDS = 6.0
-"""After this long the rest of a grid's points, which come in a random order, is left out."""
+GRIDS_SECONDS, GRID_SECONDS, LEAST_GRID_SECONDS = 52.0, 6.0, 0.3
+"""What all grids may take, and one: then the rest of its points, which come in a random order, is left out."""
+SHARE = 4.0
+"""A grid may take so many times what would be left for each, as most need less."""
 UPDATE_BYTES = (4e6, 64e6, 1e9)
 """Of the parameters that optimizers are timed on."""
 
@@ -40,10 +44,13 @@ def calibrate(say: Say = lambda _: None) -> Calibration:
     name = torch.cuda.get_device_name()
     session = Session(find_device(name), say)
     with undisturbed():
-        for grid in grids():
-            session.measure(grid)
-        session.measure_updates()
         session.measure_issues()
+        session.measure_updates()
+        end = time.perf_counter() + GRIDS_SECONDS
+        waiting = list(grids())
+        while waiting:
+            share = SHARE * (end - time.perf_counter()) / len(waiting)
+            session.measure(waiting.pop(0), max(LEAST_GRID_SECONDS, min(GRID_SECONDS, share)))
     facts = {
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
@@ -62,12 +69,12 @@ class Session:
         self.issue_seconds: dict[str, float] = {}
         self.skipped: list[str] = []
 
-    def measure(self, grid: Grid) -> None:
+    def measure(self, grid: Grid, seconds: float = GRID_SECONDS) -> None:
         """Time a grid: one rate for each of the operations that are timed at its points."""
         self.say(grid.name)
         points = list(product(*grid.axes))
         found: dict[str, dict[int, tuple[float, float]]] = {}
-        end, late = time.perf_counter() + GRID_SECONDS, 0
+        end, late = time.perf_counter() + seconds, 0
         for index in random.Random(0).sample(range(len(points)), len(points)):
             if time.perf_counter() > end:
                 late += 1
@@ -95,7 +102,9 @@ class Session:
         for name in UPDATES:
             self.measure(Grid(name, (UPDATE_BYTES,), lambda size, name=name: prepare(name, size)))
             with self._guarded(f"the issue of {name}"):
-                self.issue_seconds[name] = cpu_seconds(update(name, TINY_TENSORS, TINY_ELEMENTS)) / TINY_TENSORS
+                self.issue_seconds[name] = update_seconds(name)
+        with self._guarded("the clearing of gradients"):
+            self.issue_seconds["zero_grad"] = clearing_seconds()
 
     def measure_issues(self) -> None:
         """What it costs the CPU to issue operations of each kind."""
@@ -104,6 +113,11 @@ class Session:
             self.say(f"the issue of {program.name}")
             with self._guarded(f"the issue of {program.name}"):
                 known.update(issue_seconds(program, known))
+        self.say("the issue of blocks")
+        with self._guarded("the issue of blocks"):
+            known = in_blocks(known)
+        with self._guarded("the issue of checkpoints"):
+            known["checkpoint"] = checkpoint_seconds(known)
         with self._guarded("the issue of recurrent layers"):
             known.update(recurrent_issue_seconds())
         self.issue_seconds.update(known)

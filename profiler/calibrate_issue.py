@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from profiler.calibrate_timing import cpu_seconds
-from profiler.events import BACKWARD, FORWARD, Call, Gradient, Op
-from profiler.roofline import issue_name
+from profiler.events import BACKWARD, FORWARD
+from profiler.issues import issues_of
 from profiler.trace import trace_step
 
 SHORT, LONG = 10, 60
@@ -90,6 +90,7 @@ def issue_programs() -> Iterator[Program]:
     yield Program("softmax", square, lambda x, _: functional.softmax(x, -1))
     yield Program("normalisation", square, lambda x, _: functional.layer_norm(x, (8,)))
     yield Program("batch normalisation", image, lambda x, _: functional.batch_norm(x, None, None, training=True))
+    yield Program("gradients of parts", square, lambda x, _: functional.pad(x[:4], (0, 0, 0, 4)))
     yield Program(
         "convolution",
         image,
@@ -133,15 +134,7 @@ def recurrent_issue_seconds() -> dict[str, float]:
 def _counts(program: Program, times: int) -> dict[str, Counter[str]]:
     model = _Repeated(program, times)
     trace = trace_step(model, torch.randn(program.shape), lambda m, x: m(x).sum())
-    counts: dict[str, Counter[str]] = {FORWARD: Counter(), BACKWARD: Counter()}
-    for event in trace.events:
-        if isinstance(event, Call):
-            counts[FORWARD]["call"] += 1
-        elif isinstance(event, Gradient):
-            counts[BACKWARD]["gradient"] += 1
-        elif isinstance(event, Op) and event.phase in counts and (name := issue_name(event)):
-            counts[event.phase][name] += 1
-    return counts
+    return issues_of(trace.events)
 
 
 def _times(program: Program, times: int) -> dict[str, float]:

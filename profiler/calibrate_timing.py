@@ -38,11 +38,16 @@ def device_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000 / repeats
 
 
-def cpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
-    """Median seconds that the CPU takes for one call, the device's queue empty before it."""
+def cpu_seconds(run: Callable[[], object], rounds: int = 7, before: Callable[[], object] = lambda: None) -> float:
+    """Median seconds that the CPU takes for one call, the device's queue empty before it.
+
+    ``before`` is called ahead of each, and not timed.
+    """
+    before()
     run()
     taken = []
     for _ in range(rounds):
+        before()
         torch.cuda.synchronize()
         begun = time.perf_counter()
         run()

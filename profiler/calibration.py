@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import exp, log, prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from profiler.device import KERNEL_SECONDS
 from profiler.errors import ProfilerError
 
-SCHEMA = "memplan.calibration/1"
+SCHEMA = "memplan.calibration/2"
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,14 @@ class Rate:
         return max(self.least_seconds, ideal_seconds / self.fraction(sizes))
 
     def fraction(self, sizes: Sequence[float] = ()) -> float:
-        """Interpolated linearly between logarithms; outside of the grid, that of its edge.
+        """Interpolated linearly between logarithms; outside of the grid, that of its edge; without sizes, the median.
 
         Corners that were not measured are left out; where none was, the nearest point counts.
         """
         if not self.axes:
             return self.fractions[0] or 1.0
+        if len(sizes) != len(self.axes):  # an operation that was logged without its sizes
+            return median(f for f in self.fractions if f is not None)
         places = [_place(axis, size) for axis, size in zip(self.axes, sizes, strict=True)]
         total = weights = 0.0
         for corner in product(*places):
@@ -84,7 +87,8 @@ class Calibration:
     rates: Mapping[str, Rate]
     """By kind of operation and dtype, "kind/dtype", or by kind alone for any other dtype."""
     issue_seconds: Mapping[str, float]
-    """CPU time to issue one operation, by phase and kind, "phase/kind"; also "call" of a module, "gradient", "step"."""
+    """CPU time to issue one operation, by phase and kind, "phase/kind"; also "call" of a module, "gradient" and
+    "zero_grad" of a parameter, "checkpoint" for each part of forward that backward repeats, "step"."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Versions and date."""
     skipped: tuple[str, ...] = ()
@@ -121,7 +125,7 @@ class Calibration:
         try:
             data: dict[str, Any] = json.loads(path.read_text())
             if data.pop("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}")
+                raise ValueError(f"its schema is not {SCHEMA}; measure again")
             rates = {
                 name: Rate(tuple(map(tuple, r["axes"])), tuple(r["fractions"]), r["least_seconds"])
                 for name, r in data.pop("rates").items()
@@ -147,31 +151,56 @@ ASSUMED = Calibration(
         "attention_causal_backward": _constant(0.35, kernels=3),
         "attention_masked": _constant(0.35),
         "attention_masked_backward": _constant(0.3, kernels=3),
+        "attention_dropout": _constant(0.25),
+        "attention_dropout_backward": _constant(0.3, kernels=3),
+        "attention_causal_dropout": _constant(0.25),
+        "attention_causal_dropout_backward": _constant(0.3, kernels=3),
         "convolution": _constant(0.4),
         "convolution_backward": _constant(0.35, kernels=2),
+        "convolution_last": _constant(0.5),
+        "convolution_last_backward": _constant(0.4, kernels=2),
+        "patch_convolution": _constant(0.3),
+        "patch_convolution_backward": _constant(0.2, kernels=2),
         "grouped_convolution": _constant(0.2),
         "grouped_convolution_backward": _constant(0.1, kernels=2),
+        "grouped_convolution_last": _constant(0.2),
+        "grouped_convolution_last_backward": _constant(0.1, kernels=2),
         "depthwise": _constant(0.2),
         "depthwise_backward": _constant(0.1, kernels=2),
+        "depthwise_last": _constant(0.3),
+        "depthwise_last_backward": _constant(0.2, kernels=2),
         "recurrent": _constant(0.1),
         "recurrent_backward": _constant(0.1),
         "elementwise": _constant(0.8),
-        "copy": _constant(0.7),
+        "elementwise_unlike": _constant(0.5),
+        "elementwise_transposed": _constant(0.3),
+        "copy": _constant(0.8),
+        "copy_unlike": _constant(0.6),
+        "copy_transposed": _constant(0.3),
+        "padded": _constant(0.6, kernels=2),
         "reduction": _constant(0.7),
-        "norm": _constant(0.7),
-        "norm_backward": _constant(0.5, kernels=2),
-        "batch_norm": _constant(0.6),
-        "batch_norm_backward": _constant(0.6),
+        "reduction_columns": _constant(0.5),
+        "norm": _constant(0.6),
+        "norm_backward": _constant(0.4, kernels=2),
+        "batch_norm": _constant(0.3),
+        "batch_norm_backward": _constant(0.3),
+        "batch_norm_last": _constant(0.5),
+        "batch_norm_last_backward": _constant(0.5),
         "softmax": _constant(0.7),
         "softmax_backward": _constant(0.7),
+        "softmax_spatial": _constant(0.4),
+        "softmax_spatial_backward": _constant(0.4),
         "loss": _constant(0.5),
         "embedding": _constant(0.6),
-        "embedding_backward": _constant(0.2, kernels=4),
+        "embedding_backward": _constant(0.3, kernels=6),
         "index": _constant(0.4),
         "index_backward": _constant(0.2, kernels=3),
         "pool": _constant(0.5),
         "pool_backward": _constant(0.3),
+        "resample": _constant(0.1),
+        "resample_backward": _constant(0.1, kernels=2),
         "dropout": _constant(0.7),
+        "sort": _constant(0.02, kernels=6),
         "scan": _constant(0.1, kernels=3),
         # Of one pass over the parameters: their bytes, read once.
         "optimizer/adamw": _constant(0.8 / 22),
@@ -185,31 +214,40 @@ ASSUMED = Calibration(
         "clip": _constant(0.8 / 3),
     },
     issue_seconds={
-        "forward/view": 1.5e-6,
-        "forward/elementwise": 6e-6,
-        "forward/matmul": 9e-6,
-        "forward/attention": 30e-6,
+        "zero_grad": 2e-6,
+        "checkpoint": 300e-6,
+        "forward/view": 3e-6,
+        "forward/elementwise": 10e-6,
+        "forward/copy": 14e-6,
+        "forward/matmul": 18e-6,
+        "forward/attention": 25e-6,
         "forward/convolution": 25e-6,
-        "forward/norm": 10e-6,
-        "forward/batch_norm": 20e-6,
-        "forward/recurrent": 100e-6,
-        "backward/view": 0.8e-6,
-        "backward/elementwise": 6e-6,
-        "backward/attention_backward": 40e-6,
-        "backward/convolution_backward": 40e-6,
-        "backward/recurrent_backward": 100e-6,
-        "call": 2e-6,
-        "gradient": 2e-6,
+        "forward/norm": 20e-6,
+        "forward/batch_norm": 35e-6,
+        "forward/recurrent": 160e-6,
+        "backward/view": 6e-6,
+        "backward/elementwise": 14e-6,
+        "backward/matmul": 8e-6,
+        "backward/reduction": 8e-6,
+        "backward/padded": 25e-6,
+        "backward/norm_backward": 20e-6,
+        "backward/batch_norm_backward": 25e-6,
+        "backward/attention_backward": 30e-6,
+        "backward/convolution_backward": 60e-6,
+        "backward/embedding_backward": 40e-6,
+        "backward/recurrent_backward": 800e-6,
+        "call": 6e-6,
+        "gradient": 0.5e-6,
         "step": 50e-6,
-        "optimizer/adamw": 5e-6,
-        "optimizer/adamw-fused": 2e-6,
-        "optimizer/adamw-forloop": 100e-6,
-        "optimizer/sgd": 1.5e-6,
-        "optimizer/sgd-momentum": 2.5e-6,
-        "optimizer/adafactor": 150e-6,
+        "optimizer/adamw": 12e-6,
+        "optimizer/adamw-fused": 4e-6,
+        "optimizer/adamw-forloop": 75e-6,
+        "optimizer/sgd": 3e-6,
+        "optimizer/sgd-momentum": 5e-6,
+        "optimizer/adafactor": 240e-6,
         "optimizer/lion": 50e-6,
         "optimizer/adamw-8bit": 20e-6,
-        "clip": 3e-6,
+        "clip": 8e-6,
     },
 )
-"""Moderate guesses for an eager PyTorch program on a server's CPU: assumptions, for which nothing was measured."""
+"""Round figures for an eager PyTorch program on a server: assumptions for any device, as none was measured for it."""

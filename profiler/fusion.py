@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 
 from profiler.events import BACKWARD, Event, Gradient, Op
+from profiler.kinds import kind_of
 
 FUSED = {"RMSNorm": "aten::_fused_rms_norm"}
 """By the class of ``torch.nn`` that does it."""
@@ -35,10 +36,20 @@ def _whole(parts: list[Op], module_types: Mapping[str, str]) -> Op:
     name = FUSED[module_types[first.module]]
     backward = first.phase == BACKWARD and not first.recompute
     largest = max(parts, key=lambda op: op.bytes)
+    shape = _norm_shape(parts)
     return first._replace(
         name=name + "_backward" if backward else name,
         flops=sum(op.flops or 0 for op in parts),
         bytes=largest.bytes,
         dtype=largest.dtype,
-        shape=(),
+        shape=shape,
     )
+
+
+def _norm_shape(parts: list[Op]) -> tuple[int, ...]:
+    """(rows, width), as the mean over each row or the sum over all rows says."""
+    for op in parts:
+        if kind_of(op) == "reduction" and op.shape:
+            kept, reduced, apart = op.shape
+            return (reduced, kept) if apart else (kept, reduced)
+    return ()

@@ -15,7 +15,8 @@ from profiler.calibration import ASSUMED, Calibration
 from profiler.device import Device
 from profiler.events import BACKWARD, CLIP, FORWARD, STEP, Call, Event, Gradient, Op
 from profiler.fusion import fused
-from profiler.kinds import SYNCHRONISING, VIEW, kind_of, plain_name, rate_of
+from profiler.issues import issue_name
+from profiler.kinds import PRODUCTS, SYNCHRONISING, VIEW, kind_of, plain_name, rate_of
 from profiler.optimizers import Trained
 
 COMPUTE, MEMORY, LAUNCH = "compute", "memory", "launch"
@@ -64,7 +65,9 @@ def step_time(
 
     ``module_types`` (path -> class name) tells which modules CUDA runs in fused kernels where the trace shows parts.
     """
-    works = [*_works(fused(events, module_types or {}), device, calibration)]
+    cleared = calibration.issue("step") + calibration.issue("zero_grad") * len(trained)
+    works = [Work(cleared, 0.0, "", FORWARD, "", "")]
+    works += _works(fused(events, module_types or {}), device, calibration)
     works += _update(trained, optimizer, clip, device, calibration)
     return _played(works)
 
@@ -83,10 +86,10 @@ def ideal_seconds(op: Op, device: Device) -> float:
 
 
 def _compute_seconds(op: Op, device: Device) -> float:
-    arithmetic = _ARITHMETIC.get(op.dtype, "fp32")
-    if not op.shape:
-        arithmetic = "fp32"  # only products use tensor cores
-    elif arithmetic == "fp32" and kind_of(op).startswith("convolution"):
+    arithmetic, kind = _ARITHMETIC.get(op.dtype, "fp32"), kind_of(op).removesuffix("_backward")
+    if kind not in PRODUCTS:
+        arithmetic = "fp32"
+    elif arithmetic == "fp32" and kind in ("convolution", "recurrent"):
         arithmetic = "tf32"  # PyTorch's default for cuDNN, though not for matrix products
     return (op.flops or 0) / device.peak(arithmetic)
 
@@ -96,7 +99,7 @@ def _memory_seconds(op: Op, device: Device) -> float:
 
 
 def _works(events: Iterable[Event], device: Device, calibration: Calibration) -> Iterator[Work]:
-    yield Work(calibration.issue("step"), 0.0, "", FORWARD, "", "")
+    repeating = False
     seen: dict[tuple[object, ...], tuple[float, str]] = {}  # layers repeat each other
     for event in events:
         if isinstance(event, Call):
@@ -104,6 +107,9 @@ def _works(events: Iterable[Event], device: Device, calibration: Calibration) ->
         elif isinstance(event, Gradient):
             yield Work(calibration.issue("gradient"), 0.0, "", BACKWARD, "", "")
         elif isinstance(event, Op):
+            if event.recompute and not repeating:
+                yield Work(calibration.issue("checkpoint"), 0.0, "", BACKWARD, event.module, "")
+            repeating = event.recompute
             key = (event.name, event.flops, event.bytes, event.dtype, event.shape)
             if key not in seen:
                 compute = _compute_seconds(event, device) > _memory_seconds(event, device)
@@ -111,17 +117,6 @@ def _works(events: Iterable[Event], device: Device, calibration: Calibration) ->
             issue = calibration.issue(name) if (name := issue_name(event)) else 0.0
             waits = plain_name(event.name) in SYNCHRONISING
             yield Work(issue, *seen[key], event.phase, event.module, event.name, waits)
-
-
-def issue_name(op: Op) -> str | None:
-    """Which of a calibration's issues an operation is, "phase/kind"; ``None`` where a real step has no such operation.
-
-    Recomputation issues forward's operations, from Python as forward does.
-    """
-    backward = op.phase == BACKWARD and not op.recompute
-    if backward and op.name == "aten::detach":
-        return None  # the trace's own: autograd hands saved tensors back without an operation
-    return f"{BACKWARD if backward else FORWARD}/{kind_of(op)}"
 
 
 def _update(
