@@ -32,7 +32,7 @@ from profiler.calibrate import calibrate as measure_rates
 from profiler.contract import ModelSource
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
-from profiler.measure import measure_step
+from profiler.measure import check_measurable, measure_step
 from profiler.optimizers import OPTIMIZERS
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
@@ -96,6 +96,8 @@ def profile(
 ) -> None:
     """What each layer costs, and the peak of a plain training step. Needs no GPU."""
     source = load_source(file, seq)
+    if measure:
+        check_measurable()
     found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration)
     console.print(profile_tables(found, depth))
     writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))

@@ -22,6 +22,7 @@ COLOURS = {
     Category.ACTIVATION: "#c2703d",
     Category.WORKSPACE: "#7d8794",
     Category.SCRATCH: "#b9a26a",
+    Category.UPDATE: "#a06a8c",
     Category.BUFFER: "#a8617f",
     Category.INPUT: "#8a8f3c",
 }

@@ -67,7 +67,7 @@ def _facts(profile: ModelProfile) -> str:
         (format_bytes(peaks.overall_bytes), f"peak allocated, in {peaks.phase}"),
         (format_bytes(peaks.reserved_bytes), "reserved by the allocator"),
     ]
-    if profile.context_bytes:
+    if profile.device_bytes is not None:
         facts.append((format_bytes(profile.device_bytes), "in nvidia-smi"))
     facts.append((format_count(profile.parameter_elements), "parameters"))
     facts.append((format_flops(profile.forward_flops + profile.backward_flops), "a step, without recompute"))

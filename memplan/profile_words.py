@@ -22,6 +22,7 @@ HOLDS = {
     Category.ACTIVATION: "activations",
     Category.WORKSPACE: "library workspaces",
     Category.SCRATCH: "scratch of kernels",
+    Category.UPDATE: "the update's own copies",
     Category.BUFFER: "buffers",
     Category.INPUT: "the batch",
 }
@@ -114,7 +115,8 @@ def _speed(profile: ModelProfile) -> str:
     assert profile.device is not None and profile.step_seconds is not None
     possible = find_device(profile.device).peak(UNITS[profile.precision]) * profile.step_seconds
     used = (profile.forward_flops + profile.backward_flops) / possible
-    return f"{format_count(profile.batch_size / profile.step_seconds)} samples/s, {used:.1%} MFU"
+    rate = profile.batch_size / profile.step_seconds
+    return f"{format_count(rate) if rate >= 100 else f'{rate:.3g}'} samples/s, {used:.1%} MFU"
 
 
 def phase_name(profile: ModelProfile, phase: str) -> str:
@@ -128,7 +130,7 @@ def reserves(profile: ModelProfile) -> list[tuple[str, int]]:
     rows = [("reserved by the allocator", peaks.reserved_bytes)]
     if peaks.reserved_expandable_bytes:
         rows.append(("with expandable_segments:True", peaks.reserved_expandable_bytes))
-    if profile.context_bytes:
+    if profile.device_bytes is not None:
         rows.append(("nvidia-smi, CUDA context included", profile.device_bytes))
     return rows
 
@@ -163,10 +165,11 @@ def short_operation(name: str) -> str:
 def warnings(profile: ModelProfile) -> Iterator[str]:
     """What a person should know before trusting the figures."""
     memory_bytes = find_device(profile.device).memory_bytes if profile.device is not None else None
-    if memory_bytes is not None and profile.device_bytes > memory_bytes:
+    taken = profile.peaks.reserved_bytes if profile.device_bytes is None else profile.device_bytes
+    if memory_bytes is not None and taken > memory_bytes:
         yield (
-            f"{profile.device} has {format_bytes(memory_bytes)}, and the step will take "
-            f"{format_bytes(profile.device_bytes)}: it does not fit"
+            f"{profile.device} has {format_bytes(memory_bytes)}, and the step will take {format_bytes(taken)}: "
+            "it does not fit"
         )
     if profile.uncounted_share > UNCOUNTED_WARNED:
         yield (

@@ -36,7 +36,7 @@ def measured_table(profile: ModelProfile, measured: Measured) -> RenderableType:
     table.add_row(" peak", *_beside(profile.peaks.overall_bytes, measured.overall_bytes), style="bold")
     table.add_section()
     table.add_row(" reserved", *_beside(profile.peaks.reserved_bytes, measured.reserved_bytes))
-    table.add_row(" nvidia-smi", *_beside(profile.device_bytes if profile.context_bytes else None, measured.nvml_bytes))
+    table.add_row(" nvidia-smi", *_beside(profile.device_bytes, measured.nvml_bytes))
     table.add_row(" step time", *_beside(profile.step_seconds, measured.step_seconds, format_seconds))
     return Group(Text(f"\nmeasured on {measured.device}", style="bold"), table)
 

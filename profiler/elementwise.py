@@ -20,6 +20,7 @@ def _table(groups: dict[int, str]) -> dict[str, int]:
 
 _NOTHING = (
     # asking and telling
+    "_is_all_true _is_any_true "
     "_assert_async _assert_scalar _assert_tensor_metadata _functional_assert_async _has_same_storage_numel "
     "_local_scalar_dense _fused_sdp_choice is_same_size sym_constrain_range sym_constrain_range_for_size "
     "_linalg_check_errors record_stream set resize resize_as _resize_output is_pinned is_set_to "

@@ -12,6 +12,9 @@ class Category(StrEnum):
     INPUT = "input"
     GRADIENT = "gradient"
     OPTIMIZER = "optimizer"
+    """State, which stays."""
+    UPDATE = "update"
+    """What clipping and the optimizer's step hold for a moment."""
     WORKSPACE = "workspace"
     """What CUDA's libraries keep for themselves."""
     SCRATCH = "scratch"
@@ -22,8 +25,8 @@ class Category(StrEnum):
 
 OF_CUDA = frozenset({Category.WORKSPACE, Category.SCRATCH})
 """Not there where the CPU computes."""
-MODEL_STATE = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER})
-"""What an engine that offloads keeps elsewhere."""
+MODEL_STATE = frozenset({Category.PARAMETER, Category.GRADIENT, Category.OPTIMIZER, Category.UPDATE})
+"""What an engine that offloads keeps elsewhere, or does in its own way."""
 
 SETUP = "setup"
 """Before the first step: parameters, buffers and the batch."""

@@ -25,7 +25,8 @@ def fake_tensor(mode: FakeTensorMode, tensor: torch.Tensor, cast: torch.dtype | 
     """A fake CPU tensor with the shape and strides of a real (or meta) one; floating numbers in dtype ``cast``."""
     if tensor.layout is not torch.strided:
         raise ProfilerError(
-            f"a tensor of shape {tuple(tensor.shape)} is {tensor.layout}; only dense ones can be traced"
+            f"a tensor of shape {tuple(tensor.shape)} is {tensor.layout}; only dense ones can be traced:"
+            " call to_dense() on it"
         )
     dtype = cast if cast is not None and tensor.is_floating_point() else tensor.dtype
     with mode:

@@ -48,6 +48,11 @@ def hint(error: BaseException) -> str | None:
             "it is a compiled package; install it, or let the file take plain PyTorch, with the same shapes, where the "
             "import fails"
         )
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            "install it; if it is a compiled extension that needs a GPU, let the file take plain PyTorch, with the "
+            "same shapes, where the import fails"
+        )
     return next((advice for pattern, advice in HINTS if re.search(pattern, text, re.IGNORECASE)), None)
 
 

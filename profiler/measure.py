@@ -125,6 +125,12 @@ class TrainingLoop:
         ended("step")
 
 
+def check_measurable() -> None:
+    """Raise ProfilerError when there is no CUDA device."""
+    if not torch.cuda.is_available():
+        raise ProfilerError("a step can only be measured on a CUDA device, and PyTorch finds none here")
+
+
 def measure_step(
     model: nn.Module,
     batch: Any,
@@ -141,8 +147,7 @@ def measure_step(
     must not be there yet. Raises ProfilerError when there is no CUDA device or the device's memory runs out.
     """
     before = {} if torch.cuda.is_initialized() else _driver_bytes()
-    if not torch.cuda.is_available():
-        raise ProfilerError("a step can only be measured on a CUDA device, and PyTorch finds none here")
+    check_measurable()
     if any(p.device.type not in ("cpu", "cuda") for p in model.parameters()):
         raise ProfilerError("the model has no values to train on (it is on the meta device); build it on the CPU")
     with _out_of_memory_explained():

@@ -79,7 +79,7 @@ def _storages(holdings: Holdings, phase: str, new_id: Callable[[], int]) -> Iter
         before = held.pop(name, None)
         if size:
             held[name] = new_id()
-            yield Alloc(held[name], size, Category.OPTIMIZER, "", phase)
+            yield Alloc(held[name], size, Category.UPDATE, "", phase)
         if before is not None:
             yield Free(before, phase)
     for number in held.values():

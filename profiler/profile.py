@@ -182,8 +182,8 @@ class ModelProfile:
     """Of a steady step, its peaks included, thinned out to a few hundred moments."""
     peak_contents: tuple[Holding, ...] = ()
     """The largest first."""
-    context_bytes: int = 0
-    """What NVML shows beside the allocator's reserve: the CUDA context and its libraries' code."""
+    context_bytes: int | None = None
+    """What NVML shows beside the allocator's reserve on ``device``: the CUDA context and its libraries' code."""
     device: str | None = None
     """The device whose rates the seconds are for."""
     step_seconds: float | None = None
@@ -264,9 +264,9 @@ class ModelProfile:
         }
 
     @property
-    def device_bytes(self) -> int:
+    def device_bytes(self) -> int | None:
         """What NVML will show for the process in the steady state."""
-        return self.peaks.reserved_bytes + self.context_bytes
+        return None if self.context_bytes is None else self.peaks.reserved_bytes + self.context_bytes
 
     def save(self, path: Path) -> None:
         """Write ``profile.json``."""

@@ -2,6 +2,7 @@
 
 import weakref
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,6 +29,8 @@ aten = torch.ops.aten
 WORKSPACE_BYTES = 32 << 20
 """cuBLAS keeps one for each handle and stream, in memory of the caching allocator; measured on Hopper."""
 
+MOST_READS = 2000
+"""Of values that depend on data, by one module."""
 ALMOST_ONE = 1 - 2**-10
 """Stands for a number drawn from [0, 1) that decides whether a layer is dropped; the larger, the less is."""
 
@@ -94,6 +97,7 @@ class Recorder(TorchDispatchMode):
         self._parameters: dict[int, tuple[str, frozenset[str]]] = {}
         self._workspaces: set[str] = set()
         self._paused = False
+        self._read: Counter[str] = Counter()
         self._sums: dict[int, int] = {}
 
     @classmethod
@@ -109,7 +113,10 @@ class Recorder(TorchDispatchMode):
     def watch(self, tensor: torch.Tensor, category: Category, module: str) -> int:
         """Log the tensor's storage, once, and its end when it comes; returns its id."""
         if tensor.layout is not torch.strided:
-            raise ProfilerError(f"{self._place()} makes a {tensor.layout} tensor; only dense ones can be traced")
+            raise ProfilerError(
+                f"{self._place()} makes a {tensor.layout} tensor; only dense ones can be traced: build an embedding"
+                " with sparse=False, or call to_dense() on the tensor"
+            )
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._ids:
@@ -274,6 +281,12 @@ class Recorder(TorchDispatchMode):
         else:
             raise ProfilerError(f"{func} in {self._place()} depends on data, which a profile can not know")
         self._assume(f"a value that {self._place()} reads from a tensor ({func._schema.name}) is taken to be {value}")
+        self._read[self._place()] += 1
+        if self._read[self._place()] > MOST_READS:
+            raise ProfilerError(
+                f"{self._place()} has read {MOST_READS} values that depend on data, which a profile does not know: a"
+                " loop that goes on until such a value says so never ends here; give it a largest number of rounds"
+            )
         return value
 
     def _assume_selection(self, func: Any, args: Any, kwargs: Any, error: Exception) -> Any:
@@ -291,7 +304,10 @@ class Recorder(TorchDispatchMode):
             raise ProfilerError(
                 f"the size of the result of {func} in {self._place()} depends on data, which a profile can not know"
             ) from error
-        self._assume(f"a mask in {self._place()} ({func._schema.name}) is taken to select everything")
+        self._assume(
+            f"a mask in {self._place()} ({func._schema.name}) is taken to select everything: the figures are the most"
+            " it can take, as if every expert of a mixture got every token"
+        )
         return out
 
     def _assume(self, sentence: str) -> None:

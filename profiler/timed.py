@@ -14,6 +14,9 @@ from profiler.roofline import step_time
 from profiler.runs import parents
 from profiler.trace import Trace
 
+MEASURED = ("H100", "H200")
+"""What the memory of kernels (workspaces, attention, convolutions) is modelled on."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -23,13 +26,17 @@ class Target:
     calibration: Calibration
 
     @property
-    def assumption(self) -> str | None:
-        """What the times stand on, where it was not measured on the device."""
+    def assumptions(self) -> list[str]:
+        """What times and bytes stand on, where it was not measured on the device."""
+        found = []
+        name = self.device.name
+        if not any(known in name for known in MEASURED):
+            found.append(f"kernels of {name} hold beside tensors what they do on a Hopper GPU, where that was measured")
         if self.calibration is ASSUMED:
-            return f"kernels reach usual shares of the rates of {self.device.name}; a calibration measures them"
-        if find_device(self.calibration.device) != self.device:
-            return f"kernels of {self.device.name} reach the same shares of its rates as on {self.calibration.device}"
-        return None
+            found.append(f"kernels reach usual shares of the rates of {name}; a calibration measures them")
+        elif find_device(self.calibration.device) != self.device:
+            found.append(f"kernels of {name} reach the same shares of its rates as on {self.calibration.device}")
+        return found
 
 
 def find_target(device: str | None, calibration: Path | str | None) -> Target | None:
@@ -57,9 +64,9 @@ def timed(profile: ModelProfile, model: nn.Module, trace: Trace, target: Target)
     return replace(
         profile,
         device=device.name,
-        context_bytes=device.context_bytes or profile.context_bytes,
+        context_bytes=device.context_bytes,
         step_seconds=found.total_seconds,
         layers=tuple(replace(x, seconds=seconds[x.path] - (0.0 if x.path else update)) for x in profile.layers),
         operations=tuple(replace(o, seconds=found.by_operation.get(o.name, 0.0)) for o in profile.operations),
-        assumptions=(*profile.assumptions, *([target.assumption] if target.assumption else [])),
+        assumptions=(*profile.assumptions, *target.assumptions),
     )

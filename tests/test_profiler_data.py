@@ -97,6 +97,17 @@ def test_what_depends_on_weights_is_assumed_and_stated(what):
     assert profile.forward_flops > 0
 
 
+def test_a_loop_that_ends_when_data_says_so_is_refused_with_advice():
+    def forward(m, x):
+        y = m.layer(m.embed(x))
+        while y.norm() > 1:
+            y = y / 2
+        return y
+
+    with pytest.raises(ProfilerError, match="largest number of rounds"):
+        profiled(forward)
+
+
 FINE: dict[str, Callable[..., torch.Tensor]] = {
     "masked_scatter": lambda m, x: m.layer(m.embed(x).masked_scatter((x > 0)[..., None], torch.zeros(24))),
     "topk with a k from the batch": lambda m, x: m.layer(m.embed(x)).topk(int(x[0, 1]))[0],
