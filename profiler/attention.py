@@ -29,6 +29,7 @@ class Report(Protocol):
         tensors: Sequence[torch.Tensor],
         shape: tuple[int, ...] = (),
         lasting_bytes: int = 0,
+        repeated_flops: int = 0,
     ) -> None:
         """An operation ran; ``tensors`` are those that it reads and writes."""
 
@@ -154,7 +155,8 @@ class _FusedAttention(torch.autograd.Function):
         for_mask = _mask_gradient(mask) if mask is not None and ctx.needs_input_grad[3] else None
         held = _held_in_backward(ctx.kernel, query, key, value, sums)
         moved = [*grad_out, query, key, value, out, sums, *held, *grads, *([] if mask is None else [mask])]
-        ctx.report("attention_backward", ctx.work.backward_flops, moved, ctx.shape)
+        again = ctx.work.score_flops
+        ctx.report("attention_backward", ctx.work.backward_flops, moved, ctx.shape, repeated_flops=again)
         return (*grads, for_mask, None, None, None, None)
 
 

@@ -75,6 +75,8 @@ class Op(NamedTuple):
     """Whether it repeats a part of the forward pass during backward."""
     shape: tuple[int, ...] = ()
     """Sizes that decide its rate beside FLOPs and bytes (``profiler.shapes``)."""
+    repeated_flops: int = 0
+    """Of ``flops``, those that do once more what forward did, as the scores in a fused attention's backward."""
 
 
 class Save(NamedTuple):

@@ -24,7 +24,10 @@ def layer_profiles(
         if isinstance(event, Op) and event.recompute:
             own["recompute"][event.module] += event.flops or 0
         elif isinstance(event, Op):
-            own["backward" if event.phase == BACKWARD else "forward"][event.module] += event.flops or 0
+            own["backward" if event.phase == BACKWARD else "forward"][event.module] += (
+                event.flops or 0
+            ) - event.repeated_flops
+            own["recompute"][event.module] += event.repeated_flops
             own["moved"][event.module] += event.bytes
     total = {figure: _with_children(values) for figure, values in own.items()}
     transient = _transient_bytes(trace.events)

@@ -96,6 +96,11 @@ class Attention(NamedTuple):
         return 2 * self.heads * self.pairs * (self.dim + self.value_dim)
 
     @property
+    def score_flops(self) -> int:
+        """The product of queries and keys, which fused kernels compute again in backward."""
+        return 2 * self.heads * self.pairs * self.dim
+
+    @property
     def backward_flops(self) -> int:
         """Five products: the scores again, and the gradients of the weights, of values, queries and keys."""
         return 2 * self.heads * self.pairs * (3 * self.dim + 2 * self.value_dim)

@@ -153,16 +153,18 @@ class Recorder(TorchDispatchMode):
         tensors: Sequence[torch.Tensor],
         shape: tuple[int, ...] = (),
         lasting_bytes: int = 0,
+        repeated_flops: int = 0,
     ) -> None:
         """Log an operation that the dispatcher does not show, with the tensors that it reads and writes.
 
-        The first of its name makes ``lasting_bytes`` that are never given back.
+        The first of its name makes ``lasting_bytes`` that are never given back. ``repeated_flops`` of the FLOPs do
+        again what forward did.
         """
         if lasting_bytes and name not in self._workspaces:
             self._make_workspace(name, lasting_bytes)
         moved = traffic(tensors)
-        op = Op(name, flops, moved, rate_dtype(tensors), self._stack.current(), self.phase, self._recomputing(), shape)
-        self.events.append(op)
+        place = (self._stack.current(), self.phase, self._recomputing())
+        self.events.append(Op(name, flops, moved, rate_dtype(tensors), *place, shape, repeated_flops))
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -202,19 +204,17 @@ class Recorder(TorchDispatchMode):
         out = self._run(func, args, kwargs)
         self.values.follow(func, args, kwargs, out)
         flops = flops_of(func, args, kwargs, out)
-        if name in MATMULS and self.phase not in self._workspaces:
-            # Backward runs on a thread of its own, with a handle of its own.
-            self._make_workspace(self.phase, WORKSPACE_BYTES)
+        # Backward runs on a thread of its own, with a handle of its own.
+        handle = BACKWARD if self.phase == BACKWARD else FORWARD
+        if name in MATMULS and handle not in self._workspaces:
+            self._make_workspace(handle, WORKSPACE_BYTES)
         read, written = _tensors((args, kwargs)), _tensors(out)
         passing = passing_blocks(func, args, out)
         with self.passing(passing.around, module):
             for number, tensor in enumerate(written):
                 self.watch(tensor, Category.ACTIVATION, module)
-                with self.passing(passing.after[number] if number < len(passing.after) else (), module):
-                    pass
-        scratch = (reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args))
-        with self.passing(scratch, module):
-            pass
+                self._pass(passing.after[number] if number < len(passing.after) else (), module)
+        self._pass((reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args)), module)
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
             self._note_sum(out, *args[:2])
         moved = moved_bytes(func, args, read, written)
@@ -232,6 +232,11 @@ class Recorder(TorchDispatchMode):
             self.events.append(Alloc(number, size, Category.SCRATCH, module, self.phase))
         yield
         self.events.extend(Free(number, self.phase) for number in reversed(numbers))
+
+    def _pass(self, sizes: Sequence[int], module: str) -> None:
+        """Log blocks of these bytes that come and go."""
+        with self.passing(sizes, module):
+            pass
 
     def _note_sum(self, out: torch.Tensor, first: torch.Tensor, second: Any) -> None:
         sizes = {tensor.untyped_storage().nbytes() for tensor in (out, first)}

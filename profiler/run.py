@@ -43,7 +43,7 @@ def profile_source(
         target=target,
         name=source.name,
         where=source.path.name,
-        assumptions=source.assumptions,
+        assumptions=lambda: source.assumptions,
     )
     return study.profile({size: partial(source.example_batch, size) for size in (batch_size, 1)}, batch_size)
 

@@ -43,7 +43,8 @@ class Study:
     """What messages call it."""
     blocks: tuple[str, ...]
     runs: tuple[Run, ...]
-    assumptions: tuple[str, ...] = ()
+    assumptions: Callable[[], tuple[str, ...]] = tuple
+    """What the model's source assumes, known only once the model has run."""
 
     @classmethod
     def of(cls, model: nn.Module, **how: Any) -> "Study":
@@ -106,7 +107,7 @@ class Study:
             operations=operation_profiles(trace),
             timeline=timeline,
             peak_contents=contents,
-            assumptions=(*self.assumptions, *remarks),
+            assumptions=(*self.assumptions(), *remarks),
             again=partial(self._scaled, batch, size),
         )
         return timed(found, self.model, trace, self.target) if self.target else found
