@@ -2,6 +2,8 @@
 
 import json
 import platform
+import statistics
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,26 +39,37 @@ def host() -> dict[str, Any]:
     }
 
 
-def llama(size: str) -> nn.Module:
-    """A Llama with tied embeddings in fp32, from a configuration; the same weights every time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(shape: tuple[int, ...], **more: Any) -> Any:
+    """The configuration of a Llama of a shape as in ``LLAMAS``."""
+    from transformers import LlamaConfig
 
-    hidden, layers, heads, kv_heads, ffn, vocabulary = LLAMAS[size]
-    config = LlamaConfig(
+    hidden, layers, heads, kv_heads, ffn, vocabulary = shape
+    return LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=ffn,
         vocab_size=vocabulary,
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
+        **more,
     )
+
+
+def llama(size: str) -> nn.Module:
+    """A Llama with tied embeddings in fp32, from a configuration; the same weights every time."""
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(LLAMAS[size], tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa")
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = LlamaForCausalLM(config)
     return model.train()
+
+
+def spread(errors: Iterable[float]) -> tuple[float, float, float]:
+    """Median, 95th percentile and largest of the errors without their signs."""
+    found = sorted(map(abs, errors))
+    return statistics.median(found), found[min(len(found) - 1, int(0.95 * len(found)))], found[-1]
 
 
 def save(name: str, rows: list[dict[str, Any]], **facts: Any) -> Path:

@@ -31,7 +31,7 @@ from benchmarks.building import batch_of, build_real
 from benchmarks.children import Failure, in_children
 from benchmarks.common import RESULTS, host
 from benchmarks.zoo import CONFIGURATIONS, Configuration
-from profiler.contract import default_loss, loss_of
+from profiler.contract import forward_with
 from profiler.measure import TrainingLoop
 
 SECONDS_A_CHILD = 60.0
@@ -66,7 +66,7 @@ def _profiled(built: Barrier, configuration: Configuration, turn: Callable[[], N
     finally:
         built.wait()
     turn()
-    forward = partial(loss_of, loss=configuration.loss or (lambda outputs, _: default_loss(outputs)))
+    forward = forward_with(configuration.loss)
     ways = configuration.precision, configuration.optimizer, configuration.clip
     loop = TrainingLoop(model, batch, forward, *ways)
     for _ in range(WARM_STEPS):

@@ -35,7 +35,7 @@ from benchmarks.building import batch_of, build_real
 from benchmarks.children import Failure, in_children
 from benchmarks.common import RESULTS, host
 from benchmarks.zoo import CONFIGURATIONS, Configuration
-from profiler.contract import default_loss, loss_of
+from profiler.contract import forward_with
 from profiler.measure import TrainingLoop, measure_step
 
 SECONDS_A_CHILD = 60.0
@@ -135,8 +135,7 @@ def _step(configuration: Configuration, turn: Callable[[], None], **how: Any) ->
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(2)
     turn()
-    loss = configuration.loss or (lambda outputs, _: default_loss(outputs))
-    forward = partial(loss_of, loss=loss)
+    forward = forward_with(configuration.loss)
     ways = (configuration.precision, configuration.optimizer, configuration.clip)
     return asdict(measure_step(model, batch, forward, *ways, **how))
 

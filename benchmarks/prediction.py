@@ -1,7 +1,6 @@
 """The profiler's predictions beside what was measured."""
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 from benchmarks.building import batch_of, build_abstract
 from benchmarks.children import Failure, in_children
+from benchmarks.common import spread
 from benchmarks.zoo import Configuration
 from profiler import ModelProfile, profile_model
-from profiler.measure import PHASES
+from profiler.events import PHASES
 
 PROCESSES = 2
 SECONDS_A_CHILD = 300.0
@@ -102,20 +102,19 @@ def summary(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name in ("allocated", "reserved", "expandable_reserved", "nvml", "first"):
         key = f"{name}_bytes"
-        found = sorted(abs(row["errors"][key]) for row in rows if key in row["errors"])
+        found = [row["errors"][key] for row in rows if key in row["errors"]]
         if found:
-            high = found[min(len(found) - 1, int(0.95 * len(found)))]
+            median, high, worst = spread(found)
             lines.append(
-                f"  {name:20} median {statistics.median(found):7.2%}   95th percentile {high:7.2%}"
-                f"   worst {found[-1]:7.2%}   ({len(found)})"
+                f"  {name:20} median {median:7.2%}   95th percentile {high:7.2%}   worst {worst:7.2%}   ({len(found)})"
             )
     predicted = [row for row in rows if row["errors"]]
     right = sum(row["errors"]["phase_right"] for row in predicted)
     lines.append(f"  the phase of the peak is right in {right} of {len(predicted)}")
     refused = [row for row in rows if not row["errors"]]
     lines += [f"  refused: {row['name']}: {row['predicted']['error'][:200]}" for row in refused]
-    worst = sorted(predicted, key=lambda row: -abs(row["errors"]["allocated_bytes"]))[:WORST_SHOWN]
-    return lines + [f"  worst: {row['name']} {row['errors']['allocated_bytes']:+.2%}" for row in worst]
+    furthest = sorted(predicted, key=lambda row: -abs(row["errors"]["allocated_bytes"]))[:WORST_SHOWN]
+    return lines + [f"  worst: {row['name']} {row['errors']['allocated_bytes']:+.2%}" for row in furthest]
 
 
 def _parts(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

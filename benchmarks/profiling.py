@@ -2,7 +2,8 @@
 
     python -m benchmarks.profiling
 
-Each in a process of its own, from its first trace on: imports and the building of the model are told apart. Batch 1 of
+Each in a process of its own, from its first trace on: the imports beside torch, and the building of the
+model, are told apart. Batch 1 of
 4096 tokens for the 70e9-parameter shape, of 512 for the deep one; ``scaled`` changes batch and sequence afterwards.
 """
 
@@ -13,7 +14,9 @@ import sys
 import time
 from typing import Any
 
-from benchmarks.common import save
+import torch
+
+from benchmarks.common import llama_config, save
 
 SHAPES = {
     # hidden, layers, heads, key-value heads, ffn, vocabulary, tokens
@@ -39,23 +42,14 @@ def main() -> None:
 def measure(name: str) -> dict[str, Any]:
     """Seconds of each part, and the largest resident size of the process."""
     began = time.perf_counter()
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from profiler import profile_model
 
     imported = time.perf_counter()
-    hidden, layers, heads, kv_heads, ffn, vocabulary, length = SHAPES[name]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=ffn,
-        vocab_size=vocabulary,
-    )
+    *shape, length = SHAPES[name]
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(llama_config(tuple(shape)))
     tokens = torch.zeros(1, length, dtype=torch.long)
     built = time.perf_counter()
     profile = profile_model(model, {"input_ids": tokens, "labels": tokens}, precision="bf16")

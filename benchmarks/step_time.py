@@ -18,11 +18,11 @@ from typing import Any
 
 from benchmarks.building import batch_of, build_abstract
 from benchmarks.children import Failure, in_children
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, spread
 from benchmarks.prediction import PROCESSES, SECONDS_A_CHILD
 from benchmarks.zoo import CONFIGURATIONS, Configuration
 from profiler.calibration import Calibration
-from profiler.contract import default_loss, loss_of
+from profiler.contract import forward_with
 from profiler.layers import repeated_blocks
 from profiler.roofline import LAUNCH, StepTime, step_time
 from profiler.runs import runs_of
@@ -65,9 +65,8 @@ def main() -> None:
 def _predicted(target: Target, configuration: Configuration, turn: Callable[[], None]) -> StepTime:
     turn()
     model, batch = build_abstract(configuration), batch_of(configuration)
-    loss = configuration.loss or (lambda outputs, _: default_loss(outputs))
     blocks = repeated_blocks(model)
-    forward = partial(loss_of, loss=loss)
+    forward = forward_with(configuration.loss)
     trace = trace_step(model, batch, forward, configuration.precision, blocks, False, runs_of(model, blocks))
     types = {path: type(module).__name__ for path, module in model.named_modules()}
     trained = [p for p in trace.parameters if p.has_gradient]
@@ -125,11 +124,10 @@ def summary(rows: Sequence[Row]) -> list[str]:
 
 def _figures(errors: Iterable[float]) -> str:
     signed = list(errors)
-    found = sorted(map(abs, signed))
-    high = found[min(len(found) - 1, int(0.95 * len(found)))]
+    median, high, worst = spread(signed)
     return (
-        f"median {statistics.median(found):6.1%}   95th percentile {high:6.1%}   worst {found[-1]:6.1%}"
-        f"   mean {statistics.mean(signed):+6.1%}   ({len(found)})"
+        f"median {median:6.1%}   95th percentile {high:6.1%}   worst {worst:6.1%}"
+        f"   mean {statistics.mean(signed):+6.1%}   ({len(signed)})"
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from profiler.errors import ProfilerError, SourceError
+from profiler.trees import tensors_in
 
 SMALL_BYTES = 1 << 20
 """Tensors up to this size are real in the second attempt."""
@@ -55,7 +56,7 @@ class _LargeOnMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        tensors = tensors_in((args, kwargs))
         if not tensors:
             return _made(func, args, kwargs)
         if not any(t.is_meta for t in tensors):

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss, path: Path | None = None) 
         outputs = call_model(model, batch)
     with explained(f"loss(outputs, batch){where} raises", path):
         return check_loss(loss(outputs, batch), f"loss(outputs, batch){where} returned")
+
+
+def forward_with(loss: Loss | None) -> Callable[[nn.Module, Any], torch.Tensor]:
+    """What runs a model on a batch and takes this loss, or without one the model's own."""
+    return partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
 
 
 def default_loss(outputs: Any, where: str = "the model file") -> torch.Tensor:

@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from profiler.hopper import MULTIPROCESSORS
+
 aten = torch.ops.aten
 
 CHANNELS_ALIGNMENT_BYTES = 16
 POSITIONS_ALIGNMENT_BYTES = 8
 DIRECT_KERNEL_ELEMENTS = 16
-MULTIPROCESSORS = 132
 SUM_BYTES = 4
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from profiler.packing import sizes_of_steps
+from profiler.trees import tensors_in
 
 aten = torch.ops.aten
 
@@ -52,13 +53,13 @@ class KnownValues:
 
     def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Do an operation for real as well, if all it reads is known; otherwise forget what it writes."""
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        made = tensors_in(out)
         known = self.of((args, kwargs)) if self._certain(func, args, kwargs) and all(map(_worthwhile, made)) else None
         if known is None:
             if func._schema.is_mutable:
                 self._spoil(func, args, kwargs)
             return
-        results = [t for t in tree_leaves(self.run(func, *known)) if isinstance(t, torch.Tensor)]
+        results = tensors_in(self.run(func, *known))
         for fake, real in zip(made, results, strict=True):
             self._real[fake] = real
 

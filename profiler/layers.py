@@ -1,7 +1,8 @@
 """Folding a trace into figures by module, and finding the blocks that a model repeats."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -29,7 +30,7 @@ def layer_profiles(
             ) - event.repeated_flops
             own["recompute"][event.module] += event.repeated_flops
             own["moved"][event.module] += event.bytes
-    total = {figure: _with_children(values) for figure, values in own.items()}
+    total = {figure: with_children(values) for figure, values in own.items()}
     transient = _transient_bytes(trace.events)
     elements: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -57,9 +58,12 @@ def layer_profiles(
     )
 
 
-def _with_children(own: Counter[str]) -> Counter[str]:
-    """Every module's figure with those of the modules below it."""
-    total: Counter[str] = Counter()
+Figure = TypeVar("Figure", int, float)
+
+
+def with_children(own: Mapping[str, Figure]) -> defaultdict[str, Figure]:
+    """Every module's figure with those of the modules below it; 0 where there is none."""
+    total: defaultdict[str, Figure] = defaultdict(int)
     for module, value in own.items():
         for path in parents(module):
             total[path] += value

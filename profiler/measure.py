@@ -25,12 +25,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from profiler.errors import ProfilerError
-
-Forward = Callable[[nn.Module, Any], torch.Tensor]
-"""Runs the model on a batch and returns the loss to call backward on."""
+from profiler.events import LOSS, PHASES
+from profiler.trace import AUTOCAST, PRECISIONS, Forward
 
 ZERO_GRAD = "zero_grad"
-PHASES = ("forward", "loss", "backward", "clip", "step")
 STEADY_STEP = 3
 """The step whose peaks are the steady state's: optimizer state and the libraries' workspaces exist by then."""
 TIMED_SECONDS = 2.0
@@ -46,9 +44,7 @@ _OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     "sgd-momentum": partial(torch.optim.SGD, lr=_RATE, momentum=0.9),
     "adafactor": partial(torch.optim.Adafactor, lr=_RATE),
 }
-_AUTOCAST = {"amp": torch.bfloat16, "amp-fp16": torch.float16}
 MEASURED_OPTIMIZERS = tuple(_OPTIMIZERS)
-MEASURED_PRECISIONS = ("fp32", "amp", "amp-fp16", "bf16")
 
 
 @dataclass(frozen=True)
@@ -86,15 +82,15 @@ class TrainingLoop:
     def __init__(
         self, model: nn.Module, batch: Any, forward: Forward, precision: str, optimizer: str, clip: bool
     ) -> None:
-        if precision not in MEASURED_PRECISIONS:
-            raise ProfilerError(f"precision is {precision!r}; it must be one of {', '.join(MEASURED_PRECISIONS)}")
+        if precision not in PRECISIONS:
+            raise ProfilerError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
         if optimizer not in _OPTIMIZERS:
             raise ProfilerError(f"optimizer {optimizer!r} can not be measured; these can: {', '.join(_OPTIMIZERS)}")
         cast = torch.bfloat16 if precision == "bf16" else None
         self.model = (model.to(cast) if cast else model).to("cuda").train()
         self._batch = tree_map_only(torch.Tensor, partial(_placed, cast=cast), batch)
         self._forward, self._clip = forward, clip
-        self._autocast = _AUTOCAST.get(precision)
+        self._autocast = AUTOCAST.get(precision)
         self._optimizer = _OPTIMIZERS[optimizer](self.model.parameters())
         # A scale of 1, so that no first step overflows and is skipped.
         self._scaler = torch.amp.GradScaler("cuda", init_scale=1.0) if precision == "amp-fp16" else None
@@ -199,7 +195,7 @@ def _peaks(loop: TrainingLoop, base_bytes: int) -> dict[str, int]:
     def ended(phase: str) -> None:
         nonlocal allocations
         now = torch.cuda.memory_stats()["allocation.all.allocated"]
-        if phase in PHASES and (phase != "loss" or now > allocations):
+        if phase in PHASES and (phase != LOSS or now > allocations):
             peaks[phase] = torch.cuda.max_memory_allocated() - base_bytes
         allocations = now
         torch.cuda.reset_peak_memory_stats()

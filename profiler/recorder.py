@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from profiler.accumulation import added_in_place
 from profiler.cudnn import passing_blocks
@@ -23,6 +23,7 @@ from profiler.known import KnownValues, assumed_result, known_selection
 from profiler.moved import moved_bytes, traffic
 from profiler.reductions import reduction_workspace_bytes, softmax_scratch_bytes
 from profiler.shapes import work_shape
+from profiler.trees import tensors_in
 
 aten = torch.ops.aten
 
@@ -105,11 +106,6 @@ class Recorder(TorchDispatchMode):
         """Torch need not keep its compiler away from this mode at every operation: nothing is compiled in a trace."""
         return False
 
-    def new_id(self) -> int:
-        """An unused storage id."""
-        self._categories[len(self._categories)] = Category.ACTIVATION
-        return len(self._categories) - 1
-
     def watch(self, tensor: torch.Tensor, category: Category, module: str) -> int:
         """Log the tensor's storage, once, and its end when it comes; returns its id."""
         if tensor.layout is not torch.strided:
@@ -120,17 +116,16 @@ class Recorder(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._ids:
-            number = self._ids[key] = self.new_id()
-            self._categories[number] = category
-            self.events.append(Alloc(number, storage.nbytes(), category, module, self.phase))
+            number = self._ids[key] = self.stand_in(storage.nbytes(), category, module)
             self._watches[number] = weakref.ref(storage, partial(self._ended, key, number))
         return self._ids[key]
 
-    def stand_in(self, size: int, category: Category, module: str) -> None:
-        """Log a storage that is there only in name."""
-        number = self.new_id()
+    def stand_in(self, size: int, category: Category, module: str) -> int:
+        """Log a storage that is there only in name; returns its id."""
+        number = len(self._categories)
         self._categories[number] = category
         self.events.append(Alloc(number, size, category, module, self.phase))
+        return number
 
     def watch_parameter(self, name: str, tensor: torch.Tensor, owners: frozenset[str]) -> int:
         """Log a parameter that belongs to the modules ``owners``."""
@@ -208,13 +203,15 @@ class Recorder(TorchDispatchMode):
         handle = BACKWARD if self.phase == BACKWARD else FORWARD
         if name in MATMULS and handle not in self._workspaces:
             self._make_workspace(handle, WORKSPACE_BYTES)
-        read, written = _tensors((args, kwargs)), _tensors(out)
+        read, written = tensors_in((args, kwargs)), tensors_in(out)
         passing = passing_blocks(func, args, out)
         with self.passing(passing.around, module):
             for number, tensor in enumerate(written):
                 self.watch(tensor, Category.ACTIVATION, module)
-                self._pass(passing.after[number] if number < len(passing.after) else (), module)
-        self._pass((reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args)), module)
+                self.come_and_go(passing.after[number] if number < len(passing.after) else (), module)
+        self.come_and_go(
+            (reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args)), module
+        )
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
             self._note_sum(out, *args[:2])
         moved = moved_bytes(func, args, read, written)
@@ -226,14 +223,11 @@ class Recorder(TorchDispatchMode):
     @contextmanager
     def passing(self, sizes: Sequence[int], module: str) -> Iterator[None]:
         """Log blocks of these bytes, if more than none, that end after what is inside."""
-        numbers = {self.new_id(): size for size in sizes if size}
-        for number, size in numbers.items():
-            self._categories[number] = Category.SCRATCH
-            self.events.append(Alloc(number, size, Category.SCRATCH, module, self.phase))
+        numbers = [self.stand_in(size, Category.SCRATCH, module) for size in sizes if size]
         yield
         self.events.extend(Free(number, self.phase) for number in reversed(numbers))
 
-    def _pass(self, sizes: Sequence[int], module: str) -> None:
+    def come_and_go(self, sizes: Sequence[int], module: str) -> None:
         """Log blocks of these bytes that come and go."""
         with self.passing(sizes, module):
             pass
@@ -322,7 +316,7 @@ class Recorder(TorchDispatchMode):
         return self._stack.current() or "the model"
 
     def _note_reads(self, tree: Any) -> None:
-        for tensor in _tensors(tree):
+        for tensor in tensors_in(tree):
             found = self._parameters.get(tensor.untyped_storage()._cdata)
             if found is not None and found[1].isdisjoint(self._stack.running):
                 self.used_outside.add(found[0])
@@ -334,10 +328,6 @@ class Recorder(TorchDispatchMode):
         self._ids.pop(key, None)
         if self._watches.pop(number, None) is not None:
             self.events.append(Free(number, self.phase))
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:

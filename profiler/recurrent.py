@@ -24,12 +24,12 @@ import torch
 from torch import nn
 
 from profiler.attention import Report
-from profiler.cudnn import MULTIPROCESSORS
+from profiler.hopper import MULTIPROCESSORS, THREADS_A_MULTIPROCESSOR
 
 GATES = {"lstm": 4, "gru": 4, "rnn_tanh": 1, "rnn_relu": 1}
 """What cuDNN keeps of a step beside its states, in multiples of the hidden size."""
 WORKSPACE_LAYER_BYTES = 8 << 20
-DROPOUT_STATES_BYTES = MULTIPROCESSORS * 2048 * 24
+DROPOUT_STATES_BYTES = MULTIPROCESSORS * THREADS_A_MULTIPROCESSOR * 24
 """A random number generator for every thread that the device can hold."""
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from profiler.hopper import MULTIPROCESSORS, THREADS_A_MULTIPROCESSOR
+
 SUMS = frozenset(
     f"aten::{name}" for name in ("sum", "mean", "linalg_vector_norm", "norm", "amax", "amin", "prod", "any", "all")
 )
@@ -20,9 +22,6 @@ SOFTMAXES = frozenset(
     f"aten::{name}" for name in ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
 )
 """Their kernels read rows that lie together, and copy what does not."""
-PROCESSORS = 132
-"""Of an H100 or H200, the devices for which the predictions hold best."""
-THREADS_A_PROCESSOR = 2048
 LARGEST_BLOCK = 512
 WARP = 32
 LARGEST_VECTOR = 4
@@ -60,7 +59,7 @@ def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> in
     if problem.inputs < min(block_height * FEWEST_VALUES, MOST_VALUES):
         return 0
     values = -(-problem.inputs // block_height)
-    resident = PROCESSORS * (THREADS_A_PROCESSOR // (block_width * block_height))
+    resident = MULTIPROCESSORS * (THREADS_A_MULTIPROCESSOR // (block_width * block_height))
     if values < MOST_VALUES or grid > resident:
         return 0
     sharing = max(min(-(-resident // grid), -(-values // FEWEST_VALUES)), -(-values // MOST_VALUES))

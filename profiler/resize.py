@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
+
+from profiler.trees import tensors_in
 
 Change = tuple[int, int]
 """(old, new) length of a dimension."""
@@ -11,8 +13,7 @@ Change = tuple[int, int]
 
 def sequence_length(batch: Any) -> int | None:
     """The second dimension of the first tensor of integers that has two: tokens. ``None`` where there is none."""
-    tensors = (t for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
-    found = (t.shape[1] for t in tensors if t.dim() >= 2 and not t.is_floating_point() and not t.is_complex())
+    found = (t.shape[1] for t in tensors_in(batch) if t.dim() >= 2 and not t.is_floating_point() and not t.is_complex())
     return next(found, None)
 
 

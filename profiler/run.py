@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from profiler.contract import Loss, ModelSource, checked_batch, default_loss, loss_of, plain_model
+from profiler.contract import Loss, ModelSource, checked_batch, forward_with, plain_model
 from profiler.errors import ProfilerError
 from profiler.optimizers import check_optimizer
 from profiler.profile import ModelProfile
 from profiler.study import Batches, Study
 from profiler.timed import find_target
+from profiler.trees import tensors_in
 
 
 def profile_source(
@@ -71,14 +72,13 @@ def profile_model(
     target = find_target(device, calibration)
     model, batch = plain_model(model), checked_batch(batch, "the batch")
     if batch_size is None:
-        batch_size = next((len(t) for t in _tensors(batch) if t.dim()), 1)
-    forward = partial(loss_of, loss=loss or (lambda outputs, _: default_loss(outputs)))
+        batch_size = next((len(t) for t in tensors_in(batch) if t.dim()), 1)
     batches: Batches = {batch_size: lambda: batch}
-    if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in _tensors(batch)):
+    if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in tensors_in(batch)):
         batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
     study = Study.of(
         model,
-        forward=forward,
+        forward=forward_with(loss),
         precision=precision,
         optimizer=optimizer,
         clip=clip,
@@ -87,7 +87,3 @@ def profile_model(
         where="the model",
     )
     return study.profile(batches, batch_size)
-
-
-def _tensors(batch: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]

@@ -15,7 +15,7 @@ from profiler.errors import ProfileError, ProfilerError
 from profiler.events import MODEL_STATE, OF_CUDA, PHASES, Call, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Peaks, allocated_peak, replay, training_loop
+from profiler.replay import Loop, Peaks, allocated_peak, replay, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, timed
@@ -68,9 +68,10 @@ class Study:
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
         traces, remarks = study._further_traces(batches, {(batch_size, False): trace})
-        points = tuple(_point(size, recompute, t, self.optimizer) for (size, recompute), t in traces.items())
+        loops = {key: training_loop(t, self.optimizer, self.clip) for key, t in traces.items()}
+        points = tuple(_point(*key, t, loops[key]) for key, t in traces.items())
         remarks = [s for t in traces.values() for s in t.assumptions] + remarks
-        return study._summed_up(trace, batch, batch_size, points, tuple(dict.fromkeys(remarks)))
+        return study._summed_up(trace, loops[batch_size, False], batch, points, tuple(dict.fromkeys(remarks)))
 
     def _scaled(self, known: Any, known_size: int, batch: int | None, seq: int | None) -> ModelProfile:
         """The profile of a batch like ``known``, with another number of samples or another sequence length."""
@@ -82,12 +83,13 @@ class Study:
         like = resized(known, (known_size, size), (length, seq) if length is not None and seq is not None else None)
         with _uncollected():
             trace = self.trace(like, recompute=False)
-            return self._summed_up(trace, like, size, (_point(size, False, trace, self.optimizer),), trace.assumptions)
+            loop = training_loop(trace, self.optimizer, self.clip)
+            return self._summed_up(trace, loop, like, (_point(size, False, trace, loop),), trace.assumptions)
 
     def _summed_up(
-        self, trace: Trace, batch: Any, size: int, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
+        self, trace: Trace, loop: Loop, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
     ) -> ModelProfile:
-        loop = training_loop(trace, self.optimizer, self.clip)
+        size = points[0].batch_size
         native, expandable = (replay(loop, allocator) for allocator in (CachingAllocator(), ExpandableAllocator()))
         first, steady = (_phase_peaks(*both) for both in zip(native, expandable, strict=True))
         timeline, contents = timeline_of(loop, trace.events)
@@ -161,8 +163,7 @@ def _parameters(model: nn.Module, trace: Trace) -> tuple[ParameterProfile, ...]:
     )
 
 
-def _point(batch_size: int, recompute: bool, trace: Trace, optimizer: str) -> ActivationPoint:
-    loop = training_loop(trace, optimizer)
+def _point(batch_size: int, recompute: bool, trace: Trace, loop: Loop) -> ActivationPoint:
     _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
     on_cpu = allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA)
     flops = sum(e.flops or 0 for e in trace.events if isinstance(e, Op))

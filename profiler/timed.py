@@ -1,6 +1,5 @@
 """The seconds of a profile, on a device that need not be here."""
 
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +8,9 @@ from torch import nn
 from profiler.calibration import ASSUMED, Calibration
 from profiler.device import Device, find_device
 from profiler.events import CLIP, STEP
+from profiler.layers import with_children
 from profiler.profile import ModelProfile
 from profiler.roofline import step_time
-from profiler.runs import parents
 from profiler.trace import Trace
 
 MEASURED = ("H100", "H200")
@@ -55,10 +54,7 @@ def timed(profile: ModelProfile, model: nn.Module, trace: Trace, target: Target)
     trained = [p for p in trace.parameters if p.has_gradient]
     types = {path: type(module).__name__ for path, module in model.named_modules()}
     found = step_time(trace.events, trained, profile.optimizer, clip, device, target.calibration, types)
-    seconds: defaultdict[str, float] = defaultdict(float)
-    for module, value in found.by_module.items():
-        for path in parents(module):
-            seconds[path] += value
+    seconds = with_children(found.by_module)
     # Clipping and the optimizer count for the model itself; a layer's seconds are those of forward and backward.
     update = sum(found.by_phase.get(phase, 0.0) for phase in (CLIP, STEP))
     return replace(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from profiler.cuda_semantics import cuda_semantics
@@ -21,6 +20,7 @@ from profiler.obliging import obliging_fakes, unnoticed_fakes
 from profiler.recorder import ModuleStack, Recorder
 from profiler.recurrent import flattened_bytes
 from profiler.runs import Run, parents
+from profiler.trees import tensors_in
 from profiler.unfold import unfold
 
 logger = logging.getLogger(__name__)
@@ -147,17 +147,15 @@ class _Step:
             else:
                 self.recorder.watch_parameter(name, parameter, frozenset(owners[id(parameter)]))
         for path, module in self.model.named_modules():
-            with self.recorder.passing(flattened_bytes(module), path):
-                pass
+            self.recorder.come_and_go(flattened_bytes(module), path)
         for name, buffer in self.model.named_buffers():
             owner = name.rpartition(".")[0]
             if self.folding.inside(owner):
                 self.recorder.stand_in(self._traced(name, buffer).bytes, Category.BUFFER, owner)
             else:
                 self.recorder.watch(buffer, Category.BUFFER, owner)
-        for tensor in tree_leaves(batch):
-            if isinstance(tensor, torch.Tensor):
-                self.recorder.watch(tensor, Category.INPUT, "")
+        for tensor in tensors_in(batch):
+            self.recorder.watch(tensor, Category.INPUT, "")
 
     @contextmanager
     def observed(self, recompute: bool) -> Iterator[None]:

@@ -4,7 +4,8 @@ from torch import nn
 
 from profiler import ProfilerError
 from profiler.contract import default_loss, loss_of
-from profiler.measure import PHASES, measure_step
+from profiler.events import PHASES
+from profiler.measure import measure_step
 from tests.profiler_models import mean_square
 
 
