@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from memplan.audit import audit
 from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
-from memplan.rates import rates_of
+from memplan.quick_rates import rates_of
 from memplan.search import plan as search_plan
 from memplan.units import units_of
 from offload.engine import Engine

@@ -1,219 +1,124 @@
-"""How fast a machine does each thing a training step consists of: measured in a moment, or a reference."""
+"""How fast a machine does each thing a training step consists of: data, measured by a calibration or a reference."""
 
-import mmap
-import os
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import log
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import Any
 
 from memplan.errors import MachineError
-from memplan.machine import Machine
-from offload.optimizer import AdamWStep, update_span
 from offload.plan import Precision
-from offload.residency import state_bytes
-from offload.state import carve_state, weight_dtype
+from profiler.calibration import Calibration
 
-TRAINING_SHARE = 0.57
-"""Share of the matmul ceiling that training reaches.
+SCHEMA = "memplan.rates/1"
 
-Measured on one H200: 3.21e9 parameters, 8 x 2048 tokens, every layer recomputed, take 4.3e14 executed FLOPs in
-0.978 s, of which about 0.03 s are the optimizer's: 455 of 790 TFLOP/s.
-"""
-REFERENCE_CALL_SECONDS = 89e-6
-"""Measured on the same machine."""
-COPY_BYTES = 64 << 20
-UPDATE_ELEMENTS = 1 << 22
-IO_BYTES = 8 << 20
+
+@dataclass(frozen=True)
+class Curve:
+    """Bytes a second by the size of one transfer, both ascending in ``sizes_bytes``."""
+
+    sizes_bytes: tuple[int, ...]
+    bytes_per_second: tuple[float, ...]
+
+    @classmethod
+    def flat(cls, bytes_per_second: float) -> "Curve":
+        """The same at every size."""
+        return cls((1,), (bytes_per_second,))
+
+    def at(self, size_bytes: float) -> float:
+        """Linear between the logarithms of the sizes, and that of the nearest size outside of them."""
+        sizes, rates = self.sizes_bytes, self.bytes_per_second
+        i = bisect_left(sizes, size_bytes)
+        if i == 0:
+            return rates[0]
+        if i == len(sizes):
+            return rates[-1]
+        share = log(size_bytes / sizes[i - 1]) / log(sizes[i] / sizes[i - 1])
+        return rates[i - 1] + share * (rates[i] - rates[i - 1])
+
+    def scaled(self, factor: float) -> "Curve":
+        """The same shape, so many times as fast."""
+        return Curve(self.sizes_bytes, tuple(rate * factor for rate in self.bytes_per_second))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What bounds each lane of a step."""
+    """What bounds each lane of a step. "Alone" is a lane while the others rest; the shares say what contention leaves.
+
+    Figures by precision are of Adam's arithmetic as the runtime does it in that precision, a parameter.
+    """
 
     compute_flops_per_second: Mapping[Precision, float]
-    """Executed FLOPs that training sustains, not the ceiling of one matmul."""
-    host_to_device_bytes_per_second: float
-    device_to_host_bytes_per_second: float
-    nvme_read_bytes_per_second: float
-    nvme_write_bytes_per_second: float
-    cpu_update_seconds_per_element: float
-    """Adam on state in host memory, by all cores together."""
-    gpu_update_seconds_per_element: float
-    """Adam on state beside the parameters."""
+    """Executed FLOPs that training sustains, where no calibration of kernels tells more."""
     device_bytes_per_second: float
     """Of the compute device's memory, read and written together."""
     call_seconds: float
     """What forward and backward of one small module take whatever its size: the framework's own time."""
-    collective_bytes_per_second: float
-    """Bytes that each GPU sends to the others, while they send too."""
+    host_to_device: Curve
+    """From pinned memory, alone."""
+    device_to_host: Curve
+    duplex_share: float
+    """Of its rate alone, what each direction keeps while both are busy."""
+    cpu_update_seconds: Mapping[Precision, float]
+    """Of one element of state in host memory, by all cores together, as the runtime's update lane does it, alone."""
+    cpu_update_beside_links: float
+    """How many times longer it takes while weights stream to the device; at least 1."""
+    links_beside_update: float
+    """Of its rate alone, what the link to the device keeps while the CPU updates."""
+    gpu_update_seconds: Mapping[Precision, float]
+    """Of one element of state in the device's memory."""
+    streamed_update_seconds: Mapping[Precision, float]
+    """Of one element of state in host memory that the GPU updates, streaming it both ways; empty where unknown."""
+    nvme_read_bytes_per_second: float
+    """At the runtime's block and depth."""
+    nvme_write_bytes_per_second: float
+    collective: Curve
+    """Bytes that each GPU sends to the others in one node while they send too, by the bytes of the whole tensor."""
+    inter_node_bytes_per_second: float | None
+    """The same between nodes, of each GPU; ``None`` where nobody said."""
+    pinning_bytes_per_second: float
     source: str
     """Where the figures come from, one sentence."""
+    spread: float = 0.1
+    """How far off a predicted step may be, as a share of it: wider where rates are assumed and not measured."""
+    kernels: Calibration | None = None
+    """What the GPU's kernels reach, for step times by operation."""
+    fingerprint: str = ""
+    """Of the machine that was measured; "" for a reference."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """Names, versions and the date."""
+    tables: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    """Everything else that was measured, for people: name -> rows of cells, the first row being the head."""
 
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        kernels = self.kernels.to_dict() if self.kernels is not None else None
+        path.write_text(
+            json.dumps({"schema": SCHEMA, **asdict(replace(self, kernels=None)), "kernels": kernels}) + "\n"
+        )
 
-REFERENCE = Rates(
-    compute_flops_per_second={
-        Precision.BF16: 790e12 * TRAINING_SHARE,
-        Precision.AMP: 790e12 * TRAINING_SHARE,
-        # Without tensor cores: the vendor's 67 TFLOP/s.
-        Precision.FP32: 67e12 * TRAINING_SHARE,
-    },
-    host_to_device_bytes_per_second=50.9e9,
-    device_to_host_bytes_per_second=50.9e9,
-    nvme_read_bytes_per_second=1.7e9,
-    nvme_write_bytes_per_second=1.7e9,
-    # While weights stream to the device.
-    cpu_update_seconds_per_element=0.50e-9,
-    # 26 bytes an element through memory that copies 4270 GB/s.
-    gpu_update_seconds_per_element=26 / 4270e9,
-    device_bytes_per_second=4270e9,
-    call_seconds=REFERENCE_CALL_SECONDS,
-    # Without a faster fabric the GPUs talk over their host links.
-    collective_bytes_per_second=50.9e9,
-    source="Rates are a reference, measured on one H200 (PCIe 5 x16) with 16 cores; the machine described may differ.",
-)
-
-
-def rates_of(machine: Machine, precision: Precision) -> Rates:
-    """Measured where the machine is here, the reference where it is only described."""
-    return REFERENCE if machine.described else measure_rates(machine, precision)
-
-
-def measure_rates(machine: Machine, precision: Precision) -> Rates:
-    """Measure this machine, in under two seconds. The NVMe directory's file is removed again."""
-    to_device, to_host = _copy_rates(machine.device)
-    # Without a directory nothing goes to disk, and no plan depends on its rates.
-    read, write = REFERENCE.nvme_read_bytes_per_second, REFERENCE.nvme_write_bytes_per_second
-    if machine.nvme_dir is not None:
+    @classmethod
+    def load(cls, path: Path) -> "Rates":
+        """Read what ``save`` wrote; raises MachineError for a file that this version can not read."""
         try:
-            read, write = _disk_rates(machine.nvme_dir)
-        except OSError as error:
-            raise MachineError(f"the NVMe directory {machine.nvme_dir} can not be used: {error}") from error
-    cpu_update = _update_seconds_per_element(precision)
-    memory = _device_memory_rate(machine.device)
-    gpu_update = cpu_update
-    if machine.device == "cuda":
-        # Weight, gradient and state are read, weight and state written.
-        gpu_update = (3 * precision.weight_bytes + 2 * state_bytes(precision)) / memory
-    name = machine.gpu_name or f"{machine.cores} CPU cores"
-    return Rates(
-        compute_flops_per_second={precision: _training_rate(machine.device, precision)},
-        host_to_device_bytes_per_second=to_device,
-        device_to_host_bytes_per_second=to_host,
-        nvme_read_bytes_per_second=read,
-        nvme_write_bytes_per_second=write,
-        cpu_update_seconds_per_element=cpu_update,
-        gpu_update_seconds_per_element=gpu_update,
-        device_bytes_per_second=memory,
-        call_seconds=_call_seconds(machine.device),
-        collective_bytes_per_second=min(to_device, to_host),
-        source=f"Rates were measured on this machine ({name}) just now.",
-    )
+            return cls.from_dict(json.loads(path.read_text()))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MachineError(
+                f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
+            ) from error
 
-
-def _best_seconds(work: Callable[[], object], device: str = "cpu", repeats: int = 3) -> float:
-    """The shortest of a few runs after a first one that warms up."""
-    wait = torch.cuda.synchronize if device == "cuda" else _nothing
-    work()
-    wait()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _nothing() -> None:
-    """The CPU has no queue to wait for."""
-
-
-def _training_rate(device: str, precision: Precision) -> float:
-    """FLOPs a second of forward and backward of a transformer's feed-forward block, norm and activation included."""
-    tokens, width = (16384, 4096) if device == "cuda" else (1024, 384)
-    dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
-    step = _block_step(tokens, width, device, dtype)
-    # Two matrices of width x 4 width; backward is twice the forward.
-    return 3 * 2 * tokens * 8 * width**2 / _best_seconds(step, device)
-
-
-def _call_seconds(device: str) -> float:
-    """Forward and backward of a module that is too small to take time by itself."""
-    modules = 4
-    return _best_seconds(_block_step(8, 16, device, torch.float32), device, repeats=20) / modules
-
-
-def _block_step(tokens: int, width: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of a feed-forward block of four modules."""
-    layers = (nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    block = nn.Sequential(*layers).to(device=device, dtype=dtype)
-    inputs = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
-    gradient = torch.ones_like(inputs)
-
-    def step() -> None:
-        block(inputs).backward(gradient)
-
-    return step
-
-
-def _copy_rates(device: str) -> tuple[float, float]:
-    """Bytes a second from pinned host memory to the device, and back."""
-    host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=device == "cuda").zero_()
-    there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    to_device = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
-    to_host = _best_seconds(lambda: host.copy_(there, non_blocking=True), device)
-    return COPY_BYTES / to_device, COPY_BYTES / to_host
-
-
-def _device_memory_rate(device: str) -> float:
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device)
-
-
-def _update_seconds_per_element(precision: Precision) -> float:
-    """The runtime's own update, over state that is larger than the caches."""
-    dtype = weight_dtype(precision)
-    weight, gradient = torch.rand(UPDATE_ELEMENTS).to(dtype), torch.rand(UPDATE_ELEMENTS).to(dtype)
-    raw = torch.zeros(UPDATE_ELEMENTS * state_bytes(precision), dtype=torch.uint8)
-    state = carve_state(raw, UPDATE_ELEMENTS, precision)
-    how = AdamWStep(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
-    return _best_seconds(lambda: update_span(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
-
-
-def _disk_rates(directory: Path) -> tuple[float, float]:
-    """Bytes a second of reading and writing one file, past the page cache where the file system can do that."""
-    block = mmap.mmap(-1, IO_BYTES)  # aligned to a page, as direct I/O wants it
-    block.write(os.urandom(IO_BYTES))
-    handle, name = tempfile.mkstemp(prefix=".memplan-rate-", dir=directory)
-    os.close(handle)
-    offsets = range(0, COPY_BYTES, IO_BYTES)
-    try:
-        file = open_direct(Path(name))
-        try:
-            start = time.perf_counter()
-            for offset in offsets:
-                os.pwrite(file, block, offset)
-            os.fsync(file)
-            written = time.perf_counter()
-            for offset in offsets:
-                os.preadv(file, [block], offset)
-            done = time.perf_counter()
-        finally:
-            os.close(file)
-    finally:
-        Path(name).unlink()
-    return COPY_BYTES / (done - written), COPY_BYTES / (written - start)
-
-
-def open_direct(path: Path) -> int:
-    """A descriptor for reading and writing, with O_DIRECT where the file system knows it."""
-    try:
-        return os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(path, os.O_RDWR)
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Rates":
+        """The inverse of ``save``'s JSON."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
+        own = {name: value for name, value in data.items() if name != "schema"}
+        for name in ("host_to_device", "device_to_host", "collective"):
+            own[name] = Curve(*(tuple(own[name][part]) for part in ("sizes_bytes", "bytes_per_second")))
+        for name in ("compute_flops_per_second", "cpu_update_seconds", "gpu_update_seconds", "streamed_update_seconds"):
+            own[name] = {Precision(key): value for key, value in own[name].items()}
+        own["kernels"] = Calibration.from_dict(own["kernels"]) if own["kernels"] is not None else None
+        own["tables"] = {name: tuple(tuple(row) for row in rows) for name, rows in own["tables"].items()}
+        return cls(**own)

@@ -57,7 +57,7 @@ def lanes(tables: ChainTables, counts: Counts, work: Work, rates: Rates) -> Lane
     """The lanes of one step of one GPU for a candidate, or for arrays of them."""
     w, k, t = tables.precision.weight_bytes, work.micro_batches, tables
     gpus = t.sharding.gpus
-    h2d, d2h = rates.host_to_device_bytes_per_second, rates.device_to_host_bytes_per_second
+    h2d, d2h = (c.at(64 << 20) * rates.duplex_share for c in (rates.host_to_device, rates.device_to_host))
     read, write = rates.nvme_read_bytes_per_second, rates.nvme_write_bytes_per_second
 
     # Fetched for forward and for backward, but for the units that are still in their slots at the turn.
@@ -72,12 +72,12 @@ def lanes(tables: ChainTables, counts: Counts, work: Work, rates: Rates) -> Lane
     update_io = (t.nvme_state[counts.nvme_state] + t.nvme_parameters[c]) * gpus * (1 / read + 1 / write)
     # The ranks share the cores, too. A CPU that computes updates every unit itself, wherever its state lives.
     updated = t.state_elements[t.units if work.device == "cpu" else counts.state]
-    cpu_update = updated * gpus * rates.cpu_update_seconds_per_element
+    cpu_update = updated * gpus * rates.cpu_update_seconds[t.precision] * rates.cpu_update_beside_links
 
     flops_per_second = rates.compute_flops_per_second[t.precision]
     # A GPU passes over every weight, gradient and norm once a step wherever the state lives, so that a plan never gains
     # by moving away what fits.
-    step_pass = 0.0 if work.device == "cpu" else t.state_elements[-1] * rates.gpu_update_seconds_per_element
+    step_pass = 0.0 if work.device == "cpu" else t.state_elements[-1] * rates.gpu_update_seconds[t.precision]
     # Each call costs the framework's own time: a GPU computes beside it, a CPU does not. Each micro-batch's gradients
     # pass through memory once more on their way into the flat buffers: read, added to what is there, written.
     math, calls = work.micro_batch_flops / flops_per_second, work.micro_batch_calls * rates.call_seconds
@@ -91,7 +91,7 @@ def lanes(tables: ChainTables, counts: Counts, work: Work, rates: Rates) -> Lane
         device_to_host=(gradients * k + late_gradients) / d2h,
         nvme=update_io + weight_reads * gpus / read,
         cpu_update=cpu_update,
-        collective=_collective_bytes(t, k) / rates.collective_bytes_per_second if gpus > 1 else 0.0,
+        collective=_collective_bytes(t, k) / rates.collective.at(64 << 20) if gpus > 1 else 0.0,
         forward=micro_batch * work.forward_share,
         update=np.maximum(np.maximum(cpu_update, update_io), np.maximum(returned / h2d, late_gradients / d2h)),
         first_fetch=first / h2d,

@@ -12,7 +12,7 @@ from typing import Any
 
 from offload.errors import PlanError
 
-SCHEMA = "memplan.plan/1"
+SCHEMA = "memplan.plan/2"
 
 
 class Tier(StrEnum):
@@ -43,6 +43,14 @@ class Precision(StrEnum):
         return 2 if self is Precision.BF16 else 4
 
 
+class Target(StrEnum):
+    """The engine that carries a plan out."""
+
+    MEMPLAN = "memplan"
+    DEEPSPEED = "deepspeed"
+    FSDP2 = "fsdp2"
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where one unit lives between its uses.
@@ -69,6 +77,12 @@ class Buckets:
     """Largest single request to the NVMe tier."""
     reduce_elements: int = 1 << 26
     """Gradient elements reduced over the ranks at a time."""
+    gather_elements: int = 1 << 26
+    """Weight elements gathered from the ranks at a time, and ahead of their use in stage 3."""
+    persistence_elements: int = 0
+    """Parameters of no more elements than this stay whole on every rank in stage 3 (DeepSpeed)."""
+    live_elements: int = 0
+    """Gathered elements that may stay on a GPU before one is let go, in stage 3 (DeepSpeed); 0: as few as it can."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +90,25 @@ class Prediction:
     """What the planner expects of the plan. Unknown is ``None``."""
 
     gpu_peak_bytes: int
+    """Allocated on the fullest GPU."""
     host_bytes: int
+    """Held in one node's memory through all steps."""
     pinned_bytes: int
     nvme_bytes: int
+    """Of one node's disk."""
     step_seconds: float | None
     bottleneck: str | None
     """The lane that bounds the step: compute, host_to_device, device_to_host, nvme, cpu_update or collective."""
     lane_seconds: dict[str, float] = field(default_factory=dict)
     """Busy seconds of every lane in one optimizer step."""
+    gpu_upper_bytes: int = 0
+    """The most to expect of the GPU's memory: what decided that the plan fits."""
+    host_upper_bytes: int = 0
+    """The most to expect of one node's memory, the taking over of the model included."""
+    step_seconds_range: tuple[float, float] | None = None
+    """Between which the seconds of a step are expected."""
+    phases: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Peak bytes by tier and phase: {"gpu": {"forward": ...}, "host": {...}}."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +146,7 @@ class Plan:
     device: str
     """Kind of the compute device: ``cuda`` or ``cpu`` (the GPU tier is then a budget of ordinary memory)."""
     gpus: int
+    """Of all nodes together."""
     zero_stage: int
     placements: tuple[Placement, ...]
     """One for each unit, in the order in which the forward pass uses them."""
@@ -128,11 +154,23 @@ class Plan:
     micro_batch_size: int
     gradient_accumulation_steps: int
     recompute: tuple[str, ...]
-    """Paths of the modules whose activations are computed again in backward."""
+    """Paths of the modules whose activations are computed again in backward: all blocks, or some of them."""
     budget: Budget
     prediction: Prediction
     nvme_dir: str | None = None
     """Directory of the NVMe tier's file; ``None`` when no unit uses the tier."""
+    target: Target = Target.MEMPLAN
+    nodes: int = 1
+    shard_gpus: int = 0
+    """Ranks that share one copy of the model in ZeRO's stages: all of them, or those of a node while nodes hold
+    replicas; 0 stands for all."""
+    checkpoints: Tier = Tier.GPU
+    """Where the inputs of recomputed modules wait for backward: ``gpu`` or ``host``."""
+    loss_chunks: int = 1
+    """Pieces in which the head and the loss of a causal language model are computed; 1: whole."""
+    gpu_update_share: float = 0.0
+    """Of the optimizer state that is off the GPU, the share that the GPU updates: streamed through it by memplan, kept
+    on it by DeepSpeed."""
     reasons: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
@@ -178,15 +216,22 @@ class Plan:
                 "buckets": Buckets(**data["buckets"]),
                 "recompute": tuple(data["recompute"]),
                 "budget": Budget(**data["budget"]),
-                "prediction": Prediction(**data["prediction"]),
+                "prediction": _prediction(data["prediction"]),
                 "reasons": tuple(data["reasons"]),
                 "alternatives": tuple(Alternative(**a) for a in data["alternatives"]),
+                "target": Target(data["target"]),
+                "checkpoints": Tier(data["checkpoints"]),
             }
         )
 
 
 def _placement(data: dict[str, str]) -> Placement:
     return Placement(data["unit"], Tier(data["parameters"]), Tier(data["gradients"]), Tier(data["optimizer"]))
+
+
+def _prediction(data: dict[str, Any]) -> Prediction:
+    between = data.get("step_seconds_range")
+    return Prediction(**{**data, "step_seconds_range": tuple(between) if between else None})
 
 
 def _check(plan: Plan) -> None:
@@ -212,6 +257,8 @@ def _check(plan: Plan) -> None:
         raise PlanError("a unit lives on nvme but the plan names no nvme_dir")
     for key, value in (
         ("gpus", plan.gpus),
+        ("nodes", plan.nodes),
+        ("loss_chunks", plan.loss_chunks),
         ("micro_batch_size", plan.micro_batch_size),
         ("gradient_accumulation_steps", plan.gradient_accumulation_steps),
         ("buckets.update_elements", plan.buckets.update_elements),
@@ -223,3 +270,11 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"buckets.prefetch_units is {plan.buckets.prefetch_units}; it must be at least 0")
     if plan.zero_stage not in range(4):
         raise PlanError(f"zero_stage is {plan.zero_stage}; it must be 0, 1, 2 or 3")
+    if plan.gpus % plan.nodes:
+        raise PlanError(f"{plan.gpus} gpus can not be divided evenly over {plan.nodes} nodes")
+    if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes):
+        raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
+    if plan.checkpoints is Tier.NVME:
+        raise PlanError("checkpoints can not live on nvme; use gpu or host")
+    if not 0 <= plan.gpu_update_share <= 1:
+        raise PlanError(f"gpu_update_share is {plan.gpu_update_share}; it must be between 0 and 1")

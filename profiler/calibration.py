@@ -112,25 +112,34 @@ class Calibration:
                     return source.issue_seconds[known]
         raise KeyError(name)
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON, fractions with four digits."""
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, fractions with four digits."""
         data = asdict(self)
         for rate in data["rates"].values():
             rate["fractions"] = [None if f is None else float(f"{f:.4g}") for f in rate["fractions"]]
-        path.write_text(json.dumps({"schema": SCHEMA, **data}) + "\n")
+        return {"schema": SCHEMA, **data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Calibration":
+        """The inverse of ``to_dict``; raises ValueError, KeyError or TypeError for other data."""
+        own = {name: value for name, value in data.items() if name != "schema"}
+        if data["schema"] != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}; measure again")
+        own["rates"] = {
+            name: Rate(tuple(map(tuple, r["axes"])), tuple(r["fractions"]), r["least_seconds"])
+            for name, r in own["rates"].items()
+        }
+        return cls(**{**own, "skipped": tuple(own["skipped"])})
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON."""
+        path.write_text(json.dumps(self.to_dict()) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
         """Read what ``save`` wrote; raises ProfilerError when the file is not that."""
         try:
-            data: dict[str, Any] = json.loads(path.read_text())
-            if data.pop("schema") != SCHEMA:
-                raise ValueError(f"its schema is not {SCHEMA}; measure again")
-            rates = {
-                name: Rate(tuple(map(tuple, r["axes"])), tuple(r["fractions"]), r["least_seconds"])
-                for name, r in data.pop("rates").items()
-            }
-            return cls(rates=rates, **{**data, "skipped": tuple(data["skipped"])})
+            return cls.from_dict(json.loads(path.read_text()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProfilerError(f"{path} is not a calibration that this version can read: {error}") from error
 
