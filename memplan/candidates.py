@@ -226,7 +226,7 @@ class FamilySearch:
         grid = Counts(state, gradients, parameters)
         excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget
         kept = (state <= n) & (excess <= self._movable_host_bytes(replace(grid, state=np.minimum(state, n))))
-        # Never offload what fits: not where one unit's weights less need no more state off the GPU, and nothing on disk.
+        # Never offload what fits: not where one unit's weights less need no more state off the GPU, nor the disk.
         kept[:, 1:] &= ~(kept[:, :-1] & (state[:, :-1] <= state[:, 1:]) & (excess[:, :-1] <= 0))
         if not kept.any():
             return None

@@ -221,13 +221,15 @@ class _Pipeline:
         if w.state_elements[u] and off.any():
             there = np.maximum(np.maximum(self.norm_known, self.gathered), self.landed[u])
             late = off & ~self.grad_off[u]
-            seconds = w.gradient_bytes[u] / w.down_rate
-            sent = self._do("device_to_host", self.norm_known, seconds, late, f"{name} gradient")
+            sent = self._do(
+                "device_to_host", self.norm_known, w.gradient_bytes[u] / w.down_rate, late, f"{name} gradient"
+            )
             there = np.where(late, np.maximum(there, sent), there)
             nvme = self.state_nvme[u]
             if nvme.any():
-                seconds = w.nvme_state_bytes[u] / w.read_rate
-                read = self._do("nvme", self.norm_known, seconds, nvme, f"{name} state read")
+                read = self._do(
+                    "nvme", self.norm_known, w.nvme_state_bytes[u] / w.read_rate, nvme, f"{name} state read"
+                )
                 there = np.where(nvme, np.maximum(there, read), there)
             seconds = w.state_elements[u] * w.cpu_update_seconds * self.update_factor
             done = self._do("cpu_update", there, seconds, off, f"{name} update")
@@ -239,8 +241,8 @@ class _Pipeline:
                 written = self._do("nvme", done, both, weights, f"{name} weights written")
                 done = np.where(weights, written, done)
             mirrored = off & ~self.away[u]
-            seconds = w.state_weight_bytes[u] / w.up_rate * self.up_factor_update
-            done = np.where(mirrored, self._do("host_to_device", done, seconds, mirrored, name), done)
+            copied = w.state_weight_bytes[u] / w.up_rate * self.up_factor_update
+            done = np.where(mirrored, self._do("host_to_device", done, copied, mirrored, name), done)
             self.ready[u] = np.where(off, done, self.ready[u])
         if w.gathers_after_update:
             self.ready[u] = self._do("collective", self.ready[u], w.gather_seconds[u], None, f"{name} gather")

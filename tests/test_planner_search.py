@@ -102,23 +102,6 @@ def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, data):
     assert step_seconds(work, one)[0] == step_seconds(work, arrays)[0], "a price does not depend on its neighbours"
 
 
-@given(st.sampled_from([1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=4)), st.sampled_from([2, 4, 6]), st.data())
-@settings(deadline=None, max_examples=80)
-def test_keeping_one_units_weights_on_the_gpu_too_is_never_slower(case, batch_size, data):
-    profile, machine = case
-    problem = problem_of(profile, replace(machine, device="cuda"), RATES, batch_size, None)
-    family = data.draw(st.sampled_from(sorted(problem.families(), key=repr)))
-    work = problem.work(family, Buckets(prefetch_units=data.draw(st.sampled_from(PREFETCH_DEPTHS))))
-    n = len(problem.shapes)
-    state = data.draw(st.integers(1, n))
-    gradients, parameters = data.draw(st.integers(0, state)), data.draw(st.integers(1, state))
-    pair = Counts(
-        *(np.array([a, b]) for a, b in ((state, state), (gradients, gradients), (parameters, parameters - 1)))
-    )
-    away, kept = step_seconds(work, pair)
-    assert kept <= away * 1.005, "beyond what the order of lanes decides"
-
-
 @given(cases(), st.sampled_from([1, 6, 8]))
 @SLOW
 def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size):
