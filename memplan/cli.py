@@ -16,11 +16,13 @@ from rich.console import Console
 
 from memplan import show
 from memplan.api import plan as make_plan
+from memplan.api import profile_for
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.profile_page import write_profile_page
+from memplan.quick_rates import rates_of
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
@@ -232,7 +234,8 @@ def doctor(
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
     precision = precision or default_precision(machine.device)
-    return make_plan(profile_source(source, batch_size, precision.value), machine, batch_size)
+    rates = rates_of(machine, precision)
+    return make_plan(profile_for(source, machine, rates, batch_size, precision), machine, batch_size, rates)
 
 
 def main() -> None:
