@@ -205,30 +205,32 @@ def largest_batch(model: Model, found: Plan, most: int) -> int:
     with capped(found.budget.gpu_bytes):
         network = build(model)
         engine = Engine(network, replace(found, gradient_accumulation_steps=1), max_grad_norm=1.0)
-
-        def runs(size: int) -> bool:
-            try:
-                for _ in range(2):
-                    engine.backward(engine(**{k: v.cuda() for k, v in model.batch(size).items()}).loss)
-                    engine.step()
-                torch.cuda.synchronize()
-                return True
-            except Exception as error:
-                if "memory" not in str(error):
-                    raise
-                engine.zero_grad()
-                gc.collect()
-                torch.cuda.empty_cache()
-                return False
-
-        low, high = found.micro_batch_size, most
-        assert runs(low)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if runs(middle) else (low, middle)
-        engine.close()
-        del engine, network
+        try:
+            low, high = found.micro_batch_size, most
+            assert _runs(engine, model, low)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if _runs(engine, model, middle) else (low, middle)
+        finally:
+            engine.close()
+            del engine, network
     return low
+
+
+def _runs(engine: Engine, model: Model, size: int) -> bool:
+    try:
+        for _ in range(2):
+            engine.backward(engine(**{k: v.cuda() for k, v in model.batch(size).items()}).loss)
+            engine.step()
+        torch.cuda.synchronize()
+    except Exception as error:
+        if "memory" not in str(error):
+            raise
+        engine.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+    return True
 
 
 def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
@@ -257,16 +259,14 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
             row["predicted"] = predicted(found)
             row["measured"] = run_plan(model, found)
             if args.batches and row["measured"]["out_of_memory"] is None:
-                row["batches"] = batches_row(model, profile, machine, rates, found, args.most)
+                row["batches"] = batches_row(model, machine, rates, found, args.most)
             rows.append(row)
             print(line(row), flush=True)
         print(f"  {model.name}: profiled in {profiled:.1f} s, all {time.perf_counter() - begun:.0f} s", flush=True)
     return rows
 
 
-def batches_row(
-    model: Model, profile: ModelProfile, machine: Machine, rates: Rates, found: Plan, most: int
-) -> dict[str, Any]:
+def batches_row(model: Model, machine: Machine, rates: Rates, found: Plan, most: int) -> dict[str, Any]:
     """The largest batch that runs and the largest that the planner allows, from a profile of larger batches."""
     network = build(model)
     larger = profile_model(network, model.batch(most), precision="bf16", device="H200", calibration=rates.kernels)
@@ -285,12 +285,13 @@ def line(row: dict[str, Any]) -> str:
     gpu = 100 * (p["gpu_peak_bytes"] / m["gpu_peak_bytes"] - 1)
     step = 100 * (p["seconds"] / m["seconds"] - 1)
     batches = row.get("batches", {})
+    tiers = " ".join(f"{t} {m[f'{t}_bytes'] / GIB:.2f} ({p[f'{t}_bytes'] / GIB:.2f})" for t in ("host", "nvme"))
+    sizes = [m["gpu_reserved_bytes"], row["gpu_budget_bytes"], p["gpu_upper_bytes"], m["host_grown_bytes"]]
+    reserved, budget, upper, grown = (f"{size / GIB:.2f}" for size in sizes)
+    how = f"b{p['micro_batch']} r{p['recompute']} c{p['loss_chunks']} {p['units_on']} {batches or ''}"
     return (
-        f"{head} gpu {m['gpu_peak_bytes'] / GIB:6.2f} ({gpu:+.1f} %) reserved {m['gpu_reserved_bytes'] / GIB:.2f} "
-        f"of {row['gpu_budget_bytes'] / GIB:.2f} upper {p['gpu_upper_bytes'] / GIB:.2f}  host {m['host_bytes'] / GIB:.2f} "
-        f"({p['host_bytes'] / GIB:.2f}) rss {m['host_grown_bytes'] / GIB:.2f}  nvme {m['nvme_bytes'] / GIB:.2f} "
-        f"({p['nvme_bytes'] / GIB:.2f})  step {m['seconds']:.3f} ({step:+.0f} %) {p['bottleneck']} b{p['micro_batch']} "
-        f"r{p['recompute']} c{p['loss_chunks']} {p['units_on']} {batches or ''}"
+        f"{head} gpu {m['gpu_peak_bytes'] / GIB:6.2f} ({gpu:+.1f} %) reserved {reserved} of {budget} upper {upper}  "
+        f"{tiers} rss {grown}  step {m['seconds']:.3f} ({step:+.0f} %) {p['bottleneck']} {how}"
     )
 
 
