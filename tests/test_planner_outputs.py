@@ -12,8 +12,8 @@ from memplan import doctor
 from memplan.audit import audit
 from memplan.configs.deepspeed import ds_config
 from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
-from memplan.machine import parse_bytes
 from memplan.search import plan
+from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Placement, Precision, Tier
 from tests.synthetic_profiles import RATES, machine_of, transformer
