@@ -82,9 +82,8 @@ def with_described_disk(machine: Machine, nvme: str | None) -> Machine:
         size = int(stat.f_bavail * stat.f_frsize * (1 - NVME_RESERVE_SHARE))
     if size is None:
         size = ASSUMED_DISK_BYTES
-        remarks += (
-            f"Nobody said how large the disk is: {format_bytes(size)} a node are assumed. Say it by --nvme {nvme}:SIZE.",
-        )
+        assumed = f"{format_bytes(size)} a node are assumed"
+        remarks += (f"Nobody said how large the disk is: {assumed}. Say it by --nvme {nvme}:SIZE.",)
     return replace(
         machine,
         nvme_dir=directory,

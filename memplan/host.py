@@ -11,8 +11,9 @@ import psutil
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
 
 ROOT = Path("/")
+MEMORY_BLOCKS = "sys/devices/system/memory"
 KERNEL_SHARE = 0.05
-"""Of a machine's memory, the most that the kernel keeps out of MemTotal: its image, its tables, room for a crash dump."""
+"""Of a machine's memory, the most that the kernel keeps out of MemTotal: image, tables, room for a crash dump."""
 HOTPLUG = ("sys/bus/virtio/drivers/virtio_mem/virtio*", "sys/bus/vmbus/drivers/hv_balloon/*-*-*")
 """Devices by which a hypervisor may add memory at any time; nothing that all may read says how much."""
 
@@ -40,7 +41,8 @@ def host_memory(root: Path = ROOT) -> HostMemory:
     """
     memory = psutil.virtual_memory()
     total, available = int(memory.total), int(memory.available)
-    headroom = memory_headroom()
+    groups = (root / "sys/fs/cgroup", root / "proc/self/cgroup")
+    headroom = memory_headroom(*groups)
     growth, offline = _growth(root, total)
     if headroom is not None:
         room = max(0, headroom - available)
@@ -48,7 +50,7 @@ def host_memory(root: Path = ROOT) -> HostMemory:
     return HostMemory(
         total_bytes=total,
         available_bytes=available if headroom is None else min(available, headroom),
-        limit_bytes=memory_limit(),
+        limit_bytes=memory_limit(*groups),
         growth_bytes=growth,
         offline_bytes=offline,
     )
@@ -61,7 +63,8 @@ class NumaNode:
     index: int
     cores: tuple[int, ...]
     """Those that this process may use."""
-    memory_bytes: int
+    memory_bytes: int | None
+    """``None`` where the system does not tell."""
     gpus: tuple[int, ...]
     """Indices of the GPUs on its PCI buses."""
 
@@ -73,12 +76,14 @@ def numa_nodes(bus_ids: Sequence[str | None] = (), root: Path = ROOT) -> tuple[N
     """
     allowed = _allowed_cores()
     homes = [bus and _text(root / "sys/bus/pci/devices" / bus / "numa_node") for bus in bus_ids]
-    found = []
+    block, found = _block_bytes(root), []
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         index = int(folder.name.removeprefix("node"))
         cores = parse_cores(_text(folder / "cpulist") or "")
         gpus = tuple(i for i, home in enumerate(homes) if home == str(index))
-        found.append(NumaNode(index, tuple(c for c in cores if c in allowed), _node_bytes(folder), gpus))
+        # The blocks that are linked here, as in ``host_memory``: the node's own MemTotal may start small, too.
+        memory = block * sum(1 for _ in folder.glob("memory[0-9]*"))
+        found.append(NumaNode(index, tuple(c for c in cores if c in allowed), memory or None, gpus))
     return tuple(sorted(found, key=lambda node: node.index))
 
 
@@ -102,21 +107,16 @@ def memlock_bytes() -> int | None:
 
 def _growth(root: Path, total: int) -> tuple[int | None, int]:
     """(bytes that are there beyond MemTotal, bytes offline)."""
-    folder = root / "sys/devices/system/memory"
-    size = int(_text(folder / "block_size_bytes") or "0", 16)
-    states = [_text(path) for path in folder.glob("memory[0-9]*/state")]
+    size = _block_bytes(root)
+    states = [_text(path) for path in (root / MEMORY_BLOCKS).glob("memory[0-9]*/state")]
     offline = size * states.count("offline")
     if not states or any(any(root.glob(pattern)) for pattern in HOTPLUG):
         return None, offline
     return max(0, int(size * len(states) * (1 - KERNEL_SHARE)) - total), offline
 
 
-def _node_bytes(folder: Path) -> int:
-    for line in (_text(folder / "meminfo") or "").splitlines():
-        words = line.split()  # Node 0 MemTotal: 24684092 kB
-        if words[2:3] == ["MemTotal:"]:
-            return int(words[3]) * 1024
-    return 0
+def _block_bytes(root: Path) -> int:
+    return int(_text(root / MEMORY_BLOCKS / "block_size_bytes") or "0", 16)
 
 
 def _allowed_cores() -> set[int]:
