@@ -89,7 +89,7 @@ def test_what_can_not_be_described_is_said_in_a_sentence(wishes, sentence):
 
 def test_several_nodes_must_be_described():
     for base in (CPU, GPU):
-        with pytest.raises(MachineError, match="--nodes 2 describes machines that are not here: .* --machine NAME"):
+        with pytest.raises(MachineError, match=r"--nodes 2 describes machines that are not here: .* --machine NAME"):
             describe(base, nodes=2)
         assert describe(base, nodes=1) == base
     machine = describe(CPU, gpus=4, gpu_memory="24GiB", nodes=2)

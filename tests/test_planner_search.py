@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from memplan.timing import lanes, step_seconds
 
 from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
@@ -13,7 +14,6 @@ from memplan.errors import NothingFits, PlanningError
 from memplan.memory import Counts
 from memplan.search import plan, problem_of
 from memplan.sizes import parse_bytes
-from memplan.timing import lanes, step_seconds
 from memplan.units import units_of
 from offload.plan import Buckets, Placement, Plan, Precision, Tier
 from offload.residency import footprint
