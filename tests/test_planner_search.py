@@ -12,10 +12,10 @@ from memplan.audit import audit
 from memplan.bounds import least_seconds
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
 from memplan.errors import NothingFits, PlanningError
-from memplan.machine import parse_bytes
 from memplan.memory import Counts
 from memplan.pipeline import step_seconds
 from memplan.search import plan, problem_of
+from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Buckets, Plan, Precision, Tier
 from offload.residency import footprint
