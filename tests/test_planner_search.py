@@ -157,6 +157,7 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     assert found.prediction.host_bytes <= machine.host_bytes
     assert found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps * 4 == 8
+    assert audit(found, units_of(profile)) == []
 
 
 @given(cases())
