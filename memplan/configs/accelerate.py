@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from memplan.configs.comments import commented
-from memplan.configs.fsdp2 import fsdp2_terms, loss_note
+from memplan.configs.fsdp2 import fsdp2_terms, loss_note, recompute_note
 from offload.plan import Plan, Tier
 
 CPU_THREADS = (
@@ -45,7 +45,7 @@ def accelerate_fsdp2(plan: Plan, block_classes: Sequence[str] = ()) -> str:
         "fsdp_activation_checkpointing": bool(plan.recompute),
         "fsdp_activation_checkpointing_offload": host,
     }
-    notes = [*terms.notes, *loss_note(plan)]
+    notes = [*terms.notes, *recompute_note(plan), *loss_note(plan)]
     if block_classes:
         fsdp["fsdp_transformer_layer_cls_to_wrap"] = ",".join(block_classes)
     else:
@@ -53,8 +53,6 @@ def accelerate_fsdp2(plan: Plan, block_classes: Sequence[str] = ()) -> str:
             "Units: a model that is not of transformers must name the class of its blocks in"
             " fsdp_transformer_layer_cls_to_wrap."
         )
-    if plan.recompute:
-        notes.append(f"Recompute: every block is recomputed or none; the plan names {len(plan.recompute)}.")
     if terms.mixed:
         notes.append("Gradients: Accelerate reduces them in bf16 under mixed_precision bf16.")
     notes += [_batch(plan), "The largest norm of the gradients is your script's: accelerator.clip_grad_norm_."]

@@ -8,6 +8,5 @@ WIDTH = 100
 
 def commented(sentences: Iterable[str]) -> str:
     """Lines of a comment, as YAML, Python and shell write it, each sentence on a line of its own."""
-    return "".join(
-        f"# {line}\n" for sentence in sentences for line in wrap(sentence, WIDTH - 2, subsequent_indent="  ")
-    )
+    lines = (wrap(s, WIDTH - 2, subsequent_indent="  ", break_on_hyphens=False) for s in sentences)
+    return "".join(f"# {line}\n" for wrapped in lines for line in wrapped)

@@ -79,7 +79,8 @@ def recompute_note(plan: Plan) -> list[str]:
     """For targets that recompute all blocks or none, and can not tell blocks apart."""
     if not plan.recompute:
         return []
-    return [f"Recompute: all blocks are recomputed; the plan names {len(plan.recompute)}: {', '.join(plan.recompute)}."]
+    first, last = plan.recompute[0], plan.recompute[-1]
+    return [f"Recompute: all blocks or none, here all; the plan names {len(plan.recompute)}, from {first} to {last}."]
 
 
 def host_checkpoint_note(plan: Plan) -> list[str]:

@@ -51,14 +51,13 @@ RECOMPUTED = {recomputed}
 def shard(model: nn.Module) -> None:
     """Call it in your LightningModule's configure_model, with the model that was planned for."""
     options = {{
-        "mesh": init_device_mesh({device!r}, {mesh}, mesh_dim_names={names}),
-        "reshard_after_forward": {reshard},
+        "mesh": init_device_mesh("{device}", {mesh}, mesh_dim_names={names}),
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.{computed}, reduce_dtype=torch.float32),
     }}
     for path in RECOMPUTED:
         checkpoint(model.get_submodule(path))
     for path in UNITS:
-        fully_shard(model.get_submodule(path), **options)
+        fully_shard(model.get_submodule(path), reshard_after_forward={reshard}, **options)
     fully_shard(model, **options)
 
 
@@ -85,7 +84,7 @@ def strategy(model: nn.Module) -> FSDPStrategy:
     """FSDP for the model that was planned for."""
     return FSDPStrategy(
         cpu_offload=True,
-        sharding_strategy={sharding!r},
+        sharding_strategy="{sharding}",
         auto_wrap_policy=among({{model.get_submodule(path) for path in UNITS}}),
         activation_checkpointing_policy=among({{model.get_submodule(path) for path in RECOMPUTED}}),
         {mesh}
@@ -100,7 +99,7 @@ def lightning_deepspeed(plan: Plan, ds_config: dict[str, Any]) -> str:
     if plan.recompute:
         notes.append(f"Recompute: wrap the plan's {len(plan.recompute)} blocks in torch.utils.checkpoint yourself.")
     notes += host_checkpoint_note(plan)
-    settings = {"strategy": "strategy()", "precision": repr(precision)}
+    settings = {"strategy": "strategy()", "precision": f'"{precision}"'}
     return _file(plan, notes, DEEPSPEED, settings | {"gradient_clip_val": repr(ds_config["gradient_clipping"])})
 
 
@@ -116,13 +115,13 @@ def lightning_fsdp2(plan: Plan) -> str:
         recomputed=_paths(plan.recompute),
         device=plan.device,
         mesh=(terms.replicas, terms.shard_gpus) if hybrid else (terms.shard_gpus,),
-        names=("replicate", "shard") if hybrid else ("shard",),
+        names='("replicate", "shard")' if hybrid else '("shard",)',
         reshard=terms.reshard_after_forward,
         computed="bfloat16" if terms.mixed else "float32",
         gpus=plan.gpus,
     )
     # The policy of fully_shard casts; a precision of Lightning's own would cast the shards as well.
-    settings = {"strategy": "strategy()", "precision": "'32-true'", "gradient_clip_val": repr(GRADIENT_CLIPPING)}
+    settings = {"strategy": "strategy()", "precision": '"32-true"', "gradient_clip_val": repr(GRADIENT_CLIPPING)}
     return _file(plan, notes, text, settings)
 
 
@@ -142,21 +141,21 @@ def _offloaded(plan: Plan, terms: FSDP2Terms, notes: list[str]) -> str:
         mesh=f"device_mesh={(terms.replicas, terms.shard_gpus)}," if hybrid else "",
     )
     text = "\n".join(line for line in text.split("\n") if line.strip() or not line)
-    return _file(plan, notes, text, {"precision": "'bf16-mixed'" if terms.mixed else "'32-true'"})
+    return _file(plan, notes, text, {"precision": '"bf16-mixed"' if terms.mixed else '"32-true"'})
 
 
 def _paths(paths: tuple[str, ...]) -> str:
-    return pformat(list(paths), width=100, compact=True)
+    return pformat(list(paths), width=100, compact=True).replace("'", '"')
 
 
 def _file(plan: Plan, notes: list[str], text: str, settings: dict[str, str]) -> str:
     everything = {
         **settings,
-        "accelerator": repr("cpu" if plan.device == "cpu" else "gpu"),
+        "accelerator": '"cpu"' if plan.device == "cpu" else '"gpu"',
         "devices": plan.gpus // plan.nodes,
         "num_nodes": plan.nodes,
         "accumulate_grad_batches": plan.gradient_accumulation_steps,
     }
-    lines = "".join(f"        {name!r}: {value},\n" for name, value in everything.items())
+    lines = "".join(f"        "{name}": {value},\n" for name, value in everything.items())
     head = [f"Batch: give your data loader {plan.micro_batch_size} samples.", *notes]
     return commented(head) + text + TRAINER.format(settings=f"{{\n{lines}    }}")

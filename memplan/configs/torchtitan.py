@@ -36,14 +36,14 @@ def torchtitan_module(plan: Plan) -> str:
         "training.local_batch_size": plan.micro_batch_size,
         "training.global_batch_size": batch,
         "training.max_norm": GRADIENT_CLIPPING,
-        "training.dtype": "float32",
-        "training.mixed_precision_param": "bfloat16" if terms.mixed else "float32",
+        "training.dtype": '"float32"',
+        "training.mixed_precision_param": '"bfloat16"' if terms.mixed else '"float32"',
         "training.enable_cpu_offload": terms.offload,
         # A captured step can not wait for what the CPU does.
         "training.disable_cuda_graphs": terms.offload,
         "parallelism.data_parallel_replicate_degree": terms.replicas,
         "parallelism.data_parallel_shard_degree": terms.shard_gpus,
-        "parallelism.fsdp_reshard_after_forward": "always" if terms.reshard_after_forward else "never",
+        "parallelism.fsdp_reshard_after_forward": '"always"' if terms.reshard_after_forward else '"never"',
     }
     lines = [
         "from torchtitan.components.loss import ChunkedLossWrapper",
@@ -54,7 +54,7 @@ def torchtitan_module(plan: Plan) -> str:
         "",
         "def planned() -> Trainer.Config:",
         "    config = base()",
-        *(f"    config.{name} = {value!r}" for name, value in settings.items()),
+        *(f"    config.{name} = {value}" for name, value in settings.items()),
         f"    config.activation_checkpoint = {'FullAC.Config()' if plan.recompute else None}",
         *loss,
         "    return config",
