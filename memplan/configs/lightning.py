@@ -4,6 +4,7 @@ Lightning's strategy for FSDP2, ModelParallelStrategy, moves the sharded model t
 with offloading refuses. Offloaded plans are therefore written for FSDPStrategy, the first FSDP.
 """
 
+import json
 from pprint import pformat
 from typing import Any
 
@@ -14,10 +15,10 @@ from offload.plan import Plan
 
 TRAINER = '''
 
-def trainer(**more) -> Trainer:
-    """The Trainer of the plan; ``more`` goes on top."""
+def trainer(strategy: Strategy, **more) -> Trainer:
+    """The Trainer of the plan with the strategy from above; ``more`` goes on top."""
     planned = {settings}
-    return Trainer(**planned | more)
+    return Trainer(strategy=strategy, **planned | more)
 '''
 
 DEEPSPEED = '''
@@ -25,7 +26,7 @@ import json
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 
 
 def strategy() -> DeepSpeedStrategy:
@@ -38,7 +39,7 @@ def strategy() -> DeepSpeedStrategy:
 FSDP2 = '''
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
@@ -68,7 +69,7 @@ def strategy() -> ModelParallelStrategy:
 
 FSDP1 = '''
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
 UNITS = {units}
@@ -87,20 +88,19 @@ def strategy(model: nn.Module) -> FSDPStrategy:
         sharding_strategy="{sharding}",
         auto_wrap_policy=among({{model.get_submodule(path) for path in UNITS}}),
         activation_checkpointing_policy=among({{model.get_submodule(path) for path in RECOMPUTED}}),
-        {mesh}
+        device_mesh={mesh},
     )
 '''
 
 
 def lightning_deepspeed(plan: Plan, ds_config: dict[str, Any]) -> str:
-    """``lightning_deepspeed.py``."""
-    precision = "bf16-true" if ds_config["bf16"]["enabled"] else "32-true"
+    """``lightning_deepspeed.py``, which reads ``ds_config.json`` beside it."""
     notes = ["Optimizer: with optimizer state off the GPU use deepspeed.ops.adam.DeepSpeedCPUAdam.", *loss_note(plan)]
     if plan.recompute:
         notes.append(f"Recompute: wrap the plan's {len(plan.recompute)} blocks in torch.utils.checkpoint yourself.")
     notes += host_checkpoint_note(plan)
-    settings = {"strategy": "strategy()", "precision": f'"{precision}"'}
-    return _file(plan, notes, DEEPSPEED, settings | {"gradient_clip_val": repr(ds_config["gradient_clipping"])})
+    precision = "bf16-true" if ds_config["bf16"]["enabled"] else "32-true"
+    return _file(plan, notes, DEEPSPEED, precision, gradient_clip_val=ds_config["gradient_clipping"])
 
 
 def lightning_fsdp2(plan: Plan) -> str:
@@ -109,53 +109,48 @@ def lightning_fsdp2(plan: Plan) -> str:
     notes = [*terms.notes, *loss_note(plan), *host_checkpoint_note(plan)]
     if terms.offload:
         return _offloaded(plan, terms, notes)
-    hybrid = terms.replicas > 1
     text = FSDP2.format(
         units=_paths(terms.units),
         recomputed=_paths(plan.recompute),
         device=plan.device,
-        mesh=(terms.replicas, terms.shard_gpus) if hybrid else (terms.shard_gpus,),
-        names='("replicate", "shard")' if hybrid else '("shard",)',
+        mesh=(terms.replicas, terms.shard_gpus) if terms.replicas > 1 else (terms.shard_gpus,),
+        names='("replicate", "shard")' if terms.replicas > 1 else '("shard",)',
         reshard=terms.reshard_after_forward,
         computed="bfloat16" if terms.mixed else "float32",
         gpus=plan.gpus,
     )
     # The policy of fully_shard casts; a precision of Lightning's own would cast the shards as well.
-    settings = {"strategy": "strategy()", "precision": '"32-true"', "gradient_clip_val": repr(GRADIENT_CLIPPING)}
-    return _file(plan, notes, text, settings)
+    return _file(plan, notes, text, "32-true", gradient_clip_val=GRADIENT_CLIPPING)
 
 
 def _offloaded(plan: Plan, terms: FSDP2Terms, notes: list[str]) -> str:
     notes = [
         "This is the first FSDP: Lightning's strategy for FSDP2 moves the model to the GPU and can not offload.",
-        "Give trainer the strategy: trainer(strategy=strategy(model)).",
-        f"Clipping: Lightning does not clip by norm with FSDP; in configure_gradient_clipping call"
+        "Clipping: Lightning does not clip by norm with FSDP; in configure_gradient_clipping call"
         f" self.trainer.model.clip_grad_norm_({GRADIENT_CLIPPING}).",
         *notes,
     ]
-    hybrid = terms.replicas > 1
     text = FSDP1.format(
         units=_paths(terms.units),
         recomputed=_paths(plan.recompute),
-        sharding="HYBRID_SHARD" if hybrid else "FULL_SHARD",
-        mesh=f"device_mesh={(terms.replicas, terms.shard_gpus)}," if hybrid else "",
+        sharding="HYBRID_SHARD" if terms.replicas > 1 else "FULL_SHARD",
+        mesh=(terms.replicas, terms.shard_gpus) if terms.replicas > 1 else None,
     )
-    text = "\n".join(line for line in text.split("\n") if line.strip() or not line)
-    return _file(plan, notes, text, {"precision": '"bf16-mixed"' if terms.mixed else '"32-true"'})
+    return _file(plan, notes, text, "bf16-mixed" if terms.mixed else "32-true")
 
 
 def _paths(paths: tuple[str, ...]) -> str:
     return pformat(list(paths), width=100, compact=True).replace("'", '"')
 
 
-def _file(plan: Plan, notes: list[str], text: str, settings: dict[str, str]) -> str:
+def _file(plan: Plan, notes: list[str], text: str, precision: str, **settings: float) -> str:
     everything = {
-        **settings,
-        "accelerator": '"cpu"' if plan.device == "cpu" else '"gpu"',
+        "precision": precision,
+        "accelerator": "cpu" if plan.device == "cpu" else "gpu",
         "devices": plan.gpus // plan.nodes,
         "num_nodes": plan.nodes,
         "accumulate_grad_batches": plan.gradient_accumulation_steps,
+        **settings,
     }
-    lines = "".join(f"        "{name}": {value},\n" for name, value in everything.items())
     head = [f"Batch: give your data loader {plan.micro_batch_size} samples.", *notes]
-    return commented(head) + text + TRAINER.format(settings=f"{{\n{lines}    }}")
+    return commented(head) + text + TRAINER.format(settings=json.dumps(everything, indent=4).replace("\n", "\n    "))

@@ -2,13 +2,55 @@
 
 from memplan.configs.comments import commented
 from memplan.configs.deepspeed import GRADIENT_CLIPPING
-from memplan.configs.fsdp2 import fsdp2_terms, host_checkpoint_note, recompute_note
+from memplan.configs.fsdp2 import FSDP2Terms, fsdp2_terms, host_checkpoint_note, recompute_note
 from offload.plan import Plan
+
+MODULE = '''
+from torchtitan.components.loss import ChunkedLossWrapper
+from torchtitan.distributed.activation_checkpoint import FullAC
+from torchtitan.models.llama3.config_registry import llama3_8b as base
+from torchtitan.trainer import Trainer
+
+
+def planned() -> Trainer.Config:
+    """The plan, over torchtitan's own configuration of the model."""
+    config = base()
+    config.training.local_batch_size = {local_batch}
+    config.training.global_batch_size = {global_batch}
+    config.training.max_norm = {clipping}
+    config.training.dtype = "float32"
+    config.training.mixed_precision_param = "{computed}"
+    config.training.enable_cpu_offload = {offload}
+    config.training.disable_cuda_graphs = {offload}  # a captured step can not wait for the CPU
+    config.parallelism.data_parallel_replicate_degree = {replicas}
+    config.parallelism.data_parallel_shard_degree = {shard}
+    config.parallelism.fsdp_reshard_after_forward = "{reshard}"
+    config.activation_checkpoint = {recompute}
+    chunked = isinstance(config.loss, ChunkedLossWrapper.Config)
+    loss = config.loss.loss_fn if chunked else config.loss
+    config.loss = {loss}
+    return config
+'''
 
 
 def torchtitan_module(plan: Plan) -> str:
     """``torchtitan_config.py``: one of torchtitan's own configurations, changed where the plan decides."""
-    terms = fsdp2_terms(plan)
+    terms, chunks = fsdp2_terms(plan), plan.loss_chunks
+    return commented(_notes(plan, terms)) + MODULE.format(
+        local_batch=plan.micro_batch_size,
+        global_batch=plan.micro_batch_size * plan.gradient_accumulation_steps * plan.gpus,
+        clipping=GRADIENT_CLIPPING,
+        computed="bfloat16" if terms.mixed else "float32",
+        offload=terms.offload,
+        replicas=terms.replicas,
+        shard=terms.shard_gpus,
+        reshard="always" if terms.reshard_after_forward else "never",
+        recompute="FullAC.Config()" if plan.recompute else None,
+        loss=f"ChunkedLossWrapper.Config(loss_fn=loss, num_chunks={chunks})" if chunks > 1 else "loss",
+    )
+
+
+def _notes(plan: Plan, terms: FSDP2Terms) -> list[str]:
     notes = [
         "torchrun ... -m torchtitan.train --module torchtitan_config --config planned",
         "torchtitan trains its own models: put the configuration of yours in place of llama3_8b.",
@@ -20,43 +62,4 @@ def torchtitan_module(plan: Plan) -> str:
         notes.append("Offloading: with one GPU torchtitan does not shard, and offloads nothing.")
     if plan.device == "cpu":
         notes.append("Device: torchtitan needs an accelerator.")
-    batch = plan.micro_batch_size * plan.gradient_accumulation_steps * plan.gpus
-    if plan.loss_chunks > 1:
-        loss = [
-            "    if not isinstance(config.loss, ChunkedLossWrapper.Config):",
-            "        config.loss = ChunkedLossWrapper.Config(loss_fn=config.loss)",
-            f"    config.loss.num_chunks = {plan.loss_chunks}",
-        ]
-    else:
-        loss = [
-            "    if isinstance(config.loss, ChunkedLossWrapper.Config):",
-            "        config.loss = config.loss.loss_fn",
-        ]
-    settings = {
-        "training.local_batch_size": plan.micro_batch_size,
-        "training.global_batch_size": batch,
-        "training.max_norm": GRADIENT_CLIPPING,
-        "training.dtype": '"float32"',
-        "training.mixed_precision_param": '"bfloat16"' if terms.mixed else '"float32"',
-        "training.enable_cpu_offload": terms.offload,
-        # A captured step can not wait for what the CPU does.
-        "training.disable_cuda_graphs": terms.offload,
-        "parallelism.data_parallel_replicate_degree": terms.replicas,
-        "parallelism.data_parallel_shard_degree": terms.shard_gpus,
-        "parallelism.fsdp_reshard_after_forward": '"always"' if terms.reshard_after_forward else '"never"',
-    }
-    lines = [
-        "from torchtitan.components.loss import ChunkedLossWrapper",
-        *(["from torchtitan.distributed.activation_checkpoint import FullAC"] if plan.recompute else []),
-        "from torchtitan.models.llama3.config_registry import llama3_8b as base",
-        "from torchtitan.trainer import Trainer",
-        "",
-        "",
-        "def planned() -> Trainer.Config:",
-        "    config = base()",
-        *(f"    config.{name} = {value}" for name, value in settings.items()),
-        f"    config.activation_checkpoint = {'FullAC.Config()' if plan.recompute else None}",
-        *loss,
-        "    return config",
-    ]
-    return commented(notes) + "\n" + "\n".join(lines) + "\n"
+    return notes
