@@ -19,6 +19,7 @@ from memplan.api import plan as make_plan
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
+from memplan.lint.command import lint
 from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.profile_page import write_profile_page
 from memplan.report import write_report
@@ -228,6 +229,9 @@ def doctor(
     console.print(show.doctor_table(found))
     if any(check.status == "fail" for check in found):
         raise typer.Exit(TRAINING_FAILED)
+
+
+app.command()(lint)
 
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
