@@ -16,11 +16,12 @@ def batch_sizes(view: View) -> Iterator[Finding]:
     if any(number is not None and number < 1 for number in (train, micro, steps)):
         return
     if train is None and micro is None:
-        at = STEPS if view.written(STEPS) else TRAIN
-        wrong = any(view.written(key) for key in (TRAIN, MICRO))
-        if not wrong:
-            message = f"neither {TRAIN} nor {MICRO} is there; DeepSpeed stops at start"
-            yield view.say("error", at, message, f"write {MICRO}")
+        # A value of the wrong type is another rule's.
+        if all(view.document.get(key) is None for key in (TRAIN, MICRO)):
+            at = STEPS if view.written(STEPS) else TRAIN
+            yield view.say(
+                "error", at, f"neither {TRAIN} nor {MICRO} is there; DeepSpeed stops at start", f"write {MICRO}"
+            )
         return
     if train is not None:
         yield from _divided(view, train, micro, steps)

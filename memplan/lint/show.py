@@ -21,13 +21,18 @@ def findings_table(name: str, findings: Sequence[Finding]) -> RenderableType:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("")
     table.add_column("line", justify="right")
-    table.add_column("what", overflow="fold")
-    table.add_column("suggestion", overflow="fold", max_width=40)
+    table.add_column("key, what, suggestion", overflow="fold")
     for finding in findings:
-        severity = Text(finding.severity, style=STYLES[finding.severity])
-        # As Text: brackets in a message are no markup. The key shares the column, for few terminals are wide enough.
-        what = Text(f"{finding.path}\n" if finding.path else "", style="bold").append(finding.message, style="not bold")
-        table.add_row(severity, str(finding.line), what, Text(finding.suggestion or ""))
+        table.add_row(Text(finding.severity, style=STYLES[finding.severity]), str(finding.line), _words(finding))
     counts = Counter(finding.severity for finding in findings)
     parts = (f"{counts[s]} {s}{'s' * (counts[s] > 1)}" for s in SEVERITIES if counts[s])
     return Group(table, Text(f"{name}: {', '.join(parts)}, for DeepSpeed {schema().deepspeed}"))
+
+
+def _words(finding: Finding) -> Text:
+    """In one column, for few terminals are wide enough for three. As Text: brackets in a message are no markup."""
+    words = Text(f"{finding.path}\n" if finding.path else "", style="bold")
+    words.append(finding.message, style="not bold")
+    if finding.suggestion:
+        words.append(f"\n-> {finding.suggestion}", style="not bold green")
+    return words

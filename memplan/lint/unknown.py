@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from difflib import SequenceMatcher
+from functools import lru_cache
 
 from memplan.lint.document import Document, KeyPath
 from memplan.lint.finding import Finding, Severity
@@ -110,6 +111,7 @@ def likeness(name: str, other: str, enough: float) -> float:
     return 0.99 if plain == against else min(matcher.ratio(), 0.98)
 
 
+@lru_cache(maxsize=4096)
 def _plain(name: str) -> str:
     spelled = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name) if not name.isupper() else name
     spelled = re.sub(r"[\s\-.]+", "_", spelled.lower())
