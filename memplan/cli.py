@@ -1,6 +1,6 @@
 """The command line: reads words, calls the library, turns errors into sentences and exit codes.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrupted.
+Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
 """
 
 import os

@@ -20,7 +20,7 @@ CONFIGS = [
     MICRO,
     MICRO | {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 7e6, "sub_group_size": 1e12}},
     MICRO | {"zero_optimization": {"stage": 3, "prefetch_bucket_size": 8, "max_live_parameters": 5}},
-    MICRO | {"zero_optimization": {"stage": "2", "overlap_comm": True, "reduce_bucket_size": "5e3"}},
+    MICRO | {"zero_optimization": {"stage": "2", "overlap_comm": True, "reduce_bucket_size": "5000"}},
     MICRO | {"zero_optimization": True},
     MICRO | {"zero_optimization": True, "allgather_size": 1000},
     MICRO | {"zero_optimization": {"stage": 2, "cpu_offload": True, "cpu_offload_use_pin_memory": True}},

@@ -7,7 +7,10 @@ import warnings
 
 import pytest
 
+from memplan.lint.document import parse_document
 from memplan.lint.schema import schema
+from memplan.lint.values import known_keys
+from memplan.lint.view import View
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -85,6 +88,33 @@ def test_every_key_of_a_checked_section_is_a_field(name):
     names = {*fields, *(field.alias for field in fields.values())}
     for key in section(name).keys.values():
         assert key.name in names or key.status in ("removed", "refused"), key.name
+
+
+VALUES = (True, False, None, 0, 1, 2, -1, 0.5, 1.0, 1.5, 5e8, 1e12, "", "x", "1", "5e3", "0.5", "-1", "1_000")
+VALUES += ("True", "false", "yes", "off", "on", "n", "auto", [], [1], ["a"], {}, {"a": 1}, "cpu", "none", "CPU")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_value_is_an_error_exactly_where_the_class_refuses_it(name):
+    path = tuple(name.split("."))
+    for key in section(name).keys.values():
+        if key.status in ("removed", "refused", "deprecated") or {"section", "any"} & set(key.types):
+            continue
+        # What these take depends on other keys, or is looked at later.
+        if key.name in ("compute_grad_norm", "preset_model"):
+            continue
+        for value in VALUES:
+            config = {key.name: value}
+            try:
+                CLASSES[name](**config)
+                refused = False
+            except (ValueError, AssertionError, TypeError):
+                refused = True
+            for outer in reversed(path):
+                config = {outer: config}
+            found = known_keys(View(parse_document(json.dumps(config))))
+            errors = [f for f in found if f.severity == "error" and f.path == f"{name}.{key.name}"]
+            assert bool(errors) == refused, (key.name, value, errors)
 
 
 def test_sections_that_no_class_checks_are_not_marked_as_checked():

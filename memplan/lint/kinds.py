@@ -1,8 +1,10 @@
 """Types of values as a configuration has them, and what a value of the wrong type can only mean."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
+WHOLE = re.compile(r"\s*[+-]?\d+(_\d+)*(\.0*)?\s*", re.ASCII)
 TRUE_WORDS = ("true", "t", "yes", "y", "on", "1")
 FALSE_WORDS = ("false", "f", "no", "n", "off", "0")
 KINDS: dict[str, Callable[[Any], bool]] = {
@@ -36,7 +38,7 @@ def is_number(value: Any) -> bool:
 def meant_by(types: tuple[str, ...], value: Any) -> Any:
     """The value of the right type that this one can only mean; ``None`` if there is none."""
     if "bool" in types:
-        word = str(value).lower() if isinstance(value, str) or value in (0, 1) else ""
+        word = value.lower() if isinstance(value, str) else str(int(value)) if value in (0, 1) else ""
         if word in TRUE_WORDS or word in FALSE_WORDS:
             return word in TRUE_WORDS
     if isinstance(value, bool) and {"int", "float"} & set(types):
@@ -50,6 +52,13 @@ def meant_by(types: tuple[str, ...], value: Any) -> Any:
             return int(number)
         return number if "float" in types else None
     return None
+
+
+def is_read(types: tuple[str, ...], value: Any) -> bool:
+    """Whether a section that is checked reads this value as what it means; whole numbers in digits only."""
+    if meant_by(types, value) is None:
+        return False
+    return not isinstance(value, str) or bool({"bool", "float"} & set(types)) or WHOLE.fullmatch(value) is not None
 
 
 def shown(value: Any) -> str:

@@ -18,6 +18,7 @@ def _unknown(view: View) -> Iterator[Finding]:
 RULES: tuple[Rule, ...] = (
     _unknown,
     values.known_keys,
+    values.filled_by_others,
     batch.batch_sizes,
     precision.precision,
     zero.stages,

@@ -39,8 +39,14 @@ class Key:
     values: tuple[Any, ...] = ()
     nocase: bool = False
     """Whether capitals in ``values`` make no difference."""
+    words: tuple[str, ...] = ()
+    """The only strings, where numbers may be too."""
     items: tuple[Any, ...] = ()
     """What elements of a list may be."""
+    item_type: str | None = None
+    """Of the elements of a list."""
+    strict: bool = False
+    """Whether true and false are not even taken for 1 and 0."""
     stages: tuple[int, ...] = ()
     """The ZeRO stages in which the key has an effect; empty for all."""
     min: float | None = None
@@ -113,7 +119,7 @@ def _keys(records: Mapping[str, Mapping[str, Any]]) -> dict[str, Key]:
     found = {}
     for name, record in records.items():
         fields: dict[str, Any] = {k: v for k, v in record.items() if k != "type"}
-        fields |= {k: tuple(v) for k, v in record.items() if k in ("values", "items", "stages")}
+        fields |= {k: tuple(v) for k, v in record.items() if k in ("values", "words", "items", "stages")}
         key = Key(name, tuple(record["type"].split("|")) if "type" in record else (), **fields)
         found[name] = key
         if key.also is not None:

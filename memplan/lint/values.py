@@ -5,7 +5,7 @@ from typing import Any
 
 from memplan.lint.document import KeyPath
 from memplan.lint.finding import Finding, Severity
-from memplan.lint.kinds import KIND_NAMES, KINDS, is_number, meant_by, shown
+from memplan.lint.kinds import KIND_NAMES, KINDS, is_number, is_read, meant_by, shown
 from memplan.lint.schema import ANY_KEY, Key, Section, schema
 from memplan.lint.unknown import nearest_name
 from memplan.lint.view import View
@@ -21,6 +21,20 @@ def known_keys(view: View) -> Iterator[Finding]:
             key = section.keys.get(name) or section.keys.get(ANY_KEY)
             if key is not None:
                 yield from _key(view, section, key, (*path, name), value)
+
+
+def filled_by_others(view: View) -> Iterator[Finding]:
+    """Every "auto" that Hugging Face's integrations replace, in one note."""
+    autos = sorted((view.document.line(path), path) for path in schema().filled if view.document.get(*path) == "auto")
+    if not autos:
+        return
+    line, path = autos[0]
+    others = f" and in {len(autos) - 1} other place{'s' * (len(autos) > 2)}" if len(autos) > 1 else ""
+    message = (
+        f'"auto" here{others} is filled in by Hugging Face\'s Trainer and Accelerate only; without them DeepSpeed '
+        "takes its default or stops"
+    )
+    yield Finding("note", ".".join(path), line, message)
 
 
 def _key(view: View, section: Section, key: Key, path: KeyPath, value: Any) -> Iterator[Finding]:
@@ -65,11 +79,23 @@ def _replacement(key: Key) -> str:
 def value_findings(key: Key, value: Any, checked: bool, filled: bool, say: Say) -> Iterator[Finding]:
     """What is wrong with one value: "auto", its type, its range."""
     if value == "auto" and "auto" not in (*key.values, key.default):
-        yield _auto(key, checked, filled, say)
+        # What others fill in is told once for all of it, by the rule below.
+        if not filled:
+            yield _auto(key, checked, say)
         return
     if not any(KINDS[kind](value) for kind in key.types):
-        yield _wrong_type(key, value, checked, say)
-        return
+        if not (checked and is_read(key.types, value)) or (key.strict and isinstance(value, bool)):
+            yield _wrong_type(key, value, checked, say)
+            return
+        meant = meant_by(key.types, value)
+        yield say("warning", f"{shown(value)} is read as {shown(meant)} here, not in every section", _write(meant))
+        value = meant
+    yield from _choice(key, value, say)
+    if is_number(value):
+        yield from _range(key, value, say)
+
+
+def _choice(key: Key, value: Any, say: Say) -> Iterator[Finding]:
     if key.values and value is not None:
         allowed = [v.lower() if key.nocase and isinstance(v, str) else v for v in key.values]
         if (value.lower() if key.nocase and isinstance(value, str) else value) not in allowed:
@@ -79,8 +105,12 @@ def value_findings(key: Key, value: Any, checked: bool, filled: bool, say: Say) 
     for item in value if key.items and isinstance(value, list) else ():
         if item not in key.items:
             yield say("error", f"{shown(item)} is none of {', '.join(map(str, key.items))}")
-    if is_number(value):
-        yield from _range(key, value, say)
+    if key.words and isinstance(value, str) and value not in key.words:
+        yield say("error", f"{shown(value)} is not a number or {' or '.join(map(shown, key.words))}")
+    if key.item_type is not None and isinstance(value, list):
+        for item in value:
+            if not KINDS[key.item_type](item):
+                yield say("error", f"{shown(item)} is not {KIND_NAMES[key.item_type]}; DeepSpeed stops at start")
 
 
 def _range(key: Key, value: float, say: Say) -> Iterator[Finding]:
@@ -95,19 +125,15 @@ def _range(key: Key, value: float, say: Say) -> Iterator[Finding]:
             yield say("error", f"{value:g} is out of range: it must be {words} {limit:g}")
 
 
-def _auto(key: Key, checked: bool, filled: bool, say: Say) -> Finding:
+def _auto(key: Key, checked: bool, say: Say) -> Finding:
     default = shown(key.default)
     alone = f"the default, {default}, is taken" if checked else "it stays a string, and DeepSpeed stops or goes wrong"
-    if filled:
-        return say("note", f'"auto" is filled in by Hugging Face\'s Trainer and Accelerate only; without them {alone}')
     return say("warning" if checked else "error", f'nobody fills in this "auto": {alone}', f"write {default}")
 
 
 def _wrong_type(key: Key, value: Any, checked: bool, say: Say) -> Finding:
     wanted = " or ".join(dict.fromkeys(KIND_NAMES[kind] for kind in key.types if kind != "null"))
     meant = meant_by(key.types, value)
-    if meant is not None and checked:
-        return say("warning", f"{shown(value)} is read as {shown(meant)} here, not in every section", _write(meant))
     what = f"{shown(value)} is not {wanted}"
     if meant is not None and "bool" in key.types and isinstance(value, str):
         return say("error", f"{what}; DeepSpeed does not look, and takes any string for true", _write(meant))
