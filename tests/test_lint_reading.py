@@ -80,6 +80,8 @@ def test_hjson_is_read_as_hjson_reads_it(text):
         ('{"a": 1} x', "line 1, column 10", "more text after the closing brace"),
         ("[1]", "line 1, column 1", "this is a list"),
         ('"a"', "line 1, column 1", "this is a string"),
+        ('{"a": ' + "[" * 50_000, "line 1, column", "too many brackets"),
+        ('{"a": ' + "9" * 5000 + "}", "line 1, column 7", "too long"),
         ("3", "line 1, column 1", "this is something else"),
     ],
 )

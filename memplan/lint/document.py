@@ -19,6 +19,7 @@ KeyPath = tuple[str, ...]
 """Keys from the root; elements of a list by their number."""
 
 NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?")
+LONGEST_NUMBER = 400
 SINGLE_QUOTED = re.compile(r"'((?:[^'\\\n]|\\.)*)'")
 KEY = re.compile(r"[^,:\[\]{}\s]+")
 DECODER = json.JSONDecoder()
@@ -101,7 +102,11 @@ def read_document(path: Path) -> Document:
 
 def parse_document(text: str) -> Document:
     """The document of a text; raises ConfigError with line and column."""
-    return _Parser(text).document()
+    parser = _Parser(text)
+    try:
+        return parser.document()
+    except RecursionError:
+        raise parser.error("there are too many brackets in each other") from None
 
 
 class _Parser:
@@ -118,17 +123,18 @@ class _Parser:
         self._skip()
         if self._here() != "{":
             what = {"[": "a list", '"': "a string"}.get(self._here(), "something else")
-            raise self._error(f"this is {what}; a configuration of DeepSpeed is a JSON object in braces")
+            raise self.error(f"this is {what}; a configuration of DeepSpeed is a JSON object in braces")
         root = self._object(())
         self._skip()
         if self.at < len(self.text):
-            raise self._error("there is more text after the closing brace")
+            raise self.error("there is more text after the closing brace")
         return Document(root, self.lines, tuple(self.duplicates), self.not_plain)
 
     def _line(self, at: int | None = None) -> int:
         return bisect_right(self.line_starts, self.at if at is None else at)
 
-    def _error(self, what: str, at: int | None = None) -> ConfigError:
+    def error(self, what: str, at: int | None = None) -> ConfigError:
+        """A sentence with line and column."""
         at = self.at if at is None else at
         line = self._line(at)
         return ConfigError(f"line {line}, column {at - self.line_starts[line - 1] + 1}: {what}")
@@ -152,7 +158,7 @@ class _Parser:
                 self._odd("a comment")
                 end = self.text.find("*/", self.at + 2)
                 if end < 0:
-                    raise self._error("this comment does not end")
+                    raise self.error("this comment does not end")
                 self.at = end + 2
             else:
                 return
@@ -168,12 +174,12 @@ class _Parser:
         self._skip()
         while self._here() != "}":
             if not self._here():
-                raise self._error(f"this brace is never closed{self.greedy}", opened)
+                raise self.error(f"this brace is never closed{self.greedy}", opened)
             line = self._line()
             key = self._key()
             self._skip()
             if self._here() != ":":
-                raise self._error(f"a colon is missing after the key {key}")
+                raise self.error(f"a colon is missing after the key {key}")
             self.at += 1
             self._skip()
             here = (*path, key)
@@ -194,7 +200,7 @@ class _Parser:
         self._skip()
         while self._here() != "]":
             if not self._here():
-                raise self._error(f"this bracket is never closed{self.greedy}", opened)
+                raise self.error(f"this bracket is never closed{self.greedy}", opened)
             here = (*path, str(len(found)))
             self.lines[here] = self._line()
             found.append(self._value(here))
@@ -218,7 +224,7 @@ class _Parser:
         self._odd("a key without quotes")
         match = KEY.match(self.text, self.at)
         if match is None:
-            raise self._error("a key is missing here")
+            raise self.error("a key is missing here")
         self.at = match.end()
         return match.group()
 
@@ -231,7 +237,7 @@ class _Parser:
         if here in ('"', "'"):
             return self._string()
         if here in ("", "}", "]", ",", ":"):
-            raise self._error("a value is missing here")
+            raise self.error("a value is missing here")
         return self._bare()
 
     def _string(self) -> str:
@@ -242,12 +248,12 @@ class _Parser:
                 return self._text_block()
             match = SINGLE_QUOTED.match(self.text, start)
             if match is None:
-                raise self._error("this string does not end", start)
+                raise self.error("this string does not end", start)
             inner = match[1].replace("\\'", "'").replace('"', '\\"')
             try:
                 value = json.loads(f'"{inner}"')
             except json.JSONDecodeError as error:
-                raise self._error(f"{error.msg.lower()} in this string", start) from None
+                raise self.error(f"{error.msg.lower()} in this string", start) from None
             self.at = match.end()
             return value
         try:
@@ -255,7 +261,7 @@ class _Parser:
         except json.JSONDecodeError as error:
             unfinished = error.msg.startswith("Unterminated") or self.text[error.pos : error.pos + 1] == "\n"
             what = "this string does not end" if unfinished else f"{error.msg.lower()}"
-            raise self._error(what, start if unfinished else error.pos) from None
+            raise self.error(what, start if unfinished else error.pos) from None
         return value
 
     def _text_block(self) -> str:
@@ -263,7 +269,7 @@ class _Parser:
         indent = self.at - self.line_starts[self._line() - 1]
         end = self.text.find("'''", self.at + 3)
         if end < 0:
-            raise self._error("this string does not end")
+            raise self.error("this string does not end")
         body = self.text[self.at + 3 : end]
         self.at = end + 3
         first, *rest = body.split("\n")
@@ -282,6 +288,8 @@ class _Parser:
                 return WORDS[chunk]
             number = NUMBER.fullmatch(chunk)
             if number is not None:
+                if len(chunk) > LONGEST_NUMBER:
+                    raise self.error("this number is too long")
                 self.at += match.start()
                 return float(chunk) if number[1] or number[2] else int(chunk)
         self._odd("a value without quotes")
