@@ -1,6 +1,6 @@
 """The command line: reads words, calls the library, turns errors into sentences and exit codes.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrupted.
+Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
 """
 
 import os
@@ -22,6 +22,7 @@ from memplan.described import find_machine
 from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
+from memplan.lint.command import lint
 from memplan.machine import Machine
 from memplan.profile_page import write_profile_page
 from memplan.quick_rates import rates_of
@@ -256,6 +257,9 @@ def doctor(
     console.print(show.doctor_table(found))
     if any(check.status == "fail" for check in found):
         raise typer.Exit(TRAINING_FAILED)
+
+
+app.command()(lint)
 
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:

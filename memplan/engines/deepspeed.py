@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine to plan for: stages, whole tiers of parameters and optimizer state, and three sizes of buffers."""
+"""DeepSpeed as an engine to plan for: stages, whole tiers of parameters and optimizer state, three sizes of buffers."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -87,8 +87,8 @@ def describe_setup(problem: Problem, priced: Priced) -> str:
     setup = priced.setup
     way, sharding = setup.family.way, setup.family.sharding
     blocks = len(problem.profile.blocks)
-    away = [f"{what} on {tier}" for what, tier in (("parameters", setup.parameters), ("optimizer state", setup.optimizer))
-            if tier is not Tier.GPU]  # fmt: skip
+    places = (("parameters", setup.parameters), ("optimizer state", setup.optimizer))
+    away = [f"{what} on {tier}" for what, tier in places if tier is not Tier.GPU]
     if setup.gpu_update_share:
         away[-1] += f", {setup.gpu_update_share:.0%} of it on the GPU"
     how = {0: "no recompute", blocks: "recompute"}
@@ -119,8 +119,8 @@ def _reasons(problem: Problem, best: Priced) -> tuple[str, ...]:
         f"{describe_setup(problem, best)}: the fastest way in which {problem.target} fits.",
         f"On each GPU at most {format_bytes(best.gpu_upper_bytes)} are expected, of "
         f"{format_bytes(problem.budget.gpu_bytes)}; without activations {format_bytes(held.gpu_peak_bytes)}.",
-        f"On the host {format_bytes(best.host_bytes(problem))} of {format_bytes(problem.budget.host_bytes)}, copies and "
-        f"buffers of {problem.target} included, {format_bytes(held.pinned_bytes)} of it pinned.",
+        f"On the host {format_bytes(best.host_bytes(problem))} of {format_bytes(problem.budget.host_bytes)}, with "
+        f"{problem.target}'s copies and buffers, {format_bytes(held.pinned_bytes)} of it pinned.",
         f"A step is expected to take {format_seconds(best.timeline.seconds)}; the busiest lane is "
         f"{lane.replace('_', ' ')}, with {format_seconds(busy[lane])}.",
         f"{problem.target}'s own update on the CPU was taken from steps measured on 16 cores: its steps are rough.",

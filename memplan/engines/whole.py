@@ -125,7 +125,9 @@ def price_all(problem: Problem, engine: WholeEngine) -> list[Priced]:
 def price(problem: Problem, setup: Setup, held: Held, traffic: Traffic, update_seconds: float) -> Priced:
     """The bytes and seconds of one setup."""
     activations = problem.activations(setup.family.way)
-    forward = max((n for name, n in activations.phase_bytes.items() if name != BACKWARD), default=activations.peak_bytes)
+    forward = max(
+        (n for name, n in activations.phase_bytes.items() if name != BACKWARD), default=activations.peak_bytes
+    )
     passing = {
         ATTACH: 0,
         FORWARD: forward,
@@ -159,7 +161,8 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
         "compute": float(max(columns[BACKWARD_COLUMN], columns[BACKWARD_ISSUE])),
         "host_to_device": traffic.h2d_backward_bytes / up / duplex,
         "device_to_host": traffic.d2h_backward_bytes / down / duplex,
-        "collective": (gathers / 2 if again else 0.0) + (traffic.reduce_bytes / network if traffic.reduce_bytes else 0.0),
+        "collective": (gathers / 2 if again else 0.0)
+        + (traffic.reduce_bytes / network if traffic.reduce_bytes else 0.0),
     }
     read = traffic.nvme_read_bytes * ranks / rates.nvme_read_bytes_per_second
     written = traffic.nvme_write_bytes * ranks / rates.nvme_write_bytes_per_second
