@@ -7,9 +7,10 @@ while something else could do. Not counted: activations, the CUDA context, a pro
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from memplan.engines.deepspeed_setup import ADAM_TENSORS, DeepSpeedSetup
-from memplan.engines.deepspeed_sizes import Sizes, sizes_of, swappable
+from memplan.engines.deepspeed_setup import ADAM_TENSORS, SWAPPABLE_BYTES, DeepSpeedSetup
+from memplan.engines.deepspeed_sizes import Sizes, sizes_of
 from memplan.engines.held import ATTACH, BACKWARD, FORWARD, STEP, Held
 from memplan.engines.pinned import PinnedCache
 from offload.plan import Precision, Tier
@@ -106,7 +107,7 @@ def _gpu_stage_3(z: Sizes, s: DeepSpeedSetup) -> dict[str, int]:
     resident = s.parameters is Tier.GPU
     offloaded = s.optimizer is not Tier.GPU
     alone = resident and s.gpus == 1
-    weights = w * (z.partition + z.frozen_partition) if resident else 0
+    weights = w * (z.partition + sum(z.frozen)) if resident else 0
     persistent = 0 if alone else w * z.persistent
     on_gpu = sum(z.gpu_groups)
     # fp32 weights that stay on the GPU are their own masters.
@@ -159,23 +160,7 @@ def _gathered(z: Sizes, s: DeepSpeedSetup) -> int:
     return live + (min(coming, s.gather_elements + 2 * z.largest) if s.gpus > 1 else 0)
 
 
-def _host(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> tuple[dict[str, int], int]:
-    """Bytes of one rank by phase, and how many of them are page-locked."""
-    if s.optimizer is Tier.GPU and s.parameters is Tier.GPU:
-        # Stage 3 puts the partitions in order by way of the host.
-        return {
-            ATTACH: s.precision.weight_bytes * z.partition * (s.zero_stage == 3),
-            FORWARD: 0,
-            BACKWARD: 0,
-            STEP: 0,
-        }, 0
-    rows = _host_stage_3(z, s) if s.zero_stage == 3 else _host_stages_1_and_2(z, s, accumulates)
-    pinned, steady, attach, step = rows
-    held = pinned + steady
-    return {ATTACH: pinned + attach, FORWARD: held, BACKWARD: held, STEP: held + step}, pinned * s.pin_memory
-
-
-class _Exact(PinnedCache):
+class _Ordinary(PinnedCache):
     """Memory that is not page-locked: as much as was asked for, and given back."""
 
     def allocate(self, size_bytes: int) -> None:
@@ -185,80 +170,108 @@ class _Exact(PinnedCache):
         self.bytes -= size_bytes
 
 
-def _host_stages_1_and_2(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> tuple[int, int, int, int]:
+@dataclass
+class _Host:
+    """Bytes of one rank: from the first step to the last, and beside that while it attaches and while it updates."""
+
+    pins: bool
+    locked: PinnedCache = field(default_factory=PinnedCache)
+    """What DeepSpeed page-locks whatever ``pin_memory`` says."""
+    steady: int = 0
+    attach: int = 0
+    """Instead of ``steady``, which is made by the first update."""
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.cache = self.locked if self.pins else _Ordinary()
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """All of it by phase."""
+        kept = self.locked.bytes + (0 if self.pins else self.cache.bytes)
+        held = kept + self.steady
+        return {ATTACH: kept + self.attach, FORWARD: held, BACKWARD: held, STEP: held + self.step}
+
+
+def _host(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> tuple[dict[str, int], int]:
+    """Bytes of one rank by phase, and how many of them are page-locked."""
+    host = _Host(s.pin_memory)
+    if s.zero_stage == 3:
+        _weights_on_host(z, s, host)
+        _state_on_host_stage_3(z, s, host)
+    elif s.optimizer is not Tier.GPU:
+        _state_on_host_stages_1_and_2(z, s, host, accumulates)
+    return host.phases, host.locked.bytes
+
+
+def _state_on_host_stages_1_and_2(z: Sizes, s: DeepSpeedSetup, host: _Host, accumulates: bool) -> None:
     w = s.precision.weight_bytes
-    cache = PinnedCache() if s.pin_memory else _Exact()
-    cache.allocate(FP32 * z.slice)  # masters
-    cache.allocate(w * z.slice)  # the updated weights, in their own type, before they go up
-    cache.allocate(w * z.largest)
-    cache.allocate(FP32 * z.slice)  # fp32 gradients
+    host.cache.allocate(FP32 * z.slice)  # masters
+    host.cache.allocate(w * z.slice)  # the updated weights, in their own type, before they go up
+    host.cache.allocate(w * z.largest)  # the largest gradient on its way
+    host.cache.allocate(FP32 * z.slice)  # fp32 gradients
     if accumulates:
-        # The sum so far of every parameter of the slice, each pinned by itself and whole; a slice at either end may
-        # begin and end within one.
-        least, taken = z.slice, 0
+        # The sum so far of every parameter of the slice, each by itself and whole: the large ones, to be sure.
+        taken = 0
         for n in sorted(z.whole, reverse=True):
-            if taken >= least:
-                break
-            cache.allocate(w * n)
+            if taken < z.slice:
+                host.cache.allocate(w * n)
             taken += n
+    host.steady = MOMENTS * z.slice
     # Each is built as ordinary memory and then copied into page-locked memory.
-    building = FP32 * z.slice * s.pin_memory
-    return cache.bytes, MOMENTS * z.slice, building, 0
+    host.attach = FP32 * z.slice * s.pin_memory
 
 
-def _host_stage_3(z: Sizes, s: DeepSpeedSetup) -> tuple[int, int, int, int]:
-    """Page-locked, ordinary memory from step to step, and what attaching and updating need beside the page-locked."""
-    w, nvme = s.precision.weight_bytes, s.optimizer is Tier.NVME
-    cache = PinnedCache() if s.pin_memory else _Exact()
-    locked = _weights_on_host(z, s, cache)
-    largest, on_host = max(z.groups, default=0), sum(z.host_groups)
-    if s.hpz > 1 and s.parameters is not Tier.GPU:
-        for n in z.whole:
-            cache.allocate(w * -(-n // s.hpz))
-    swapped = [n for n in z.groups if nvme and swappable(n, FP32)]
-    steady = (FP32 + MOMENTS) * (on_host - sum(swapped))
-    if s.optimizer is not Tier.GPU:
-        for n in z.groups:
-            if n not in swapped:
-                cache.allocate(FP32 * n)  # fp32 gradients, of each sub-group
-        for n in z.gpu_groups:
-            cache.free(FP32 * n)  # moved up, but the block stays
-        cache.allocate(w * z.partition)  # the flat buffer of gradients
-    if swapped:
-        # Swap buffers are locked by DeepSpeed itself, without rounding.
-        locked += s.optimizer_buffer_count * FP32 * largest
-    masters = FP32 * (on_host - sum(swapped))
-    attach = masters + FP32 * largest + max(FP32 * largest, w * z.partition)
-    # Weights that live on the GPU are converted on the host before they go up.
-    converted = w * max(z.host_groups, default=0) if s.parameters is Tier.GPU else 0
-    # With swapping, the moments are made outside of the buffers in the first step.
-    step = MOMENTS * largest if swapped else 0
-    return cache.bytes + locked, steady, attach, step + converted
-
-
-def _weights_on_host(z: Sizes, s: DeepSpeedSetup, cache: PinnedCache) -> int:
-    """Allocate the partitions; returns what is locked beside the cache."""
+def _weights_on_host(z: Sizes, s: DeepSpeedSetup, host: _Host) -> None:
+    """Stage 3. Every partition is made by itself, then moved into one buffer; the cache keeps the blocks."""
     w = s.precision.weight_bytes
     if s.parameters is Tier.GPU:
-        return 0
-    nvme = s.parameters is Tier.NVME
-    rows = [(w * part, n) for n, part in zip(z.whole, z.partitions, strict=True) if n > s.persistence_elements]
-    rows = [(size, n) for size, n in rows if not (nvme and swappable(size // w, w))]
-    for size, _ in rows:
-        cache.allocate(size)  # each by itself at first ...
-    cache.allocate(w * z.frozen_partition)
-    if nvme:
-        buffers = s.param_buffer_count * s.param_buffer_elements
-        return w * (buffers + max(z.groups, default=0))  # ... and a sub-group of new weights on its way down
-    cache.allocate(w * z.partition)  # ... then in one buffer,
-    for size, _ in rows:
-        cache.free(size)  # after which the blocks stay.
-    return 0
+        # Partitions on the GPU are put in order by way of the host.
+        host.attach = w * z.partition
+        return
+    if s.hpz > 1:
+        for n in z.whole:
+            host.cache.allocate(w * -(-n // s.hpz))
+    swapped = s.parameters is Tier.NVME
+    own = [w * part for n, part in zip(z.whole, z.partitions, strict=True) if n > s.persistence_elements]
+    single = [size for size in (*own, *(w * n for n in z.frozen)) if not (swapped and size >= SWAPPABLE_BYTES)]
+    for size in single:
+        host.cache.allocate(size)
+    if swapped:
+        # Buffers for what is read, and for a sub-group of new weights on its way down, locked without rounding.
+        host.locked.bytes += w * (s.param_buffer_count * s.param_buffer_elements + max(z.groups, default=0))
+    else:
+        host.locked.allocate(w * z.partition)
+        for size in own:
+            host.cache.free(size)
+
+
+def _state_on_host_stage_3(z: Sizes, s: DeepSpeedSetup, host: _Host) -> None:
+    if s.optimizer is Tier.GPU:
+        return
+    w, largest = s.precision.weight_bytes, max(z.groups, default=0)
+    least = SWAPPABLE_BYTES if s.optimizer is Tier.NVME else FP32 * (largest + 1)
+    swapped = [n for n in z.groups if FP32 * n >= least]
+    kept = sum(z.host_groups) - sum(swapped)
+    for n in z.groups:
+        if FP32 * n < least:
+            host.cache.allocate(FP32 * n)  # fp32 gradients of each sub-group
+    for n in z.gpu_groups:
+        host.cache.free(FP32 * n)  # moved up
+    host.cache.allocate(w * z.partition)  # the flat buffer of gradients
+    host.steady = (FP32 + MOMENTS) * kept
+    # Masters are converted and cloned one by one; gradients are built as ordinary memory.
+    host.attach = max(host.attach, FP32 * (kept + largest) + max(FP32 * largest, w * z.partition))
+    # Weights that live on the GPU are converted on the host before they go up.
+    host.step = w * max(z.host_groups, default=0) if s.parameters is Tier.GPU else 0
+    if swapped:
+        host.locked.bytes += s.optimizer_buffer_count * FP32 * largest
+        host.step += MOMENTS * largest  # in the first step the moments are made outside of the buffers
 
 
 def _files(z: Sizes, s: DeepSpeedSetup) -> int:
     """Of one rank: masters, moments and fp32 gradients, and weights."""
     w = s.precision.weight_bytes
-    state = sum(n for n in z.groups if swappable(n, FP32)) if s.optimizer is Tier.NVME else 0
-    weights = sum(n for n in z.partitions if swappable(n, w)) if s.parameters is Tier.NVME else 0
+    state = sum(n for n in z.groups if n * FP32 >= SWAPPABLE_BYTES) if s.optimizer is Tier.NVME else 0
+    weights = sum(n for n in z.partitions if n * w >= SWAPPABLE_BYTES) if s.parameters is Tier.NVME else 0
     return ADAM_TENSORS * FP32 * state + w * weights

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memplan.engines.deepspeed_setup import SWAPPABLE_BYTES, DeepSpeedSetup
+from memplan.engines.deepspeed_setup import DeepSpeedSetup
 from offload.plan import Tier
 from profiler.profile import ParameterProfile
 
@@ -25,8 +25,8 @@ class Sizes:
     """Each trainable parameter."""
     partitions: tuple[int, ...]
     """One rank's part of each trainable parameter, padded (stage 3)."""
-    frozen_partition: int
-    """One rank's part of the others."""
+    frozen: tuple[int, ...]
+    """One rank's part of each of the others (stage 3)."""
     persistent: int
     """Of the parameters too small to be partitioned (stage 3)."""
     groups: tuple[int, ...]
@@ -65,18 +65,13 @@ def sizes_of(parameters: Sequence[ParameterProfile], setup: DeepSpeedSetup) -> S
         shared=sum(p.elements for p in parameters if p.trainable and p.aliases),
         whole=whole,
         partitions=partitions,
-        frozen_partition=sum(-(-p.elements // gpus) for p in parameters if not p.trainable),
+        frozen=tuple(-(-p.elements // gpus) for p in parameters if not p.trainable),
         persistent=sum(p.elements for p in parameters if p.elements <= setup.persistence_elements),
         groups=groups,
         gpu_groups=groups[:on_gpu],
         # Every rank's slice begins at a multiple of two elements.
         slice=2 * -(-trainable // (2 * gpus)),
     )
-
-
-def swappable(elements: int, element_bytes: int) -> bool:
-    """Whether a tensor is large enough to go to NVMe."""
-    return elements * element_bytes >= SWAPPABLE_BYTES
 
 
 def _sub_groups(partitions: Sequence[int], least: int) -> tuple[int, ...]:
