@@ -1,4 +1,4 @@
-"""Engines that move whole tiers: DeepSpeed and FSDP2. Every way to set one up is priced; there are few thousands at most.
+"""Engines that move whole tiers: DeepSpeed and FSDP2. Every way to set one up is priced; there are few thousands.
 
 They do one thing after another: forward, backward, then the update, with the links busy beside forward and backward.
 """
@@ -125,12 +125,10 @@ def price_all(problem: Problem, engine: WholeEngine) -> list[Priced]:
 def price(problem: Problem, setup: Setup, held: Held, traffic: Traffic, update_seconds: float) -> Priced:
     """The bytes and seconds of one setup."""
     activations = problem.activations(setup.family.way)
-    forward = max(
-        (n for name, n in activations.phase_bytes.items() if name != BACKWARD), default=activations.peak_bytes
-    )
+    before = [size for name, size in activations.phase_bytes.items() if name != BACKWARD]
     passing = {
         ATTACH: 0,
-        FORWARD: forward,
+        FORWARD: max(before, default=activations.peak_bytes),
         BACKWARD: activations.phase_bytes.get(BACKWARD, activations.peak_bytes),
         STEP: 0,
     }
@@ -149,7 +147,7 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
     up, down = (curve.at(setup.buckets.gather_elements * 2) for curve in (rates.host_to_device, rates.device_to_host))
     duplex = rates.duplex_share if traffic.h2d_backward_bytes and traffic.d2h_backward_bytes else 1.0
     network = family.sharding.network_bytes_per_second(setup.buckets.reduce_elements * 2, rates)
-    gathers = traffic.gather_bytes / network if traffic.gather_bytes else 0.0
+    gathers = traffic.gather_bytes / network
     again = setup.family.sharding.zero_stage == 3
     ranks = problem.gpus_per_node
     forward = {
@@ -161,8 +159,7 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
         "compute": float(max(columns[BACKWARD_COLUMN], columns[BACKWARD_ISSUE])),
         "host_to_device": traffic.h2d_backward_bytes / up / duplex,
         "device_to_host": traffic.d2h_backward_bytes / down / duplex,
-        "collective": (gathers / 2 if again else 0.0)
-        + (traffic.reduce_bytes / network if traffic.reduce_bytes else 0.0),
+        "collective": (gathers / 2 if again else 0.0) + traffic.reduce_bytes / network,
     }
     read = traffic.nvme_read_bytes * ranks / rates.nvme_read_bytes_per_second
     written = traffic.nvme_write_bytes * ranks / rates.nvme_write_bytes_per_second
