@@ -54,15 +54,15 @@ class DeepSpeed:
 
     def held(self, problem: Problem, setup: Setup) -> Held:
         """Bytes beside activations."""
-        return deepspeed_held(problem.profile.parameters, self._setup(problem, setup), setup.family.micro_batches)
+        return deepspeed_held(problem.profile.parameters, self.setup_of(problem, setup), setup.family.micro_batches)
 
     def traffic(self, problem: Problem, setup: Setup) -> Traffic:
         """Bytes of a step."""
         trainable, total = problem.profile.trainable_elements, problem.profile.parameter_elements
-        return deepspeed_traffic(self._setup(problem, setup), trainable, total, setup.family.micro_batches)
+        return deepspeed_traffic(self.setup_of(problem, setup), trainable, total, setup.family.micro_batches)
 
     @staticmethod
-    def _setup(problem: Problem, setup: Setup) -> DeepSpeedSetup:
+    def setup_of(problem: Problem, setup: Setup) -> DeepSpeedSetup:
         """As ``deepspeed_setup.setup_of`` reads it from the plan that is made of this setup."""
         sharding, b = setup.family.sharding, setup.buckets
         largest = max(p.elements for p in problem.profile.parameters)
