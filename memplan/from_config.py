@@ -156,16 +156,10 @@ def _best(profile: ModelProfile, machine: Machine, rates: Rates, batch: int, tar
 
 
 def _shortages(problem: Problem, priced: Priced) -> Iterator[str]:
-    has = {
-        Tier.GPU: problem.budget.gpu_bytes,
-        Tier.HOST: problem.budget.host_bytes,
-        Tier.NVME: problem.budget.nvme_bytes,
-    }
     for tier, size in priced.shortage(problem).items():
-        yield (
-            f"It does not fit: the {tier} tier needs {format_bytes(has[tier] + size)} and has {format_bytes(has[tier])}, "
-            f"short {format_bytes(size)}."
-        )
+        has = getattr(problem.budget, f"{tier}_bytes")
+        needs = format_bytes(has + size)
+        yield f"It does not fit: the {tier} tier needs {needs} of {format_bytes(has)}, short {format_bytes(size)}."
 
 
 def _remarks(problem: Problem, c: DsConfig, priced: Priced) -> Iterator[str]:
