@@ -7,9 +7,10 @@ import psutil
 
 from memplan.disks import filesystem
 from memplan.host import memlock_bytes
+from memplan.inputs import saved_profile
 from memplan.lint.document import Document
 from memplan.lint.view import Facts
-from profiler.profile import SCHEMA, ModelProfile
+from profiler.profile import ModelProfile
 from profiler.run import profile_source
 from profiler.source import load_source
 
@@ -32,10 +33,8 @@ def facts_about(document: Document, gpus: int | None, model: Path | None) -> Fac
 
 
 def _profile(model: Path) -> ModelProfile:
-    if model.suffix == ".json" and model.is_file() and SCHEMA in model.read_text(encoding="utf-8", errors="replace"):
-        return ModelProfile.load(model)
     # Only the parameters are looked at, so the smallest batch does.
-    return profile_source(load_source(model), 1, "fp32")
+    return saved_profile(model) or profile_source(load_source(model), 1, "fp32")
 
 
 def _filesystems(document: Document) -> dict[str, str | None]:
