@@ -1,6 +1,6 @@
 """A machine's rates as tables for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
@@ -29,9 +29,8 @@ def rates_tables(rates: Rates) -> RenderableType:
 
 
 def _table(title: str, rows: Rows) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.show_header = any(rows[0])
     for index, head in enumerate(rows[0]):
         table.add_column(head, justify="right" if index else "left")
     for row in rows[1:]:
@@ -40,29 +39,28 @@ def _table(title: str, rows: Rows) -> Table:
 
 
 def _used(rates: Rates) -> Rows:
-    def by_precision(values: dict[Precision, float]) -> str:
-        return ", ".join(
-            f"{precision} {nanoseconds(values[precision])}" for precision in Precision if precision in values
-        )
+    def by_precision(values: Mapping[Precision, float]) -> str:
+        return ", ".join(f"{p} {nanoseconds(values[p])}" for p in Precision if p in values)
 
     up, down, together = (c.at(TYPICAL_BYTES) for c in (rates.host_to_device, rates.device_to_host, rates.collective))
     flops = rates.compute_flops_per_second
+    longer, kept = rates.cpu_update_beside_links, rates.links_beside_update
     rows = [
         ("", ""),
         ("training", ", ".join(f"{p} {flops[p] / 1e12:.3g} TFLOP/s" for p in Precision if p in flops)),
         (
             "host to device, device to host",
-            f"{gigabytes(up)}, {gigabytes(down)}; together {rates.duplex_share:.2f} of it",
+            f"{gigabytes(up)}, {gigabytes(down)}; at once {rates.duplex_share:.2f} of it",
         ),
-        ("update on the host", by_precision(dict(rates.cpu_update_seconds))),
+        ("update on the host", by_precision(rates.cpu_update_seconds)),
         (
             "beside transfers",
-            f"{rates.cpu_update_beside_links:.2f} x as long; the link keeps {rates.links_beside_update:.2f}",
+            f"{longer:.2f} x as long; the link keeps {kept:.2f}",
         ),
-        ("update in the device's memory", by_precision(dict(rates.gpu_update_seconds))),
+        ("update in the device's memory", by_precision(rates.gpu_update_seconds)),
     ]
     if rates.streamed_update_seconds:
-        rows.append(("update streamed through the GPU", by_precision(dict(rates.streamed_update_seconds))))
+        rows.append(("update streamed through the GPU", by_precision(rates.streamed_update_seconds)))
         beside = f"CPU {rates.cpu_update_beside_streamed:.2f} x, GPU {rates.streamed_update_beside_cpu:.2f} x as long"
         rows.append(("both updates at once", beside))
     disk = f"{gigabytes(rates.nvme_read_bytes_per_second)}, {gigabytes(rates.nvme_write_bytes_per_second)}"

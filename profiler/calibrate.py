@@ -23,7 +23,7 @@ from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-SECONDS, GRIDS_SECONDS = 48.0, 12.0
+SECONDS, GRIDS_SECONDS = 48.0, 10.0
 """What everything may take; and what the grids may take where the rest, which comes first, left less."""
 IMPORTANT_SECONDS, GRID_SECONDS, LEAST_GRID_SECONDS = 3.5, 6.0, 0.3
 """What one grid may take, one of the important ones at the beginning, or another: then the rest of its points, which

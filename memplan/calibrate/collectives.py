@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,8 +69,8 @@ def _measure(sizes: Sequence[int], ranks: int, device: str) -> list[tuple[float,
     for size in sizes:
         whole = torch.zeros(size // 4 // ranks * ranks, device=device)
         part = torch.zeros(len(whole) // ranks, device=device)
-        gather = best_seconds(lambda w=whole, p=part: dist.all_gather_into_tensor(w, p), device, repeats=5)
-        scatter = best_seconds(lambda w=whole, p=part: dist.reduce_scatter_tensor(p, w), device, repeats=5)
+        gather = best_seconds(partial(dist.all_gather_into_tensor, whole, part), device, repeats=5)
+        scatter = best_seconds(partial(dist.reduce_scatter_tensor, part, whole), device, repeats=5)
         found.append((gather, scatter))
     return found
 

@@ -17,13 +17,13 @@ from memplan.calibrate.parts import MIB, Part, gigabytes
 from offload.arena import page_aligned
 from offload.plan import Buckets
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
-from offload.store import QUEUE_DEPTH, Extent, Store
+from offload.store import QUEUE_DEPTH, Extent, Store, Ticket
 
 IN_MEMORY = frozenset({"tmpfs", "ramfs"})
 NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "lustre", "ceph"})
 EXTENT_BYTES = 40 * MIB
 """What the runtime reads and writes of a chunk of bf16 state."""
-STORE_SECONDS = 1.0
+STORE_SECONDS = 0.8
 """Of reading, and of writing."""
 CELL_SECONDS = 0.12
 """Of one block size at one depth."""
@@ -87,7 +87,7 @@ def _through(
 ) -> tuple[float, list[Extent]]:
     """Bytes a second, and the extents that there was time for."""
     request = store.write if write else store.read
-    tickets = []
+    tickets: list[Ticket] = []
     begun = time.perf_counter()
     for index, extent in enumerate(extents):
         if index >= len(ring):

@@ -38,7 +38,8 @@ def links(up: torch.Tensor, down: torch.Tensor, device: torch.device, sizes: Seq
     there, back = (torch.zeros(len(up), dtype=torch.uint8, device=device) for _ in range(2))
     sizes = [size for size in sizes if size <= len(up)]
     both_ways = device.type != "cpu"
-    rows, alone, duplex = [("transfer", "to the device", "to the host", "both at once, each way")], [], []
+    rows: list[tuple[str, ...]] = [("transfer", "to the device", "to the host", "both at once, each way")]
+    alone, duplex = [], []
     for size in sizes:
         to_device, to_host = _pieces(there, up, size), _pieces(down, back, size)
         one = [_rate([pieces], device, size) for pieces in (to_device, to_host)]

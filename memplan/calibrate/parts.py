@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import torch
 
+from memplan.cgroup import memory_headroom
 from offload.plan import Buckets
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -34,12 +35,12 @@ class Effort:
     """Sizes of one transfer, up to all that is pinned for one direction."""
     update_elements: int = 1 << 26
     """Of the state on the host, larger than any cache."""
-    repeat_seconds: float = 0.6
+    repeat_seconds: float = 0.4
     """What is repeated is repeated for so long."""
     disk_bytes: int = GIB
     disk_blocks: tuple[int, ...] = (MIB, 4 * MIB, 8 * MIB, 16 * MIB)
     disk_depths: tuple[int, ...] = (1, 4, 8, 16)
-    disk_seconds: float = 6.0
+    disk_seconds: float = 4.0
     """Of the table; the runtime's own store takes about two more."""
     collective_bytes: tuple[int, ...] = tuple(MIB * 4**n for n in range(5))
     seconds: float = 54.0
@@ -48,10 +49,12 @@ class Effort:
     @classmethod
     def of(cls, device: torch.device) -> "Effort":
         """As much as this machine's free memory allows; less where the CPU computes, for its caches are all it has."""
-        spare = int(psutil.virtual_memory().available) // 4
+        headroom = memory_headroom()
+        available = int(psutil.virtual_memory().available)
+        spare = (available if headroom is None else min(available, headroom)) // 4
         chunk = Buckets().update_elements
         if device.type == "cpu":
-            return cls(tuple(64 * KIB * 4**n for n in range(6)), chunk, 0.4, min(GIB // 4, spare), disk_seconds=4.0)
+            return cls(tuple(64 * KIB * 4**n for n in range(6)), chunk, disk_bytes=min(GIB // 4, spare))
         elements = min(1 << 26, spare // 24 // chunk * chunk)
         return cls(update_elements=max(chunk, elements), disk_bytes=min(GIB, spare))
 

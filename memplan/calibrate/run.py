@@ -21,6 +21,7 @@ from memplan.machine import usable_cores
 from memplan.quick_rates import REFERENCE
 from memplan.rates import Curve, Rates
 from offload.plan import Precision
+from offload.residency import BLOCK_BYTES, aligned
 from offload.store import check_directory
 from profiler.calibrate import calibrate as measure_kernels
 
@@ -83,7 +84,7 @@ class Session:
         """Pinning, and what needs pinned memory: links, and updates on the host."""
         effort, device = self._effort, self._device
         elements = effort.update_elements
-        state_bytes = max(host_bytes(elements, precision) for precision in Precision)
+        state_bytes = aligned(max(host_bytes(elements, precision) for precision in Precision), BLOCK_BYTES)
         link_bytes = max(effort.link_bytes)
         with ExitStack() as stack:
 
@@ -118,10 +119,9 @@ class Session:
             return
         if gpus < 2:
             self.skip("collectives: one device has nobody to talk to, so several would talk over their host links")
-        slowest = min(
-            *self._rates.host_to_device.bytes_per_second[-1:], *self._rates.device_to_host.bytes_per_second[-1:]
-        )
-        self._rates = replace(self._rates, collective=Curve.flat(slowest * self._rates.duplex_share))
+        largest = max(self._effort.link_bytes)
+        slower = min(link.at(largest) for link in (self._rates.host_to_device, self._rates.device_to_host))
+        self._rates = replace(self._rates, collective=Curve.flat(slower * self._rates.duplex_share))
 
     def measure_kernels(self) -> None:
         """What kernels reach, for as long as there is time."""

@@ -1,5 +1,7 @@
 """The update on a GPU: of state in its memory, and of state on the host that comes and goes over both directions."""
 
+from functools import partial
+
 import torch
 
 from memplan.calibrate.parts import Part, best_seconds, gigabytes, nanoseconds
@@ -22,11 +24,7 @@ def resident_update(device: torch.device, elements: int) -> Part:
     for precision in (Precision.FP32, Precision.BF16):
         weights, state = _numbers(torch.zeros(_bytes(elements, precision), dtype=torch.uint8, device=device), precision)
         gradients = torch.full_like(weights, 1e-2)
-        clip = torch.ones((), device=device)
-
-        def update(weights=weights, gradients=gradients, state=state, clip=clip) -> None:  # type: ignore[no-untyped-def]
-            update_span(weights, gradients, state, HOW, clip)
-
+        update = partial(update_span, weights, gradients, state, HOW, torch.ones((), device=device))
         found[precision] = best_seconds(update, device.type) / elements
         moved = 3 * precision.weight_bytes + 2 * state_bytes(precision)
         rows.append((precision.value, nanoseconds(found[precision]), gigabytes(moved / found[precision])))
@@ -49,8 +47,7 @@ class StreamedUpdate:
         self._arrive, self._compute, self._leave = (torch.cuda.Stream(device) for _ in range(3))
         self._left: list[torch.cuda.Event | None] = [None] * RING
         self._begun = 0
-        self.updated_elements = 0
-        """Of the chunks that are back on the host."""
+        self._updated = 0
         torch.cuda.synchronize()
 
     def pump(self) -> None:
@@ -58,7 +55,7 @@ class StreamedUpdate:
         slot, index = self._begun % RING, self._begun % self._chunks
         if (left := self._left[slot]) is not None:
             left.synchronize()
-            self.updated_elements += self._chunk
+            self._updated += self._chunk
         self._begun += 1
         there, home = self._slots[slot], self._part(index)
         with torch.cuda.stream(self._arrive):
@@ -72,6 +69,10 @@ class StreamedUpdate:
             self._leave.wait_event(updated)
             _copy(home, there)
             self._left[slot] = self._leave.record_event()
+
+    def updated_elements(self) -> int:
+        """Of the chunks that are back on the host."""
+        return self._updated
 
     def finish(self) -> None:
         """Wait for everything that was begun."""

@@ -113,8 +113,7 @@ class Stream:
     lane: Lane
     target: torch.Tensor
     source: torch.Tensor
-    moved_bytes: int = 0
-    """Of the pieces that have arrived."""
+    _arrived_bytes: int = 0
     _next: int = 0
     _waiting: deque[Done] = field(default_factory=deque)
 
@@ -127,7 +126,11 @@ class Stream:
         self._waiting.append(self.lane.copy(self.target[part], self.source[part]))
         if len(self._waiting) > ON_THEIR_WAY:
             self._waiting.popleft().synchronize()
-            self.moved_bytes += size
+            self._arrived_bytes += size
+
+    def moved_bytes(self) -> int:
+        """Of the pieces that have arrived."""
+        return self._arrived_bytes
 
 
 Pump = Callable[[], object]
@@ -167,7 +170,7 @@ def host_update(regions: Regions, device: torch.device, elements: int, seconds: 
     On a GPU ``cpu_update_beside_links`` is that of bf16. Where the CPU computes, the lane has one thread and leaves the
     other cores to the model, so that an element takes its share of all cores.
     """
-    rows = [("update of an element on the host", "alone", "beside the feeding thread", "and beside both directions")]
+    rows: list[tuple[str, ...]] = [("update of an element", "alone", "while a GPU is fed", "and both directions copy")]
     alone: dict[Precision, float] = {}
     rates: dict[str, object] = {"cpu_update_beside_links": 1.0, "links_beside_update": 1.0}
     for precision in (Precision.FP32, Precision.BF16):
@@ -180,9 +183,9 @@ def host_update(regions: Regions, device: torch.device, elements: int, seconds: 
             feed = block_step(*FED, device.type, torch.bfloat16)
             up, down = _streams(update, regions, device)
             fed = timed(update.begin, [feed, _breath(device)], int, seconds).update_seconds / elements
-            pumps, moved = [up.pump, down.pump, feed], lambda up=up: up.moved_bytes
-            beside = timed(update.begin, pumps, moved, seconds)
-            link = pumped(pumps, moved, seconds)
+            pumps = [up.pump, down.pump, feed, _breath(device)]
+            beside = timed(update.begin, pumps, up.moved_bytes, seconds)
+            link = pumped(pumps, up.moved_bytes, seconds)
             slower = beside.update_seconds / elements
             rates["cpu_update_beside_links"] = max(1.0, slower / one)
             rates["links_beside_update"] = min(1.0, beside.count_per_second / link)
@@ -194,15 +197,15 @@ def host_update(regions: Regions, device: torch.device, elements: int, seconds: 
 
 def both_updates(regions: Regions, device: torch.device, elements: int, seconds: float) -> Part:
     """State on the host that the GPU updates, streaming it both ways: alone, and while the CPU updates other state."""
-    rows = [("update of an element on the host", "by the GPU alone", "beside the CPU", "the CPU beside the GPU")]
+    rows: list[tuple[str, ...]] = [("update of an element", "by the GPU alone", "beside the CPU", "the CPU beside it")]
     alone: dict[Precision, float] = {}
     rates: dict[str, object] = {}
     for precision in (Precision.FP32, Precision.BF16):
         with _engine(elements, precision, regions.state, device) as update:
             streamed = StreamedUpdate(regions.links, precision, device)
             cpu = timed(update.begin, [], int, seconds).update_seconds
-            alone[precision] = 1 / pumped([streamed.pump], lambda s=streamed: s.updated_elements, seconds)
-            beside = timed(update.begin, [streamed.pump], lambda s=streamed: s.updated_elements, seconds)
+            alone[precision] = 1 / pumped([streamed.pump], streamed.updated_elements, seconds)
+            beside = timed(update.begin, [streamed.pump], streamed.updated_elements, seconds)
             streamed.finish()
         gpu_beside = 1 / max(beside.count_per_second, 1.0)
         rates["cpu_update_beside_streamed"] = max(1.0, beside.update_seconds / cpu)
