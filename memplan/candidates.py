@@ -1,9 +1,9 @@
-"""The best plan: every candidate of a small space is priced, or shown to be no better than one that was.
+"""The best plan: every candidate of a pruned space is priced, or shown to be no better than one that was.
 
-The space: ZeRO stage (with several GPUs), recompute of all blocks or none, micro-batch (divisors of a GPU's batch) -
-together a *family* - and, in each, prefetch depth and the five counts of ``memplan.memory.Counts``. Weights go to NVMe
-only when all optimizer state that left the GPU is there. Exact over this space: within a family the cheapest bound of
-all (gradients, parameters) pairs is looked at first, and the search ends when no other bound is better.
+The space: sharding (with several GPUs), micro-batch, recomputed blocks, where checkpoints wait, loss chunks - together
+a *family* - and, in each, prefetch depth and the five counts of ``memplan.memory.Counts``. Weights go to NVMe only when
+all optimizer state that left the GPU is there. Exact over this space: bounds (``memplan.bounds``) only leave out what
+can not be better, and of two candidates that differ in what they keep off the GPU needlessly the smaller one is priced.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,79 +11,26 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from memplan.memory import (
-    Activations,
-    ChainTables,
-    Counts,
-    Sharding,
-    activations_of,
-    chain_order,
-    executed_flops,
-)
-from memplan.rates import Rates
-from memplan.timing import Work, lanes, step_seconds
-from offload.plan import Buckets, Budget, Precision, Tier
-from offload.residency import UnitShape, state_bytes
-from profiler.profile import ModelProfile
+from memplan.activations import FIXED_MARGIN_BYTES
+from memplan.bounds import cpu_step_seconds, least_seconds
+from memplan.memory import Counts
+from memplan.pipeline import Times, step_seconds
+from memplan.problem import Family, Problem
+from offload.optimizer import DEVICE_ELEMENTS
+from offload.plan import Buckets
+from offload.residency import state_bytes
 
 PREFETCH_DEPTHS = (1, 2)
 SMALLEST_UPDATE = 1 << 16
 LARGEST_UPDATE = 1 << 24
 STAGING_SHARE = 1 / 16
 """Of the host budget, for the chunks in which state is updated and streamed."""
-RANK_BITS = 30
-"""Seconds that agree this far are a tie: what differs is rounding."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Candidates that differ only in where things live."""
-
-    zero_stage: int
-    recompute: bool
-    micro_batch_size: int
-    micro_batches: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is searched: one model on one machine, with the batch one GPU sees in a step."""
-
-    profile: ModelProfile
-    shapes: tuple[UnitShape, ...]
-    device: str
-    gpus: int
-    budget: Budget
-    """Of each GPU, and of the whole machine's host memory and NVMe."""
-    rates: Rates
-    precision: Precision
-    gpu_batch_size: int
-
-    def work(self, family: Family) -> Work:
-        """What one GPU does in a step of this family."""
-        flops = executed_flops(self.profile.activations, family.micro_batch_size, family.recompute)
-        forward, backward = self.profile.forward_flops, self.profile.backward_flops
-        executed = 2 * forward + backward if family.recompute else forward + backward
-        share = forward / executed if executed else 0.0
-        # A call is a forward and a backward; recompute is a third forward-sized part more.
-        calls = _leaf_calls(self.profile) * (4 if family.recompute else 3) // 3
-        return Work(self.device, family.micro_batches, flops, calls, share)
-
-    def with_budget(self, tier: Tier, size: int) -> "Problem":
-        """The same with another budget in one tier."""
-        return replace(self, budget=replace(self.budget, **{f"{tier.value}_bytes": size}))
-
-    def activations(self, family: Family) -> Activations | None:
-        """Bytes beside the model's state; ``None`` where this recompute was not profiled."""
-        return activations_of(self.profile, family.micro_batch_size, family.recompute, self.device)
-
-    def families(self) -> Iterator[Family]:
-        """All of them."""
-        divisors = [m for m in range(1, self.gpu_batch_size + 1) if self.gpu_batch_size % m == 0]
-        for stage in range(4) if self.gpus > 1 else (0,):
-            for recompute in sorted({p.recompute for p in self.profile.activations}):
-                for micro in divisors:
-                    yield Family(stage, recompute, micro, self.gpu_batch_size // micro)
+RANK_BITS = 8
+"""Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
+UPDATE_COPIES = 5
+"""fp32 tensors of one span that ``offload.optimizer.update_span`` holds at once on a device."""
+BATCH = 512
+"""Candidates priced at a time: enough to keep NumPy busy, few enough not to price what a bound would have left out."""
 
 
 @dataclass(frozen=True)
@@ -98,33 +45,25 @@ class Candidate:
     offloaded_bytes: int
 
     @property
-    def rank(self) -> tuple[float, int, bool, int, int, int]:
+    def rank(self) -> tuple[float, int, int, bool, int, int, int, int]:
         """The smaller the better; the batch of a step is the same in all candidates, so its seconds decide."""
+        way, sharding = self.family.way, self.family.sharding
         return (
             float(rounded(self.seconds)),
             self.offloaded_bytes,
-            self.family.recompute,
-            -self.family.micro_batch_size,
-            self.family.zero_stage,
+            way.recomputed_blocks,
+            way.loss_chunks > 1,
+            -way.micro_batch_size,
+            sharding.zero_stage,
+            -sharding.group,
             -self.buckets.prefetch_units,
         )
 
 
-def _leaf_calls(profile: ModelProfile) -> int:
-    """Calls of modules without children in one forward pass."""
-    parents = {layer.path.rpartition(".")[0] for layer in profile.layers if layer.path}
-    return sum(layer.calls for layer in profile.layers if layer.path not in parents)
-
-
 def rounded(seconds: float | np.ndarray) -> np.ndarray:
-    """Seconds without the digits that only say in which order they were added."""
+    """Seconds without the digits that do not decide."""
     mantissa, exponent = np.frexp(seconds)
     return np.ldexp(np.round(np.ldexp(mantissa, RANK_BITS)), exponent - RANK_BITS)
-
-
-def chain_of(shapes: Sequence[UnitShape]) -> list[UnitShape]:
-    """The shapes in the order in which they leave the GPU."""
-    return [shapes[i] for i in chain_order(shapes)]
 
 
 def update_sizes(problem: Problem) -> Iterator[int]:
@@ -142,21 +81,37 @@ def update_sizes(problem: Problem) -> Iterator[int]:
 
 
 def search(problem: Problem) -> list[Candidate]:
-    """The best candidate of every family that has one, best first; empty where nothing fits."""
+    """The best candidate of each family that could hold the best of all, best first; empty where nothing fits."""
     if not feasible(problem):
         return []
     for size in update_sizes(problem):
-        found = [best for family in problem.families() if (best := best_of(problem, family, size)) is not None]
+        found: list[Candidate] = []
+        best = float("inf")
+        for family in sorted(problem.families(), key=lambda f: least_of(problem, f)):
+            if rounded(least_of(problem, family)) > best:
+                break
+            if (candidate := best_of(problem, family, size)) is not None:
+                found.append(candidate)
+                best = min(best, candidate.rank[0])
         if found:
             return sorted(found, key=lambda candidate: candidate.rank)
     return []
+
+
+def least_of(problem: Problem, family: Family) -> float:
+    """Seconds that no candidate of a family can go below."""
+    work = problem.work(family, Buckets())
+    nothing = Counts(*(np.zeros(1, dtype=np.int64) for _ in range(3)))
+    return float((cpu_step_seconds if problem.device == "cpu" else least_seconds)(work, nothing)[0])
 
 
 def feasible(problem: Problem) -> bool:
     """Whether anything fits: asked of the candidates that need the least."""
     buckets = Buckets(prefetch_units=min(PREFETCH_DEPTHS), update_elements=SMALLEST_UPDATE)
     return any(
-        FamilySearch(problem, family, buckets).fits() for family in problem.families() if family.micro_batch_size == 1
+        FamilySearch(problem, family, buckets).fits()
+        for family in problem.families()
+        if family.way.micro_batch_size == 1
     )
 
 
@@ -173,49 +128,53 @@ def best_of(problem: Problem, family: Family, update_elements: int) -> Candidate
     return best
 
 
+def update_scratch_bytes(problem: Problem) -> int:
+    """What an update on the GPU holds for a moment: a span's gradient, master, denominator and bits in fp32."""
+    if problem.device == "cpu":
+        return 0
+    return UPDATE_COPIES * 4 * min(DEVICE_ELEMENTS, max(s.trainable_elements for s in problem.shapes))
+
+
 class FamilySearch:
     """One family at one prefetch depth."""
 
     def __init__(self, problem: Problem, family: Family, buckets: Buckets) -> None:
         self.problem, self.family, self.buckets = problem, family, buckets
-        self.sharding = Sharding(family.zero_stage, problem.gpus)
-        self.tables = ChainTables(chain_of(problem.shapes), buckets, problem.precision, self.sharding)
-        self.work = problem.work(family)
-        activations = problem.activations(family)
-        assert activations is not None  # families are made from what was profiled
-        self.activations = activations
-        # The ranks share what the host and the disk have.
-        self.host_budget = problem.budget.host_bytes // problem.gpus
-        self.nvme_budget = problem.budget.nvme_bytes // problem.gpus
+        self.work = problem.work(family, buckets)
+        self.tables = self.work.tables
+        self.activations = problem.activations(family.way)
+        self.update_bytes = update_scratch_bytes(problem)
+        # The ranks of a node share what its memory and its disk have.
+        ranks = problem.gpus_per_node
+        self.host_budget = problem.budget.host_bytes // ranks - self.activations.host_bytes
+        self.nvme_budget = problem.budget.nvme_bytes // ranks
 
-    def seconds(self, counts: Counts) -> float | np.ndarray:
-        """Of one step."""
-        return step_seconds(lanes(self.tables, counts, self.work, self.problem.rates), self.problem.device)
+    def seconds(self, counts: Counts) -> Times:
+        """Of one step, for arrays of candidates."""
+        price = cpu_step_seconds if self.problem.device == "cpu" else step_seconds
+        return price(self.work, counts)
+
+    def seconds_of(self, counts: Counts) -> float:
+        """Of one step of one candidate."""
+        return float(self.seconds(_as_arrays([counts]))[0])
 
     def best(self) -> Candidate | None:
         """The best candidate that fits."""
         pairs = self._pairs()
         if pairs is None:
             return None
-        counts, excess, floor = pairs
+        counts, excess = pairs
+        floor = rounded(self._least(counts, excess))
         offloaded = self.tables.offloaded_bytes(counts)
+        order = np.lexsort((offloaded, floor))
         best: Candidate | None = None
-        for i in np.lexsort((offloaded, floor)):
-            if best is not None and (float(floor[i]), int(offloaded[i])) >= best.rank[:2]:
+        for start in range(0, len(order), BATCH):
+            rows = order[start : start + BATCH]
+            if best is not None and (float(floor[rows[0]]), int(offloaded[rows[0]])) >= best.rank[:2]:
                 break
-            pair = Counts(int(counts.state[i]), int(counts.gradients[i]), int(counts.parameters[i]))
-            fitted = pair if excess[i] <= 0 else self._overflow(pair)
-            if fitted is None:
-                continue
-            candidate = Candidate(
-                self.family,
-                self.buckets,
-                fitted,
-                float(self.seconds(fitted)),
-                int(self.tables.offloaded_bytes(fitted)),
-            )
-            if best is None or candidate.rank < best.rank:
-                best = candidate
+            fitted = [fit for i in rows if (fit := self._fitted(_at(counts, i), int(excess[i]))) is not None]
+            if fitted:
+                best = min((b for b in (best, self._cheapest(fitted)) if b is not None), key=lambda c: c.rank)
         return best
 
     def fits(self) -> bool:
@@ -223,46 +182,65 @@ class FamilySearch:
         pairs = self._pairs()
         if pairs is None:
             return False
-        counts, excess, _ = pairs
-        return any(
-            excess[i] <= 0
-            or self._overflow(Counts(int(counts.state[i]), int(counts.gradients[i]), int(counts.parameters[i])))
-            for i in np.argsort(excess)
-        )
+        counts, excess = pairs
+        return any(self._fitted(_at(counts, i), int(excess[i])) is not None for i in np.argsort(excess))
 
     def gpu_peak_bytes(self, counts: Counts) -> int:
         """The peak to expect on one GPU."""
-        return int(self.tables.gpu_bytes(counts)) + self.activations.peak_bytes
+        return int(self.tables.gpu_bytes(counts)) + max(self.activations.peak_bytes, self.update_bytes)
 
     def gpu_upper_bytes(self, counts: Counts) -> int:
         """The largest peak to expect on one GPU: what decides whether a candidate fits."""
-        return int(self.tables.gpu_bytes(counts)) + self.activations.upper_bytes
+        return int(self.tables.gpu_bytes(counts)) + self.upper_bytes
 
-    def _pairs(self) -> tuple[Counts, np.ndarray, np.ndarray] | None:
+    @property
+    def upper_bytes(self) -> int:
+        """The most to expect on one GPU beside the model's state."""
+        return max(self.activations.upper_bytes, self.update_bytes + FIXED_MARGIN_BYTES[self.problem.device])
+
+    def host_bytes(self, counts: Counts) -> int:
+        """Of one node."""
+        return (int(self.tables.host_bytes(counts)) + self.activations.host_bytes) * self.problem.gpus_per_node
+
+    def nvme_bytes(self, counts: Counts) -> int:
+        """Of one node."""
+        return int(self.tables.nvme_bytes(counts)) * self.problem.gpus_per_node
+
+    def _cheapest(self, fitted: Sequence[Counts]) -> Candidate:
+        arrays = _as_arrays(fitted)
+        seconds, offloaded = self.seconds(arrays), self.tables.offloaded_bytes(arrays)
+        first = np.lexsort((offloaded, rounded(seconds)))[0]
+        return Candidate(self.family, self.buckets, fitted[first], float(seconds[first]), int(offloaded[first]))
+
+    def _pairs(self) -> tuple[Counts, np.ndarray] | None:
         """Every (gradients, parameters) pair with the least state off the GPU that makes it fit there.
 
-        With it come the host bytes that must go to NVMe (none where that is not positive), and seconds that no
-        candidate of the pair can go below.
+        With it come the host bytes that must go to NVMe (none where that is not positive). A pair is left out where
+        the same gradients and one unit's parameters less off the GPU need no more state off it.
         """
         t, n = self.tables, self.tables.units
-        gradients, parameters = (grid.ravel() for grid in np.mgrid[0 : n + 1, 0 : n + 1])
+        gradients, parameters = np.mgrid[0 : n + 1, 0 : n + 1]
         resident = t.gpu_bytes(Counts(0, gradients, parameters))
-        over = resident + self.activations.upper_bytes - self.problem.budget.gpu_bytes
+        over = resident + self.upper_bytes - self.problem.budget.gpu_bytes
         freed = t.state_elements * state_bytes(t.precision)
         state = np.maximum(np.searchsorted(freed, over), np.maximum(gradients, parameters))
-        kept = state <= n
-        counts = Counts(state[kept], gradients[kept], parameters[kept])
-        excess = t.host_bytes(counts) - self.host_budget
-        possible = excess <= self._movable_host_bytes(counts)
-        if not possible.any():
+        grid = Counts(state, gradients, parameters)
+        excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget
+        kept = (state <= n) & (excess <= self._movable_host_bytes(replace(grid, state=np.minimum(state, n))))
+        kept[:, 1:] &= ~(kept[:, :-1] & (state[:, :-1] <= state[:, 1:]) & (excess[:, :-1] <= 0))
+        if not kept.any():
             return None
-        counts = Counts(counts.state[possible], counts.gradients[possible], counts.parameters[possible])
-        excess = excess[possible]
+        return Counts(state[kept], gradients[kept], parameters[kept]), excess[kept]
+
+    def _least(self, counts: Counts, excess: np.ndarray) -> Times:
+        """Seconds that no candidate of a pair can go below."""
+        t = self.tables
         # Staging only adds to what must go, so no candidate of a pair moves less than whole units of this many bytes.
         state = np.minimum(np.searchsorted(t.host_state, excess), counts.state)
         weights = np.minimum(np.searchsorted(t.host_parameters, excess - t.host_state[state]), counts.parameters)
         least = replace(counts, nvme_state=state, nvme_parameters=np.where(state == counts.state, weights, 0))
-        return counts, excess, rounded(self.seconds(least))
+        bound = cpu_step_seconds if self.problem.device == "cpu" else least_seconds
+        return bound(self.work, least)
 
     def _movable_host_bytes(self, counts: Counts) -> np.ndarray:
         """The most that NVMe can take off the host, staging left out: state as far as it has room, then weights."""
@@ -272,8 +250,10 @@ class FamilySearch:
         weights = np.minimum(counts.parameters, _most(t.nvme_parameters, room))
         return t.host_state[state] + np.where(state == counts.state, t.host_parameters[weights], 0)
 
-    def _overflow(self, pair: Counts) -> Counts | None:
-        """The least that goes to NVMe for the host to fit, state before weights; ``None`` where that is too much."""
+    def _fitted(self, pair: Counts, excess: int) -> Counts | None:
+        """The pair with the least that goes to NVMe for the host to fit; ``None`` where that is too much."""
+        if excess <= 0:
+            return pair
         moves = np.arange(1, pair.state + pair.parameters + 1)
         counts = replace(
             pair, nvme_state=np.minimum(moves, pair.state), nvme_parameters=np.maximum(moves - pair.state, 0)
@@ -287,6 +267,15 @@ class FamilySearch:
         return replace(
             pair, nvme_state=int(counts.nvme_state[first]), nvme_parameters=int(counts.nvme_parameters[first])
         )
+
+
+def _at(counts: Counts, index: int) -> Counts:
+    return Counts(int(counts.state[index]), int(counts.gradients[index]), int(counts.parameters[index]))
+
+
+def _as_arrays(counts: Sequence[Counts]) -> Counts:
+    fields = ("state", "gradients", "parameters", "nvme_state", "nvme_parameters")
+    return Counts(*(np.array([getattr(c, name) for c in counts], dtype=np.int64) for name in fields))
 
 
 def _most(table: np.ndarray, room: int | np.ndarray) -> np.ndarray:

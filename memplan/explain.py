@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from memplan.candidates import Candidate, Family, FamilySearch, Problem
+from memplan.activations import Activations, Way, activations_of, largest_batch
+from memplan.bounds import cpu_lanes
+from memplan.candidates import Candidate, FamilySearch, best_of
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
 from memplan.memory import Counts
-from memplan.timing import bottleneck, lanes
-from offload.plan import Alternative
+from memplan.pipeline import LANES, timeline
+from memplan.problem import Family, Problem
+from offload.plan import Alternative, Tier
 
 RESIDENT = Counts(0, 0, 0)
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
@@ -33,13 +34,14 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
             f"of {best.counts.nvme_state} units goes to NVMe"
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
-    busy = lanes(search.tables, best.counts, search.work, problem.rates)
+    busy = busy_seconds(problem, best)
+    lane = max(busy, key=busy.__getitem__)
     said.append(
-        f"A step is expected to take {format_seconds(best.seconds)}; the busiest lane is "
-        f"{bottleneck(busy).replace('_', ' ')}, with {format_seconds(max(busy.busy_seconds().values()))}."
+        f"A step is expected to take {format_seconds(best.seconds)}; the busiest lane is {lane.replace('_', ' ')}, "
+        f"with {format_seconds(busy[lane])}."
     )
     said.append(problem.rates.source)
-    pinned = int(search.tables.host_bytes(best.counts)) * problem.gpus if problem.device == "cuda" else 0
+    pinned = search.host_bytes(best.counts) if problem.device == "cuda" else 0
     if machine.memlock_bytes is not None and pinned > machine.memlock_bytes:
         said.append(
             f"{format_bytes(pinned)} of host memory will be pinned, over this user's memory-lock limit of "
@@ -50,13 +52,23 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
     return tuple(said)
 
 
-def alternatives_to(problem: Problem, best: Candidate, found: Sequence[Candidate]) -> tuple[Alternative, ...]:
-    """The plan's neighbours in each direction: nothing offloaded, recompute, micro-batch, stage."""
+def busy_seconds(problem: Problem, candidate: Candidate) -> dict[str, float]:
+    """Busy seconds of every lane that does something, in one step."""
+    work = problem.work(candidate.family, candidate.buckets)
+    if problem.device != "cpu":
+        return timeline(work, candidate.counts).busy_seconds
+    lanes = cpu_lanes(work, candidate.counts)
+    return {lane: seconds for lane in LANES if (seconds := float(lanes[lane])) > 0}
+
+
+def alternatives_to(problem: Problem, found: Sequence[Candidate]) -> tuple[Alternative, ...]:
+    """The best plan's neighbours in each direction: nothing offloaded, recompute, micro-batch, stage, loss."""
+    best = found[0]
     by_family = {candidate.family: candidate for candidate in found}
     near = _neighbours(problem, best.family)
     rows = [_resident(problem, best)] if best.counts.state else []
     for family in near:
-        candidate = by_family.get(family)
+        candidate = by_family.get(family) or best_of(problem, family, best.buckets.update_elements)
         rows.append(_misfit(problem, family, best) if candidate is None else _slower(problem, candidate, best))
     others = [c for c in found if c.family != best.family and c.family not in near]
     rows += [_slower(problem, c, best) for c in others[: max(0, FEWEST_ALTERNATIVES - len(rows))]]
@@ -80,28 +92,38 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
 
 
 def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:
-    kept = problem.activations(replace(best.family, recompute=False))
-    again = problem.activations(replace(best.family, recompute=True))
-    if kept is None or again is None:
+    way, blocks = best.family.way, len(problem.profile.blocks)
+    kept, again = (_held(problem, replace(way, recomputed_blocks=n, checkpoints=Tier.GPU)) for n in (0, blocks))
+    here = problem.activations(way)
+    if kept is None or again is None or not blocks:
         return []
-    full, less = format_bytes(kept.peak_bytes), format_bytes(again.peak_bytes)
-    if best.family.recompute:
-        return [f"Blocks are recomputed in backward: activations take {less}, not {full}."]
-    return [
-        f"Nothing is recomputed: activations take {full} where recompute would leave {less}, "
-        "at the price of another forward pass."
-    ]
+    full, least = format_bytes(kept.peak_bytes), format_bytes(again.peak_bytes)
+    said = f"Nothing is recomputed: activations take {full} where recompute of all blocks would leave {least}."
+    if way.recomputed_blocks:
+        which = "All" if way.recomputed_blocks == blocks else f"The first {way.recomputed_blocks} of {blocks}"
+        said = (
+            f"{which} blocks are recomputed in backward: activations take {format_bytes(here.peak_bytes)}, not {full}."
+        )
+    if way.checkpoints is Tier.HOST:
+        said += f" Their inputs wait in host memory, {format_bytes(here.host_bytes)}."
+    if way.loss_chunks > 1:
+        said += f" Head and loss are computed in {way.loss_chunks} pieces, so that the logits never exist as a whole."
+    return [said]
+
+
+def _held(problem: Problem, way: Way) -> Activations | None:
+    return activations_of(problem.profile, way, problem.device)
 
 
 def _batch_reason(problem: Problem, best: Candidate) -> str:
     family = best.family
-    profiled = max(p.batch_size for p in problem.profile.activations)
+    profiled = largest_batch(problem.profile)
     text = (
         f"The batch of {problem.gpu_batch_size * problem.gpus} is {problem.gpus} GPU(s) x micro-batch "
-        f"{family.micro_batch_size} x {family.micro_batches} accumulated"
+        f"{family.way.micro_batch_size} x {family.micro_batches} accumulated"
     )
-    if family.micro_batch_size > profiled:
-        return f"{text}; activations were profiled up to a batch of {profiled} and are extrapolated."
+    if profiled < problem.gpu_batch_size:
+        return f"{text}; the profile knows micro-batches up to {profiled}: profile a larger batch to consider others."
     return f"{text}."
 
 
@@ -122,23 +144,37 @@ def _counts_text(problem: Problem, counts: Counts) -> str:
 
 
 def _family_text(problem: Problem, family: Family) -> str:
-    stage = f"ZeRO stage {family.zero_stage}, " if problem.gpus > 1 else ""
-    recompute = "recompute" if family.recompute else "no recompute"
-    return f"{stage}micro-batch {family.micro_batch_size} x {family.micro_batches}, {recompute}"
+    way, sharding = family.way, family.sharding
+    parts = [f"ZeRO stage {sharding.zero_stage}"] if problem.gpus > 1 else []
+    if sharding.shard_gpus:
+        parts[-1] += " within each node"
+    parts.append(f"micro-batch {way.micro_batch_size} x {family.micro_batches}")
+    blocks = len(problem.profile.blocks)
+    some = f"recompute {way.recomputed_blocks} of {blocks}"
+    parts.append(
+        "no recompute" if not way.recomputed_blocks else "recompute" if way.recomputed_blocks == blocks else some
+    )
+    if way.checkpoints is Tier.HOST:
+        parts[-1] += ", checkpoints on host"
+    if way.loss_chunks > 1:
+        parts.append(f"loss in {way.loss_chunks} pieces")
+    return ", ".join(parts)
 
 
 def _neighbours(problem: Problem, family: Family) -> list[Family]:
     """The families one decision away, those of other stages last."""
-    everything = list(problem.families())
-    micros = sorted({f.micro_batch_size for f in everything})
-    at = micros.index(family.micro_batch_size)
-    near = [
-        replace(family, micro_batch_size=m, micro_batches=problem.gpu_batch_size // m)
-        for m in (*micros[at + 1 : at + 2], *micros[max(0, at - 1) : at])
+    everything = set(problem.families())
+    way, blocks = family.way, len(problem.profile.blocks)
+    wanted = [
+        replace(way, recomputed_blocks=n, checkpoints=Tier.GPU) for n in (0, blocks) if n != way.recomputed_blocks
     ]
-    wanted = [replace(family, recompute=not family.recompute), *near]
-    wanted += [replace(family, zero_stage=stage) for stage in range(4) if stage != family.zero_stage]
-    return [f for f in wanted if f in everything]
+    wanted += [replace(way, loss_chunks=n) for n in {p.loss_chunks for p in problem.profile.activations}]
+    micros = problem.micro_batch_sizes()
+    at = micros.index(way.micro_batch_size)
+    wanted += [replace(way, micro_batch_size=m) for m in (*micros[at + 1 : at + 2], *micros[max(0, at - 1) : at])]
+    near = [replace(family, way=w, micro_batches=problem.gpu_batch_size // w.micro_batch_size) for w in wanted]
+    near += [replace(family, sharding=sharding) for sharding in problem.shardings()]
+    return [f for f in dict.fromkeys(near) if f in everything and f != family]
 
 
 def _resident(problem: Problem, best: Candidate) -> Alternative:
@@ -146,7 +182,7 @@ def _resident(problem: Problem, best: Candidate) -> Alternative:
     short = search.gpu_upper_bytes(RESIDENT) - problem.budget.gpu_bytes
     return Alternative(
         description=f"{_family_text(problem, best.family)}; everything on gpu",
-        step_seconds=float(search.seconds(RESIDENT)),
+        step_seconds=search.seconds_of(RESIDENT),
         gpu_peak_bytes=search.gpu_peak_bytes(RESIDENT),
         host_bytes=0,
         nvme_bytes=0,
@@ -167,8 +203,8 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
         description=describe_candidate(problem, candidate),
         step_seconds=candidate.seconds,
         gpu_peak_bytes=search.gpu_peak_bytes(candidate.counts),
-        host_bytes=int(search.tables.host_bytes(candidate.counts)) * problem.gpus,
-        nvme_bytes=int(search.tables.nvme_bytes(candidate.counts)) * problem.gpus,
+        host_bytes=search.host_bytes(candidate.counts),
+        nvme_bytes=search.nvme_bytes(candidate.counts),
         why_not=why_not,
     )
 
@@ -186,9 +222,9 @@ def _misfit(problem: Problem, family: Family, best: Candidate) -> Alternative:
     )
     return Alternative(
         description=f"{_family_text(problem, family)}; {_counts_text(problem, counts)}",
-        step_seconds=float(np.asarray(search.seconds(counts))),
+        step_seconds=search.seconds_of(counts),
         gpu_peak_bytes=search.gpu_peak_bytes(counts),
-        host_bytes=int(search.tables.host_bytes(counts)) * problem.gpus,
+        host_bytes=search.host_bytes(counts),
         nvme_bytes=0,
         why_not=why_not,
     )

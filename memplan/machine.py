@@ -54,6 +54,8 @@ class Machine:
     """The GPUs are not here: nothing can be measured or run on them."""
     context_bytes: int = 0
     """Taken off the memory of a described GPU for the driver's context."""
+    nodes: int = 1
+    """Machines that work together; ``gpus`` is of all of them."""
 
 
 def detect(nvme_dir: Path | None = None) -> Machine:

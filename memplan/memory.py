@@ -12,17 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from memplan.sharding import Sharding
 from offload.plan import Buckets, Placement, Precision, Tier
 from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
-from profiler.profile import ActivationPoint, ModelProfile
 
 Ints = Any
 """An int, or an integer array: the tables take both."""
-
-ACTIVATION_MARGIN = 1.08
-"""Upper bound of the activations over their estimate: the replayed allocator and a real one differ by a few percent."""
-FIXED_MARGIN_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-"""What no trace sees: kernels' scratch memory, and segments that the allocator splits otherwise; little on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -37,26 +32,6 @@ class Counts:
     parameters: Ints
     nvme_state: Ints = 0
     nvme_parameters: Ints = 0
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How ZeRO divides a unit's elements over the ranks."""
-
-    zero_stage: int
-    gpus: int
-
-    def state(self, elements: int) -> int:
-        """Elements of optimizer state on one rank."""
-        return -(-elements // self.gpus) if self.zero_stage >= 1 else elements
-
-    def gradients(self, elements: int) -> int:
-        """Elements of gradients on one rank."""
-        return -(-elements // self.gpus) if self.zero_stage >= 2 else elements
-
-    def parameters(self, elements: int) -> int:
-        """Elements of parameters on one rank."""
-        return -(-elements // self.gpus) if self.zero_stage >= 3 else elements
 
 
 def chain_order(shapes: Sequence[UnitShape]) -> list[int]:
@@ -89,58 +64,6 @@ def placements_of(shapes: Sequence[UnitShape], order: Sequence[int], counts: Cou
     )
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro-batch beside the model's own state."""
-
-    peak_bytes: int
-    """What tensors hold at the peak: the estimate."""
-    upper_bytes: int
-    """The most to expect of the device's memory, what the allocator keeps for itself and a margin included."""
-
-
-def activations_of(profile: ModelProfile, batch_size: int, recompute: bool, device: str) -> Activations | None:
-    """The activations at a batch size; ``None`` where this recompute was not profiled.
-
-    Between two profiled batch sizes the line through them counts, and beyond them its extension. A single point is an
-    upper bound for smaller batches, and proportional for larger ones.
-    """
-    points = _of(profile.activations, recompute)
-    # The allocator that keeps memory back, and the libraries' workspaces, are CUDA's.
-    held = [(p.batch_size, p.on_cpu_bytes if device == "cpu" else p.allocated_bytes) for p in points]
-    allocated = _at_batch(held, batch_size)
-    reserved = _at_batch([(p.batch_size, p.reserved_bytes) for p in points], batch_size)
-    if allocated is None or reserved is None:
-        return None
-    most = allocated if device == "cpu" else max(allocated, reserved)
-    return Activations(allocated, int(most * ACTIVATION_MARGIN) + FIXED_MARGIN_BYTES[device])
-
-
-def executed_flops(points: Sequence[ActivationPoint], batch_size: int, recompute: bool) -> int:
-    """FLOPs of one micro-batch: forward, recompute and backward; proportional to the batch from the nearest point."""
-    nearest = min(_of(points, recompute), key=lambda p: abs(p.batch_size - batch_size))
-    return -(-nearest.executed_flops * batch_size // nearest.batch_size)
-
-
-def _of(points: Sequence[ActivationPoint], recompute: bool) -> list[ActivationPoint]:
-    return sorted((p for p in points if p.recompute is recompute), key=lambda p: p.batch_size)
-
-
-def _at_batch(known: Sequence[tuple[int, int]], batch_size: int) -> int | None:
-    if not known:
-        return None
-    if len(known) == 1:
-        batch, value = known[0]
-        return value * max(batch, batch_size) // batch
-    above = next((i for i in range(1, len(known)) if known[i][0] >= batch_size), len(known) - 1)
-    (b0, v0), (b1, v1) = known[above - 1], known[above]
-    if b0 <= batch_size <= b1:
-        return v0 + -(-(v1 - v0) * (batch_size - b0) // (b1 - b0))
-    # Outside, a falling line is noise: no batch needs less than its smaller neighbour.
-    slope = max(0, v1 - v0)
-    return max(0, v0 + -(-slope * (batch_size - b0) // (b1 - b0)))
-
-
 class ChainTables:
     """Bytes of one rank for every candidate of a chain; with one GPU equal to ``footprint``, to the byte."""
 
@@ -169,8 +92,8 @@ class ChainTables:
         self.host_mirrors = _prefix([aligned(n * w, BLOCK_BYTES) for n in state])
         self.host_gradients = _prefix([aligned(n * w, BLOCK_BYTES) for n in gradient])
         self.host_state = _prefix([aligned(n * s8, BLOCK_BYTES) for n in state])
-        self.nvme_state = _prefix([_extent_bytes(n, s8, buckets) for n in state])
-        self.nvme_parameters = _prefix([_extent_bytes(n, w, buckets) for n in held])
+        self.nvme_state = _prefix([extent_bytes(n, s8, buckets) for n in state])
+        self.nvme_parameters = _prefix([extent_bytes(n, w, buckets) for n in held])
         self._fixed = max((s.largest_elements for s in shapes), default=0) * w
         if sharding.gpus > 1:
             self._fixed += self._gathering(shapes, buckets) * w
@@ -249,7 +172,7 @@ def _prefix(values: Sequence[int]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.int64)))).astype(np.int64)
 
 
-def _extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
+def extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
     """Of one unit on NVMe: each chunk is an extent of its own."""
     whole, part = divmod(elements, buckets.update_elements)
     chunk = aligned(buckets.update_elements * element_bytes, BLOCK_BYTES)

@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 
-from memplan.candidates import Candidate, FamilySearch, Problem, feasible, search
+from memplan.candidates import Candidate, FamilySearch, feasible, search
 from memplan.errors import NothingFits, PlanningError
-from memplan.explain import alternatives_to, reasons_for
+from memplan.explain import alternatives_to, busy_seconds, reasons_for
 from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
+from memplan.problem import Problem
 from memplan.rates import Rates
-from memplan.timing import bottleneck, lanes, step_seconds
 from memplan.units import units_of
-from offload.plan import Budget, Plan, Precision, Prediction, Tier
+from offload.plan import Alternative, Budget, Plan, Precision, Prediction, Tier
 from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
+MASTER_BYTES = 4
+"""Of one parameter while the model is taken over: models are built in fp32."""
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
 
 
@@ -31,43 +33,74 @@ def plan(
     found = search(problem)
     if not found:
         raise _nothing_fits(problem, machine)
-    best = found[0]
-    placements = placements_of(problem.shapes, chain_order(problem.shapes), best.counts)
-    uses_nvme = best.counts.nvme_state > 0
+    return plan_of(problem, found[0], machine, reasons_for(problem, found[0], machine), alternatives_to(problem, found))
+
+
+def plan_of(
+    problem: Problem,
+    candidate: Candidate,
+    machine: Machine,
+    reasons: tuple[str, ...] = (),
+    alternatives: tuple[Alternative, ...] = (),
+) -> Plan:
+    """A candidate as a plan."""
+    way, sharding = candidate.family.way, candidate.family.sharding
     return Plan(
-        model=profile.model,
-        parameter_shapes={p.name: p.shape for p in profile.parameters},
+        model=problem.profile.model,
+        parameter_shapes={p.name: p.shape for p in problem.profile.parameters},
         precision=problem.precision,
         device=machine.device,
-        gpus=machine.gpus,
-        zero_stage=best.family.zero_stage,
-        placements=placements,
-        buckets=best.buckets,
-        micro_batch_size=best.family.micro_batch_size,
-        gradient_accumulation_steps=best.family.micro_batches,
-        recompute=profile.blocks if best.family.recompute else (),
+        gpus=problem.gpus,
+        zero_stage=sharding.zero_stage,
+        placements=placements_of(problem.shapes, chain_order(problem.shapes), candidate.counts),
+        buckets=candidate.buckets,
+        micro_batch_size=way.micro_batch_size,
+        gradient_accumulation_steps=candidate.family.micro_batches,
+        recompute=problem.profile.blocks[: way.recomputed_blocks],
         budget=problem.budget,
-        prediction=predict(problem, best),
-        nvme_dir=str(machine.nvme_dir) if uses_nvme else None,
-        reasons=reasons_for(problem, best, machine),
-        alternatives=alternatives_to(problem, best, found),
+        prediction=predict(problem, candidate),
+        nvme_dir=str(machine.nvme_dir) if candidate.counts.nvme_state > 0 else None,
+        target=problem.target,
+        nodes=problem.nodes,
+        shard_gpus=sharding.shard_gpus,
+        checkpoints=way.checkpoints,
+        loss_chunks=way.loss_chunks,
+        reasons=reasons,
+        alternatives=alternatives,
     )
 
 
 def predict(problem: Problem, candidate: Candidate) -> Prediction:
-    """What to expect of a candidate: bytes of one GPU, and of the whole machine's host memory and NVMe."""
+    """What to expect of a candidate: bytes of one GPU, and of one node's host memory and NVMe."""
     family = FamilySearch(problem, candidate.family, candidate.buckets)
-    tables, counts = family.tables, candidate.counts
-    busy = lanes(tables, counts, family.work, problem.rates)
-    host = int(tables.host_bytes(counts)) * problem.gpus
+    counts = candidate.counts
+    busy = busy_seconds(problem, candidate)
+    state, activations = int(family.tables.gpu_bytes(counts)), family.activations
+    host, model = family.host_bytes(counts), sum(p.elements for p in problem.profile.parameters) * MASTER_BYTES
+    attached = max(host, model * problem.gpus_per_node) if problem.device == "cuda" else host
+    phases = {
+        "gpu": {
+            "attach": state,
+            **{name: state + size for name, size in activations.phase_bytes.items()},
+            "step": state + family.update_bytes,
+        },
+        "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},
+    }
     return Prediction(
         gpu_peak_bytes=family.gpu_peak_bytes(counts),
         host_bytes=host,
         pinned_bytes=host if problem.device == "cuda" else 0,
-        nvme_bytes=int(tables.nvme_bytes(counts)) * problem.gpus,
-        step_seconds=float(step_seconds(busy, problem.device)),
-        bottleneck=bottleneck(busy),
-        lane_seconds=busy.busy_seconds(),
+        nvme_bytes=family.nvme_bytes(counts),
+        step_seconds=candidate.seconds,
+        bottleneck=max(busy, key=busy.__getitem__),
+        lane_seconds=busy,
+        gpu_upper_bytes=family.gpu_upper_bytes(counts),
+        host_upper_bytes=attached,
+        step_seconds_range=(
+            candidate.seconds * (1 - problem.rates.spread),
+            candidate.seconds * (1 + problem.rates.spread),
+        ),
+        phases=phases,
     )
 
 
@@ -80,7 +113,7 @@ def problem_of(
         raise PlanningError(
             f"the profile was made in {profiled.value}; profile again with --precision {precision.value} to plan for it"
         )
-    if profiled not in rates.compute_flops_per_second:
+    if profiled not in rates.compute_flops_per_second or profiled not in rates.cpu_update_seconds:
         raise PlanningError(f"the rates say nothing about {profiled.value}; measure them in that precision")
     if batch_size < 1:
         raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
@@ -96,6 +129,7 @@ def problem_of(
         shapes=tuple(shapes),
         device=machine.device,
         gpus=machine.gpus,
+        nodes=machine.nodes,
         budget=Budget(machine.gpu_bytes, machine.host_bytes, machine.nvme_bytes),
         rates=rates,
         precision=profiled,

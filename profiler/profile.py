@@ -14,7 +14,7 @@ from typing import Any
 from profiler.errors import ProfileError
 from profiler.events import PHASES
 
-SCHEMA = "memplan.profile/2"
+SCHEMA = "memplan.profile/3"
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,20 @@ class LayerProfile:
 
 
 @dataclass(frozen=True)
+class ModuleSeconds:
+    """What a block, or a module outside of the blocks without those below it, takes of one micro-batch."""
+
+    path: str
+    forward_seconds: float
+    """Of its kernels on ``ModelProfile.device``, the loss included where it is computed."""
+    forward_issue_seconds: float
+    """Of the CPU, to issue them."""
+    backward_seconds: float
+    """Recompute included."""
+    backward_issue_seconds: float
+
+
+@dataclass(frozen=True)
 class ActivationPoint:
     """The peak of a step's memory beside the model's own state, at one batch size.
 
@@ -90,6 +104,16 @@ class ActivationPoint:
     """Forward, recompute and backward of one micro-batch."""
     on_cpu_bytes: int
     """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
+    loss_chunks: int = 1
+    """Pieces in which the head and the loss were computed; 1: whole."""
+    checkpoint_bytes: int = 0
+    """Of the inputs that recomputed blocks keep, all together."""
+    checkpoints_on_host: bool = False
+    """Whether those inputs were away from the device between a block's forward and its backward."""
+    phase_bytes: dict[str, int] = field(default_factory=dict)
+    """``allocated_bytes`` by phase: the most in forward, loss and backward."""
+    modules: tuple[ModuleSeconds, ...] = ()
+    """In order of their first operation; empty where no device is known."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +312,7 @@ class ModelProfile:
         own: dict[str, Any] = {name: value for name, value in data.items() if name not in _DERIVED}
         for name, kind in _ROWS.items():
             own[name] = tuple(kind(**row) for row in data[name])
+        own["activations"] = tuple(_point(row) for row in data["activations"])
         own["parameters"] = tuple(
             ParameterProfile(**{**p, "shape": tuple(p["shape"]), "aliases": tuple(p["aliases"])})
             for p in data["parameters"]
@@ -297,10 +322,13 @@ class ModelProfile:
         return cls(**own)
 
 
+def _point(row: dict[str, Any]) -> ActivationPoint:
+    return ActivationPoint(**{**row, "modules": tuple(ModuleSeconds(**m) for m in row["modules"])})
+
+
 _DERIVED = frozenset({"schema", "totals", "uncounted_ops"})
 _ROWS: dict[str, Any] = {
     "layers": LayerProfile,
-    "activations": ActivationPoint,
     "operations": OperationProfile,
     "timeline": MemoryPoint,
     "peak_contents": Holding,

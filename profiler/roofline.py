@@ -67,9 +67,16 @@ def step_time(
     """
     cleared = calibration.issue("step") + calibration.issue("zero_grad") * len(trained)
     works = [Work(cleared, 0.0, "", FORWARD, "", "")]
-    works += _works(fused(events, module_types or {}), device, calibration)
+    works += issued_works(events, device, calibration, module_types or {})
     works += _update(trained, optimizer, clip, device, calibration)
     return _played(works)
+
+
+def issued_works(
+    events: Iterable[Event], device: Device, calibration: Calibration, module_types: Mapping[str, str]
+) -> Iterator[Work]:
+    """What the CPU does for the events of one forward and backward, in order."""
+    return _works(fused(events, module_types), device, calibration)
 
 
 def op_seconds(op: Op, device: Device, calibration: Calibration = ASSUMED) -> float:

@@ -12,13 +12,13 @@ from torch import nn
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import MODEL_STATE, OF_CUDA, PHASES, Call, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import Loop, Peaks, allocated_peak, replay, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
-from profiler.timed import Target, timed
+from profiler.timed import Target, module_seconds, timed
 from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
 
@@ -69,7 +69,7 @@ class Study:
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
         traces, remarks = study._further_traces(batches, {(batch_size, False): trace})
         loops = {key: training_loop(t, self.optimizer, self.clip) for key, t in traces.items()}
-        points = tuple(_point(*key, t, loops[key]) for key, t in traces.items())
+        points = tuple(study._point(*key, t, loops[key]) for key, t in traces.items())
         remarks = [s for t in traces.values() for s in t.assumptions] + remarks
         return study._summed_up(trace, loops[batch_size, False], batch, points, tuple(dict.fromkeys(remarks)))
 
@@ -84,7 +84,7 @@ class Study:
         with _uncollected():
             trace = self.trace(like, recompute=False)
             loop = training_loop(trace, self.optimizer, self.clip)
-            return self._summed_up(trace, loop, like, (_point(size, False, trace, loop),), trace.assumptions)
+            return self._summed_up(trace, loop, like, (self._point(size, False, trace, loop),), trace.assumptions)
 
     def _summed_up(
         self, trace: Trace, loop: Loop, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
@@ -113,6 +113,19 @@ class Study:
             again=partial(self._scaled, batch, size),
         )
         return timed(found, self.model, trace, self.target) if self.target else found
+
+    def _point(self, batch_size: int, recompute: bool, trace: Trace, loop: Loop) -> ActivationPoint:
+        _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
+        return ActivationPoint(
+            batch_size=batch_size,
+            recompute=recompute,
+            allocated_bytes=peaks.overall_bytes,
+            reserved_bytes=peaks.reserved_bytes,
+            executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
+            on_cpu_bytes=allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA),
+            phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
+            modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
+        )
 
     def _further_traces(self, batches: Batches, known: Traces) -> tuple[Traces, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""
@@ -161,10 +174,3 @@ def _parameters(model: nn.Module, trace: Trace) -> tuple[ParameterProfile, ...]:
         )
         for (name, parameter), traced in zip(model.named_parameters(), trace.parameters, strict=True)
     )
-
-
-def _point(batch_size: int, recompute: bool, trace: Trace, loop: Loop) -> ActivationPoint:
-    _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
-    on_cpu = allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA)
-    flops = sum(e.flops or 0 for e in trace.events if isinstance(e, Op))
-    return ActivationPoint(batch_size, recompute, peaks.overall_bytes, peaks.reserved_bytes, flops, on_cpu)

@@ -1,5 +1,6 @@
 """The seconds of a profile, on a device that need not be here."""
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -7,10 +8,10 @@ from torch import nn
 
 from profiler.calibration import ASSUMED, Calibration
 from profiler.device import Device, find_device
-from profiler.events import CLIP, STEP
+from profiler.events import BACKWARD, CLIP, STEP
 from profiler.layers import with_children
-from profiler.profile import ModelProfile
-from profiler.roofline import step_time
+from profiler.profile import ModelProfile, ModuleSeconds
+from profiler.roofline import issued_works, step_time
 from profiler.trace import Trace
 
 MEASURED = ("H100", "H200")
@@ -46,6 +47,28 @@ def find_target(device: str | None, calibration: Path | str | None) -> Target | 
     rates = Calibration.load(Path(calibration)) if calibration is not None else ASSUMED
     name = device or rates.device
     return Target(find_device(name), rates) if name else None
+
+
+def module_seconds(
+    model: nn.Module, trace: Trace, target: Target, blocks: Collection[str]
+) -> tuple[ModuleSeconds, ...]:
+    """The seconds of one forward and backward, by block, and by module outside of the blocks."""
+    types = {path: type(module).__name__ for path, module in model.named_modules()}
+    block_of = {path: next((b for b in _enclosing(path) if b in blocks), path) for path in types}
+    sums: dict[str, list[float]] = {}
+    for work in issued_works(trace.events, target.device, target.calibration, types):
+        row = sums.setdefault(block_of[work.module], [0.0] * 4)
+        first = 2 if work.phase == BACKWARD else 0
+        row[first] += work.kernel_seconds
+        row[first + 1] += work.issue_seconds
+    return tuple(ModuleSeconds(path, *row) for path, row in sums.items())
+
+
+def _enclosing(path: str) -> Iterator[str]:
+    """The path and those of the modules around it."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def timed(profile: ModelProfile, model: nn.Module, trace: Trace, target: Target) -> ModelProfile:

@@ -6,22 +6,28 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from memplan.machine import Machine
-from memplan.memory import FIXED_MARGIN_BYTES
-from memplan.rates import Rates
+from memplan.activations import FIXED_MARGIN_BYTES
+from memplan.rates import Curve, Rates
 from offload.plan import Precision
 from profiler.profile import ActivationPoint, LayerProfile, ModelProfile, ParameterProfile, PhasePeaks
 
 RATES = Rates(
     compute_flops_per_second=dict.fromkeys(Precision, 1e9),
-    host_to_device_bytes_per_second=1e6,
-    device_to_host_bytes_per_second=1.3e6,
-    nvme_read_bytes_per_second=2e5,
-    nvme_write_bytes_per_second=1e5,
-    cpu_update_seconds_per_element=2e-6,
-    gpu_update_seconds_per_element=1e-8,
     device_bytes_per_second=float("inf"),
     call_seconds=0.0,
-    collective_bytes_per_second=5e5,
+    host_to_device=Curve.flat(1e6),
+    device_to_host=Curve.flat(1.3e6),
+    duplex_share=0.9,
+    cpu_update_seconds=dict.fromkeys(Precision, 2e-6),
+    cpu_update_beside_links=1.3,
+    links_beside_update=0.8,
+    gpu_update_seconds=dict.fromkeys(Precision, 1e-8),
+    streamed_update_seconds={},
+    nvme_read_bytes_per_second=2e5,
+    nvme_write_bytes_per_second=1e5,
+    collective=Curve.flat(5e5),
+    inter_node_bytes_per_second=2e5,
+    pinning_bytes_per_second=1e9,
     source="Rates are made up.",
 )
 

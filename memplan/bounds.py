@@ -1,0 +1,84 @@
+"""Seconds that no step of a candidate can go below, for arrays of candidates at once; on a CPU, the estimate itself.
+
+Every lane must do what it has to do, at its rate alone. And an update that begins after the last gradient holds up the
+next forward pass at the units that it has not reached: with all of it behind the backward pass, a step takes what
+computes without forward, and the update.
+"""
+
+import numpy as np
+
+from memplan.memory import Counts, Ints
+from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE
+from memplan.pipeline import Times
+from memplan.work import StepWork
+
+SAFETY = 1 - 1e-9
+"""A bound must not pass its own price by the rounding of sums."""
+
+
+def least_seconds(work: StepWork, counts: Counts) -> Times:
+    """A lower bound of ``pipeline.step_seconds`` for each candidate."""
+    lanes = _lanes(work, counts)
+    columns = work.by_unit.sum(axis=0) + work.rest
+    kernels = work.micro_batches * float(columns[FORWARD] + columns[BACKWARD])
+    issue = work.micro_batches * float(columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE])
+    beside = float(columns[FORWARD]) + work.gpu_update_seconds
+    behind = kernels - float(columns[FORWARD]) + np.maximum(beside, lanes["cpu_update"])
+    longest = np.maximum(issue, behind)
+    for seconds in lanes.values():
+        longest = np.maximum(longest, seconds)
+    return longest * SAFETY
+
+
+def cpu_step_seconds(work: StepWork, counts: Counts) -> Times:
+    """Seconds of a step where the CPU computes: computing, updating and copying share its cores and add up.
+
+    Only the disk works beside them.
+    """
+    lanes = cpu_lanes(work, counts)
+    nvme = lanes.pop("nvme")
+    return np.maximum(np.sum([np.broadcast_to(s, np.shape(nvme)) for s in lanes.values()], axis=0), nvme)
+
+
+def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
+    """Busy seconds of every lane where the CPU computes. It updates every unit itself, wherever its state lives."""
+    lanes = _lanes(work, counts)
+    columns = work.by_unit.sum(axis=0) + work.rest
+    compute = work.micro_batches * float(columns.sum())
+    updated = float(sum(work.state_elements)) * work.cpu_update_seconds
+    return {
+        **lanes,
+        "cpu_update": np.full_like(lanes["nvme"], updated),
+        "compute": np.full_like(lanes["nvme"], compute),
+    }
+
+
+def _lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
+    """The least that each lane beside computing is busy in one step."""
+    t, w, k = work.tables, work.precision.weight_bytes, work.micro_batches
+    # A unit is fetched for forward and for backward of every micro-batch, but for what is still in its slot at a turn.
+    turns = 2 * k - 1
+
+    def fetched(count: Ints) -> Times:
+        return (t.parameter_elements[count] * (turns + 1) - t.slot_elements[count] * turns) * float(w)
+
+    gradients = t.gradient_elements[counts.gradients] * float(w)
+    late = np.maximum(0, t.gradient_elements[counts.state] - t.gradient_elements[counts.gradients]) * float(w)
+    returned = np.maximum(0, t.state_elements[counts.state] - t.state_elements[counts.parameters]) * float(w)
+    on_disk = t.nvme_state[counts.nvme_state] + t.nvme_parameters[counts.nvme_parameters]
+    weight_reads = fetched(counts.nvme_parameters) / work.read_rate
+    collective = 0.0
+    if work.gpus > 1:
+        of_root = work.gather_seconds[work.root] if work.root is not None else 0.0
+        gathered, reduced = sum(work.gather_seconds), [sum(row) for row in zip(*work.reduce_seconds, strict=True)]
+        if work.gathers_each_use:  # the root stays whole from forward to backward
+            gathered = k * (2 * gathered - of_root)
+        collective = reduced[1] + (gathered if work.sharding.zero_stage else 0.0)
+        collective += (k - 1) * reduced[0] if work.reduces_each_pass else 0.0
+    return {
+        "host_to_device": (fetched(counts.parameters) + returned + gradients * (k - 1)) / work.up_rate,
+        "device_to_host": (gradients * k + late) / work.down_rate,
+        "nvme": on_disk * (1 / work.read_rate + 1 / work.write_rate) + weight_reads,
+        "cpu_update": t.state_elements[counts.state] * work.cpu_update_seconds,
+        "collective": np.full(np.shape(gradients), collective),
+    }

@@ -1,0 +1,118 @@
+"""What is searched: one model on one machine for one batch, and the families of candidates that there are."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TypeVar, cast
+
+from memplan.activations import Activations, Way, activations_of, largest_batch, ways_of
+from memplan.memory import ChainTables, chain_order
+from memplan.passes import PassSeconds, pass_seconds
+from memplan.rates import Rates
+from memplan.sharding import Sharding
+from memplan.work import StepWork
+from offload.plan import Buckets, Budget, Precision, Target, Tier
+from offload.residency import UnitShape
+from profiler.profile import ModelProfile
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Family:
+    """Candidates that differ only in where things live, and how far ahead they are fetched."""
+
+    sharding: Sharding
+    way: Way
+    micro_batches: int
+    """Of one optimizer step."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One model on one machine, with the batch one GPU sees in a step."""
+
+    profile: ModelProfile
+    shapes: tuple[UnitShape, ...]
+    """In forward order."""
+    device: str
+    gpus: int
+    """Of all nodes."""
+    nodes: int
+    budget: Budget
+    """Of each GPU, and of one node's host memory and NVMe."""
+    rates: Rates
+    precision: Precision
+    gpu_batch_size: int
+    target: Target = Target.MEMPLAN
+    _known: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+    """What was worked out once: many families share it."""
+
+    @property
+    def gpus_per_node(self) -> int:
+        """They share a node's memory and disk."""
+        return self.gpus // self.nodes
+
+    @cached_property
+    def chain(self) -> list[UnitShape]:
+        """The shapes in the order in which they leave the GPU."""
+        return [self.shapes[i] for i in chain_order(self.shapes)]
+
+    def with_budget(self, tier: Tier, size: int) -> "Problem":
+        """The same with another budget in one tier."""
+        return replace(self, budget=replace(self.budget, **{f"{tier.value}_bytes": size}))
+
+    def tables(self, sharding: Sharding, buckets: Buckets) -> ChainTables:
+        """Bytes of every candidate of these."""
+        return self._once(
+            ("tables", sharding, buckets), lambda: ChainTables(self.chain, buckets, self.precision, sharding)
+        )
+
+    def activations(self, way: Way) -> Activations:
+        """Bytes beside the model's state."""
+        found = self._once(("activations", way), lambda: activations_of(self.profile, way, self.device))
+        assert found is not None  # families are made from what was profiled
+        return found
+
+    def passes(self, way: Way) -> PassSeconds:
+        """Seconds of one micro-batch by unit."""
+        paths = [s.name for s in self.shapes]
+        return self._once(("passes", way), lambda: pass_seconds(self.profile, paths, way, self.rates))
+
+    def work(self, family: Family, buckets: Buckets) -> StepWork:
+        """What one GPU does in a step of this family."""
+        return StepWork(
+            self.shapes,
+            self.tables(family.sharding, buckets),
+            family.sharding,
+            buckets,
+            self.precision,
+            self.passes(family.way),
+            family.micro_batches,
+            self.rates,
+        )
+
+    def micro_batch_sizes(self) -> list[int]:
+        """Divisors of a GPU's batch that the profile knows about."""
+        most = min(self.gpu_batch_size, largest_batch(self.profile))
+        return [m for m in range(1, most + 1) if self.gpu_batch_size % m == 0]
+
+    def shardings(self) -> list[Sharding]:
+        """ZeRO's stages, flat and, on several nodes, within each node."""
+        if self.gpus == 1:
+            return [Sharding(0, 1)]
+        flat = [Sharding(stage, self.gpus, self.nodes) for stage in range(4)]
+        within = [Sharding(stage, self.gpus, self.nodes, self.gpus_per_node) for stage in (1, 2, 3)]
+        return flat + (within if self.nodes > 1 and self.gpus_per_node > 1 else [])
+
+    def families(self) -> Iterator[Family]:
+        """All of them."""
+        for sharding in self.shardings():
+            for recomputed, checkpoints, chunks in ways_of(self.profile):
+                for micro in self.micro_batch_sizes():
+                    yield Family(sharding, Way(micro, recomputed, checkpoints, chunks), self.gpu_batch_size // micro)
+
+    def _once(self, key: object, make: Callable[[], T]) -> T:
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(T, self._known[key])
