@@ -8,8 +8,9 @@ engine, optimizer, loader, scheduler = memplan.initialize(model, plan=plan)
 """
 
 from memplan.api import initialize, plan
+from memplan.described import describe, find_machine
 from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
-from memplan.machine import Machine, describe, detect
+from memplan.machine import Machine, detect
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Plan
@@ -30,6 +31,7 @@ __all__ = [
     "ProfilerError",
     "describe",
     "detect",
+    "find_machine",
     "initialize",
     "plan",
     "profile",

@@ -19,9 +19,11 @@ from memplan.api import plan as make_plan
 from memplan.calibrate.here import save_cached
 from memplan.calibrate.run import calibrate as measure_rates
 from memplan.configs.deepspeed import ds_config
+from memplan.described import find_machine
+from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
-from memplan.machine import Machine, describe, detect, parse_nvme
+from memplan.machine import Machine
 from memplan.profile_page import write_profile_page
 from memplan.report import write_report
 from memplan.show_measured import measured_table
@@ -66,10 +68,29 @@ PrecisionOption = Annotated[
     Precision | None,
     typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
 ]
-Gpus = Annotated[int | None, typer.Option(help="GPUs to plan for, if not those of this machine.")]
-GpuMemory = Annotated[str | None, typer.Option(help="Memory of one GPU that training may use, like 24GiB.")]
-HostMemory = Annotated[str | None, typer.Option(help="Host memory that training may use, like 64GiB.")]
-Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A directory on a fast disk, and how much of it.")]
+DESCRIBED = {"rich_help_panel": "The machine, if not this one as it is"}
+MachineName = Annotated[
+    str | None,
+    typer.Option(
+        "--machine", metavar="GPU|FILE.json", help="GPUs by name, like h100-80gb, or a calibration.", **DESCRIBED
+    ),
+]
+Gpus = Annotated[int | None, typer.Option(help="GPUs of a node.", **DESCRIBED)]
+Nodes = Annotated[int | None, typer.Option(help="Nodes, each with so many GPUs.", **DESCRIBED)]
+GpuMemory = Annotated[
+    str | None, typer.Option(help="Memory of one GPU that training may use, like 24GiB.", **DESCRIBED)
+]
+HostMemory = Annotated[
+    str | None, typer.Option(help="Memory of one node that training may use, like 64GiB.", **DESCRIBED)
+]
+Nvme = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR[:SIZE]",
+        help="A directory on a fast disk, and how much of it; if described, 7GB/s[:SIZE].",
+        **DESCRIBED,
+    ),
+]
 
 
 @app.command()
@@ -118,7 +139,9 @@ def plan(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
     seq: Seq = None,
+    machine: MachineName = None,
     gpus: Gpus = None,
+    nodes: Nodes = None,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
     nvme: Nvme = None,
@@ -127,8 +150,10 @@ def plan(
 ) -> None:
     """What to do about it on this machine, or on one you describe."""
     out.mkdir(parents=True, exist_ok=True)
-    machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
-    found = _plan(load_source(file, seq), machine, batch_size, precision)
+    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme}
+    target = find_machine(machine, gpus=gpus, nodes=nodes, **limits)
+    _remark(target)
+    found = _plan(load_source(file, seq), target, batch_size, precision)
     found.save(out / "plan.json")
     config, notes = ds_config(found)
     (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
@@ -180,10 +205,11 @@ def train(
             raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
         chosen = Plan.load(plan)
         if nvme is not None:
-            chosen = replace(chosen, nvme_dir=str(parse_nvme(nvme)[0]))
+            chosen = replace(chosen, nvme_dir=str(local_nvme(nvme)[0]))
     else:
         # This version trains on one GPU, however many are here.
-        machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
+        machine = replace(find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme), gpus=1)
+        _remark(machine)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
         chosen = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
         console.print(show.plan_summary(chosen))
@@ -239,6 +265,11 @@ def doctor(
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
     precision = precision or default_precision(machine.device)
     return make_plan(profile_source(source, batch_size, precision.value), machine, batch_size)
+
+
+def _remark(machine: Machine) -> None:
+    for remark in machine.remarks:
+        errors.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from memplan.audit import audit
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
 from memplan.errors import NothingFits, PlanningError
-from memplan.machine import parse_bytes
 from memplan.memory import Counts
 from memplan.search import plan, problem_of
+from memplan.sizes import parse_bytes
 from memplan.timing import lanes, step_seconds
 from memplan.units import units_of
 from offload.plan import Buckets, Placement, Plan, Precision, Tier
