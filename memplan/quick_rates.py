@@ -15,6 +15,7 @@ from memplan.calibrate.disk import store_rates
 from memplan.calibrate.here import facts_here, load_cached, without_disk
 from memplan.calibrate.parts import best_seconds
 from memplan.errors import MachineError
+from memplan.gpus import HostLink
 from memplan.machine import Machine
 from memplan.rates import Curve, Rates
 from offload.errors import TierError
@@ -23,7 +24,6 @@ from offload.plan import Precision
 from offload.residency import state_bytes
 from offload.state import carve_state, weight_dtype
 from profiler.device import find_device
-from profiler.errors import ProfilerError
 
 TRAINING_SHARE = 0.57
 """Share of the matmul ceiling that training reaches.
@@ -36,7 +36,7 @@ REFERENCE_CALL_SECONDS = 89e-6
 UPDATE_ELEMENTS = 1 << 22
 DISK_BYTES = 128 << 20
 DISK_SECONDS = 0.2
-REFERENCE_GPU = "H200"
+REFERENCE_GPU, REFERENCE_LINK = "H200", HostLink(generation=5, width=16)
 
 
 REFERENCE = Rates(
@@ -85,24 +85,44 @@ def rates_of(machine: Machine, precision: Precision) -> Rates:
 
 
 def for_described(machine: Machine) -> Rates:
-    """The reference, with the GPU's arithmetic and memory as its maker states them, in proportion; pure."""
-    try:
-        own, known = find_device(machine.gpu_name or ""), find_device(REFERENCE_GPU)
-    except ProfilerError:
-        return REFERENCE
-    if own == known:
-        return REFERENCE
+    """The reference, with what is known of the machine in proportion: its GPU, its links, its disk; pure.
+
+    Links reach the same share of what they can do in theory as the reference's does.
+    """
+    rates = _with_gpu(REFERENCE, machine)
+    if machine.link is not None:
+        faster = machine.link.bytes_per_second / REFERENCE_LINK.bytes_per_second
+        rates = replace(
+            rates,
+            host_to_device=rates.host_to_device.scaled(faster),
+            device_to_host=rates.device_to_host.scaled(faster),
+            # State that streams through the GPU is bound by the link.
+            streamed_update_seconds={p: s / faster for p, s in rates.streamed_update_seconds.items()},
+            collective=rates.collective.scaled(faster),
+        )
+    if machine.nvlink is not None:
+        share = REFERENCE.host_to_device.at(1) / REFERENCE_LINK.bytes_per_second
+        rates = replace(rates, collective=Curve.flat(machine.nvlink * share))
+    if (disk := machine.nvme_bytes_per_second) is not None:
+        rates = replace(rates, nvme_read_bytes_per_second=disk, nvme_write_bytes_per_second=disk)
+    return rates
+
+
+def _with_gpu(rates: Rates, machine: Machine) -> Rates:
+    own, known = machine.known_device, find_device(REFERENCE_GPU)
+    if own is None or own == known:
+        return rates
     classes = {Precision.BF16: "bf16", Precision.AMP: "bf16", Precision.FP32: "fp32"}
     memory = own.memory_bytes_per_second / known.memory_bytes_per_second
     return replace(
-        REFERENCE,
+        rates,
         compute_flops_per_second={
             precision: rate * own.peak(classes[precision]) / known.peak(classes[precision])
-            for precision, rate in REFERENCE.compute_flops_per_second.items()
+            for precision, rate in rates.compute_flops_per_second.items()
         },
-        device_bytes_per_second=REFERENCE.device_bytes_per_second * memory,
-        gpu_update_seconds={p: seconds / memory for p, seconds in REFERENCE.gpu_update_seconds.items()},
-        source=f"{REFERENCE.source} Its arithmetic and memory are in the proportion that {own.name}'s maker states.",
+        device_bytes_per_second=rates.device_bytes_per_second * memory,
+        gpu_update_seconds={p: seconds / memory for p, seconds in rates.gpu_update_seconds.items()},
+        source=f"{rates.source} Its arithmetic and memory are in the proportion that {own.name}'s maker states.",
     )
 
 

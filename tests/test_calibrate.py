@@ -12,13 +12,15 @@ from memplan.calibrate import run as module
 from memplan.calibrate import updates
 from memplan.calibrate.collectives import collectives
 from memplan.calibrate.compute import host_memory, team_of
-from memplan.calibrate.disk import disk, mount_of
+from memplan.calibrate.disk import disk
 from memplan.calibrate.links import links, pin
 from memplan.calibrate.parts import Effort, Part
 from memplan.calibrate.run import calibrate
 from memplan.calibrate.streamed import resident_update
 from memplan.calibrate.updates import HostUpdate, Regions, host_bytes, pumped, timed
+from memplan.disks import Disk
 from memplan.errors import MachineError
+from memplan.machine import Machine
 from memplan.quick_rates import REFERENCE
 from memplan.rates import Rates
 from memplan.show_rates import rates_tables
@@ -65,7 +67,9 @@ def test_a_machine_without_a_gpu_is_measured_for_what_it_has(quick, tmp_path):
     assert set(rates.cpu_update_seconds) == set(Precision)
     assert rates.gpu_update_seconds == rates.cpu_update_seconds
     assert rates.nvme_read_bytes_per_second != REFERENCE.nvme_read_bytes_per_second
-    assert rates.facts["disk"] == " ".join(mount_of(tmp_path))
+    assert rates.facts["disk"]
+    assert rates.machine is not None
+    assert Machine.from_dict(rates.machine).nvme_dir == tmp_path.resolve()
     assert "memplan calibrate" in rates.source
     assert rates.spread < REFERENCE.spread
     assert list(tmp_path.iterdir()) == []
@@ -101,7 +105,7 @@ def test_without_memory_to_pin_the_rest_is_measured(quick, monkeypatch):
 
 
 def test_a_directory_of_no_use_is_refused_before_anything_is_measured(tmp_path):
-    with pytest.raises(TierError, match="does not exist"):
+    with pytest.raises(MachineError, match="does not exist"):
         calibrate(tmp_path / "gone", effort=TINY)
 
 
@@ -178,7 +182,8 @@ def test_a_disk_is_measured_by_block_and_depth_and_no_file_stays(tmp_path):
 
 @pytest.mark.parametrize(("kind", "word"), [("tmpfs", "host memory"), ("nfs4", "network mount")])
 def test_what_is_no_local_disk_is_measured_and_named(tmp_path, monkeypatch, kind, word):
-    monkeypatch.setattr("memplan.calibrate.disk.mount_of", lambda _: ("there", kind))
+    found = Disk(tmp_path, 1 << 30, kind, network=kind == "nfs4", in_memory=kind == "tmpfs", direct_io=True)
+    monkeypatch.setattr("memplan.calibrate.disk.inspect", lambda _: found)
     part = disk(tmp_path, MIB, (64 * KIB,), (1,), 1.0)
     assert any(word in sentence and kind in sentence for sentence in part.skipped)
     assert part.rates["nvme_read_bytes_per_second"] > 0
@@ -206,7 +211,7 @@ def test_collectives_run_in_a_process_a_rank():
 
 
 def test_collectives_that_fail_say_why():
-    with pytest.raises(MachineError, match="a process of the collectives ended with 1: .*nonsense"):
+    with pytest.raises(MachineError, match=r"a process of the collectives ended with 1: .*nonsense"):
         collectives(1, (KIB,), "nonsense")
 
 

@@ -12,6 +12,7 @@ from memplan import quick_rates
 from memplan.calibrate import here
 from memplan.calibrate.here import cache_path, facts_here, fingerprint, load_cached, save_cached, without_disk
 from memplan.errors import MachineError
+from memplan.gpus import HostLink
 from memplan.quick_rates import REFERENCE, for_described, rates_of
 from memplan.rates import Curve, Rates
 from offload.plan import Precision
@@ -92,18 +93,29 @@ def test_a_described_gpu_scales_the_reference_by_what_its_maker_states():
     assert slower.host_to_device == REFERENCE.host_to_device
 
 
+def test_a_described_link_fabric_and_disk_scale_what_they_bound():
+    machine = replace(machine_of(1 << 30, 1 << 30, device="cuda"), described=True, link=HostLink(4, 16))
+    half = for_described(machine)
+    assert half.host_to_device.at(1) == pytest.approx(REFERENCE.host_to_device.at(1) / 2)
+    assert half.streamed_update_seconds[Precision.BF16] == pytest.approx(0.277e-9 * 2)
+    fabric = for_described(replace(machine, nvlink=450e9))
+    assert 300e9 < fabric.collective.at(1 << 26) < 450e9
+    assert for_described(replace(machine, nvme_bytes_per_second=7e9)).nvme_write_bytes_per_second == 7e9
+
+
 @given(CURVES, st.floats(1, 1 << 33))
 def test_a_curve_stays_between_its_points_and_is_flat_outside_of_them(curve, size):
     found = curve.at(size)
     points = list(zip(curve.sizes_bytes, curve.bytes_per_second, strict=True))
-    assert all(curve.at(s) == r for s, r in points)
+    near = {"rel": 1e-9, "abs": 1e-9 * max(curve.bytes_per_second)}
+    assert all(curve.at(s) == pytest.approx(r, **near) for s, r in points)
     if size <= points[0][0]:
         assert found == points[0][1]
     elif size >= points[-1][0]:
         assert found == points[-1][1]
     else:
         (_, low), (_, high) = next(p for p in pairwise(points) if p[0][0] <= size <= p[1][0])
-        assert min(low, high) * (1 - 1e-9) <= found <= max(low, high) * (1 + 1e-9)
+        assert min(low, high) - near["abs"] <= found <= max(low, high) + near["abs"]
     assert curve.scaled(2.0).at(size) == pytest.approx(2 * found)
 
 
@@ -137,5 +149,5 @@ def test_rates_survive_their_file(tmp_path_factory, first, second, share, facts)
 def test_a_foreign_file_is_refused_with_a_sentence(tmp_path, text):
     path = tmp_path / "rates.json"
     path.write_text(text)
-    with pytest.raises(MachineError, match="is not a calibration that this version can read.*memplan calibrate"):
+    with pytest.raises(MachineError, match=r"is not a calibration that this version can read.*memplan calibrate"):
         Rates.load(path)

@@ -10,17 +10,15 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-import psutil
 import torch
 
 from memplan.calibrate.parts import MIB, Part, gigabytes
+from memplan.disks import inspect
 from offload.arena import page_aligned
 from offload.plan import Buckets
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
 from offload.store import QUEUE_DEPTH, Extent, Store, Ticket
 
-IN_MEMORY = frozenset({"tmpfs", "ramfs"})
-NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "lustre", "ceph"})
 EXTENT_BYTES = 40 * MIB
 """What the runtime reads and writes of a chunk of bf16 state."""
 STORE_SECONDS = 0.8
@@ -29,31 +27,17 @@ CELL_SECONDS = 0.12
 """Of one block size at one depth."""
 
 
-def mount_of(directory: Path) -> tuple[str, str]:
-    """Device and kind of the file system that a directory lies on, by its longest mount point."""
-    there = directory.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
-    if not mounts:
-        return "unknown", "an unknown file system"
-    mount = max(mounts, key=lambda m: len(m.mountpoint))
-    return mount.device, mount.fstype
-
-
 def disk(directory: Path, size_bytes: int, blocks: Sequence[int], depths: Sequence[int], seconds: float) -> Part:
     """Reading and writing as the runtime does them, and a table of others. No file stays.
 
     ``size_bytes`` bounds every file. A directory that is not on a local disk is measured too, and named.
     """
     read, write = store_rates(directory, size_bytes)
-    kind = mount_of(directory)[1]
-    notes = []
-    if kind in IN_MEMORY:
-        notes.append(f"disk: {directory} is on {kind}, so its rates are those of host memory, which it takes")
-    elif kind in NETWORK:
-        notes.append(f"disk: {directory} is on {kind}, a network mount; its rates vary with what others do")
+    there = inspect(directory)
+    notes = [f"disk: {there.trouble}; measured all the same"] if there.trouble else []
     block = Buckets().io_bytes // MIB
     store = (
-        (f"the runtime's store on {kind}: {QUEUE_DEPTH} requests of {block} MiB", ""),
+        (f"the runtime's store on {there.filesystem}: {QUEUE_DEPTH} requests of {block} MiB", ""),
         ("read", gigabytes(read)),
         ("write", gigabytes(write)),
     )

@@ -13,10 +13,10 @@ import psutil
 import pynvml
 import torch
 
-from memplan.calibrate.disk import mount_of
 from memplan.errors import MachineError
 from memplan.formatting import format_bytes
-from memplan.machine import nvml_handles, usable_cores
+from memplan.gpus import find_gpus
+from memplan.host import usable_cores
 from memplan.rates import Rates
 
 DISK = "disk"
@@ -34,7 +34,7 @@ def facts_here(nvme_dir: Path | None = None) -> dict[str, str]:
         "memory": format_bytes(2 ** round(log2(psutil.virtual_memory().total))),
         "torch": torch.__version__,
     }
-    return facts if nvme_dir is None else {**facts, DISK: " ".join(mount_of(nvme_dir))}
+    return facts if nvme_dir is None else {**facts, DISK: _disk_of(nvme_dir)}
 
 
 def fingerprint(facts: Mapping[str, str]) -> str:
@@ -74,12 +74,12 @@ def save_cached(rates: Rates, nvme_dir: Path | None = None) -> Path:
 
 
 def _gpu_names() -> list[str]:
+    """By NVML, which makes no context; by CUDA where NVML sees others or none, as with slices of a GPU."""
     if not torch.cuda.is_available():
         return []
-    handles = nvml_handles()
-    if len(handles) == torch.cuda.device_count():
-        with suppress(pynvml.NVMLError):  # slices of a GPU do not answer
-            return [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+    names = [gpu.name for gpu in find_gpus() if gpu.name is not None]
+    if len(names) == torch.cuda.device_count():
+        return names
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
@@ -89,6 +89,16 @@ def _driver() -> str:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
         return "unknown"
+
+
+def _disk_of(directory: Path) -> str:
+    """Device and kind of the file system that a directory lies on, by its longest mount point."""
+    there = directory.resolve()
+    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
+    if not mounts:
+        return "unknown"
+    mount = max(mounts, key=lambda m: len(m.mountpoint))
+    return f"{mount.device} {mount.fstype}"
 
 
 def _cpu_model() -> str:

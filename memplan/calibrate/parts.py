@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 
-from memplan.cgroup import memory_headroom
+from memplan.host import host_memory
 from offload.plan import Buckets
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -49,9 +48,7 @@ class Effort:
     @classmethod
     def of(cls, device: torch.device) -> "Effort":
         """As much as this machine's free memory allows; less where the CPU computes, for its caches are all it has."""
-        headroom = memory_headroom()
-        available = int(psutil.virtual_memory().available)
-        spare = (available if headroom is None else min(available, headroom)) // 4
+        spare = host_memory().available_bytes // 4
         chunk = Buckets().update_elements
         if device.type == "cpu":
             return cls(tuple(64 * KIB * 4**n for n in range(6)), chunk, disk_bytes=min(GIB // 4, spare))

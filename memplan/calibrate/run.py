@@ -17,7 +17,8 @@ from memplan.calibrate.links import links, pin
 from memplan.calibrate.parts import Effort, Part
 from memplan.calibrate.streamed import resident_update
 from memplan.calibrate.updates import Regions, both_updates, host_bytes, host_update
-from memplan.machine import usable_cores
+from memplan.host import usable_cores
+from memplan.machine import detect
 from memplan.quick_rates import REFERENCE
 from memplan.rates import Curve, Rates
 from offload.plan import Precision
@@ -32,8 +33,9 @@ def calibrate(nvme_dir: Path | None = None, say: Say = lambda _: None, effort: E
     """Measure this machine, on a GPU in under a minute; ``say`` hears what is being measured.
 
     ``nvme_dir`` is a directory on the disk to measure. What can not be measured keeps the figure of a reference and is
-    named in ``skipped``. Raises TierError for a directory of no use.
+    named in ``skipped``. Raises MachineError or TierError for a directory of no use.
     """
+    machine = detect(nvme_dir)  # while nothing here takes memory yet
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     effort = effort or Effort.of(device)
     if nvme_dir is not None:
@@ -49,7 +51,7 @@ def calibrate(nvme_dir: Path | None = None, say: Say = lambda _: None, effort: E
         session.skip("the disk: no directory on it was named, so its rates are a reference's")
     if device.type == "cuda":
         session.measure_kernels()
-    return session.result(facts_here(nvme_dir))
+    return replace(session.result(facts_here(nvme_dir)), machine=machine.to_dict())
 
 
 class Session:
