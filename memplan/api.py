@@ -12,30 +12,57 @@ from memplan.audit import audit
 from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
 from memplan.quick_rates import rates_of
+from memplan.rates import Rates
 from memplan.search import plan as search_plan
 from memplan.units import units_of
 from offload.engine import Engine
 from offload.plan import Plan, Precision
+from profiler.contract import ModelSource
+from profiler.device import find_device
+from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
+from profiler.run import profile_source
 
 
-def plan(profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None) -> Plan:
+def plan(
+    profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None, rates: Rates | None = None
+) -> Plan:
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
-    ``batch_size`` is the samples of one optimizer step, by default those of the profile; the precision is the
-    profile's. The machine's rates are measured where it is here (about two seconds). Raises NothingFits, and
-    PlanningError for a precision that the engine does not train in.
+    ``batch_size`` is the samples of one optimizer step, by default those of the profile on every GPU; the precision is
+    the profile's. ``rates`` are by default those of the machine's calibration, or measured in about two seconds where
+    it is here.
+    Raises NothingFits, and PlanningError for a precision that the engine does not train in.
     """
     machine = machine or detect()
     if profile.precision not in {*Precision}:
         known = ", ".join(Precision)
         raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
     precision = Precision(profile.precision)
-    size = profile.batch_size if batch_size is None else batch_size
-    found = search_plan(profile, machine, rates_of(machine, precision), batch_size=size, precision=precision)
+    size = profile.batch_size * machine.gpus if batch_size is None else batch_size
+    rates = rates or rates_of(machine, precision)
+    found = search_plan(profile, machine, rates, batch_size=size, precision=precision)
     problems = audit(found, units_of(profile))
     assert not problems, problems
     return found
+
+
+def profile_for(
+    source: ModelSource, machine: Machine, rates: Rates, batch_size: int, precision: Precision
+) -> ModelProfile:
+    """The profile of a model file that a plan for this machine needs: of one GPU's part of the batch, with its times.
+
+    ``batch_size`` is the samples of one optimizer step over all GPUs.
+    """
+    name = machine.gpu_name if machine.device == "cuda" else None
+    try:
+        device = find_device(name).name if name else None
+    except ProfilerError:  # a GPU that nobody described: seconds come from FLOPs
+        device = None
+    size = max(1, batch_size // machine.gpus)
+    return profile_source(
+        source, size, precision.value, device=device, calibration=rates.kernels if device is not None else None
+    )
 
 
 def initialize(

@@ -37,7 +37,7 @@ def cpu_step_seconds(work: StepWork, counts: Counts) -> Times:
     """
     lanes = cpu_lanes(work, counts)
     nvme = lanes.pop("nvme")
-    return np.maximum(np.sum([np.broadcast_to(s, np.shape(nvme)) for s in lanes.values()], axis=0), nvme)
+    return np.maximum(np.sum(list(lanes.values()), axis=0), nvme)
 
 
 def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
@@ -75,10 +75,11 @@ def _lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
             gathered = k * (2 * gathered - of_root)
         collective = reduced[1] + (gathered if work.sharding.zero_stage else 0.0)
         collective += (k - 1) * reduced[0] if work.reduces_each_pass else 0.0
-    return {
+    found = {
         "host_to_device": (fetched(counts.parameters) + returned + gradients * (k - 1)) / work.up_rate,
         "device_to_host": (gradients * k + late) / work.down_rate,
         "nvme": on_disk * (1 / work.read_rate + 1 / work.write_rate) + weight_reads,
         "cpu_update": t.state_elements[counts.state] * work.cpu_update_seconds,
-        "collective": np.full(np.shape(gradients), collective),
+        "collective": collective,
     }
+    return {lane: np.broadcast_to(seconds, np.shape(counts.state)) for lane, seconds in found.items()}

@@ -2,8 +2,8 @@
 
 The space: sharding (with several GPUs), micro-batch, recomputed blocks, where checkpoints wait, loss chunks - together
 a *family* - and, in each, prefetch depth and the five counts of ``memplan.memory.Counts``. Weights go to NVMe only when
-all optimizer state that left the GPU is there. Exact over this space: bounds (``memplan.bounds``) only leave out what
-can not be better, and of two candidates that differ in what they keep off the GPU needlessly the smaller one is priced.
+all optimizer state that left the GPU is there, and weights leave the GPU only where that keeps optimizer state on it.
+Exact over this space: bounds (``memplan.bounds``) only leave out what can not be better.
 """
 
 from collections.abc import Iterator, Sequence
@@ -215,8 +215,7 @@ class FamilySearch:
     def _pairs(self) -> tuple[Counts, np.ndarray] | None:
         """Every (gradients, parameters) pair with the least state off the GPU that makes it fit there.
 
-        With it come the host bytes that must go to NVMe (none where that is not positive). A pair is left out where
-        the same gradients and one unit's parameters less off the GPU need no more state off it.
+        With it come the host bytes that must go to NVMe (none where that is not positive).
         """
         t, n = self.tables, self.tables.units
         gradients, parameters = np.mgrid[0 : n + 1, 0 : n + 1]
@@ -227,6 +226,7 @@ class FamilySearch:
         grid = Counts(state, gradients, parameters)
         excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget
         kept = (state <= n) & (excess <= self._movable_host_bytes(replace(grid, state=np.minimum(state, n))))
+        # Never offload what fits: not where one unit's weights less need no more state off the GPU, nor the disk.
         kept[:, 1:] &= ~(kept[:, :-1] & (state[:, :-1] <= state[:, 1:]) & (excess[:, :-1] <= 0))
         if not kept.any():
             return None

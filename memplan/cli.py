@@ -16,6 +16,7 @@ from rich.console import Console
 
 from memplan import show
 from memplan.api import plan as make_plan
+from memplan.api import profile_for
 from memplan.calibrate.here import save_cached
 from memplan.calibrate.run import calibrate as measure_rates
 from memplan.configs.deepspeed import ds_config
@@ -25,6 +26,7 @@ from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.machine import Machine
 from memplan.profile_page import write_profile_page
+from memplan.quick_rates import rates_of
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
@@ -264,7 +266,8 @@ def doctor(
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
     precision = precision or default_precision(machine.device)
-    return make_plan(profile_source(source, batch_size, precision.value), machine, batch_size)
+    rates = rates_of(machine, precision)
+    return make_plan(profile_for(source, machine, rates, batch_size, precision), machine, batch_size, rates)
 
 
 def _remark(machine: Machine) -> None:

@@ -64,6 +64,7 @@ class Machine:
     context_bytes: int = 0
     """Taken off the memory of a described GPU for the driver's context."""
     nodes: int = 1
+    """Machines alike that work together; ``gpus`` is of all of them."""
     link: HostLink | None = None
     """Between a GPU and its host: the slowest. ``None``: not known, or no GPU."""
     nvlink: float | None = None

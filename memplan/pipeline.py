@@ -53,7 +53,7 @@ class Timeline:
 
     seconds: float
     spans: tuple[Span, ...]
-    """In order of their starts, from 0; the update's lie partly beyond the end, beside the next forward pass."""
+    """In order of their starts; the update beside this step's forward pass is that of the step before."""
 
     @property
     def busy_seconds(self) -> dict[str, float]:
@@ -76,7 +76,6 @@ def timeline(work: StepWork, counts: Counts) -> Timeline:
     pipeline = _Pipeline(work, one, spans.append)
     seconds = float(pipeline.run()[0])
     begin = float(pipeline.begun[0])
-    # What began before this step belongs to the one before; its update's rest lies beyond the end.
     kept = [s._replace(start_seconds=s.start_seconds - begin, end_seconds=s.end_seconds - begin) for s in spans]
     return Timeline(seconds, tuple(sorted(kept, key=lambda s: s.start_seconds)))
 
@@ -121,6 +120,8 @@ class _Pipeline:
         self.up_factor_update = np.where(updating, 1 / r.links_beside_update, 1.0)
         self.update_factor = np.where(streaming, r.cpu_update_beside_links, 1.0)
         self.begun = zero
+        self.gathered = self.norm_known = zero
+        """When the last step's gradients had landed, and when their norm was known."""
 
     def run(self) -> Times:
         ends = []
@@ -142,7 +143,7 @@ class _Pipeline:
             self._backward(first=number == 0, last=number == simulated - 1)
             if number == 1 and simulated < count:
                 self._shift((self.gpu - before) * (count - simulated))
-        self._update()
+        self._end_step()
 
     def _shift(self, seconds: Times) -> None:
         """Let time pass in which the lanes do what they just did again and again."""
@@ -158,6 +159,8 @@ class _Pipeline:
         w = self.work
         issued = [self.cpu] * w.units
         if w.root is not None:
+            if first:
+                self._update_unit(w.root)
             arrived = self._weights(w.root, self.cpu, self.zero, self.up_factor_update, first)
             self.gpu = np.maximum(self.gpu, arrived)
             self.held[w.root] = self.away[w.root]
@@ -166,6 +169,8 @@ class _Pipeline:
             trigger = issued[max(0, i - w.prefetch)]
             factor = self.up_factor_update if first else np.ones_like(self.zero)
             slot = self._slot_free(w.earlier[u])
+            if first:
+                self._update_unit(u)
             arrived = self._weights(u, trigger, slot, factor, first)
             self._compute(w.by_unit[u], FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward")
             self.last_use[u] = self.gpu
@@ -195,34 +200,39 @@ class _Pipeline:
         if w.root is not None:
             self._gradient(w.root, first, last)
 
-    def _update(self) -> None:
-        """The norm is known: units on the GPU at once, the others one after another beside what comes next."""
+    def _end_step(self) -> None:
+        """The norm is known: units on the GPU are updated at once, the others beside the next forward pass."""
         w = self.work
-        gathered = np.maximum(self.gpu, np.max(self.landed, axis=0))
-        begun = np.where(w.gpus > 1, np.maximum(self.gpu, self.lanes["collective"]), self.gpu)
-        self.gpu = self._timed("compute", begun, w.gpu_update_seconds, "update on the GPU")
-        for u in ([w.root] if w.root is not None else []) + list(w.order):
-            self._update_unit(u, gathered, begun)
+        self.gathered = np.max(self.landed, axis=0)
+        self.norm_known = np.maximum(self.gpu, self.lanes["collective"]) if w.gpus > 1 else self.gpu
+        self.gpu = self.norm_known + w.gpu_update_seconds
+        self._tell("compute", self.norm_known, self.gpu, None, "update on the GPU")
+        self.ready = [self.gpu] * w.units
         self.held[:] = False
         self.cpu = np.maximum(self.cpu + w.step_issue_seconds, self.gpu)
 
-    def _update_unit(self, u: int, gathered: Times, begun: Times) -> None:
+    def _update_unit(self, u: int) -> None:
+        """The last step's update of a unit whose state is off the GPU, and what brings shards together again.
+
+        It is told here, ahead of the unit's forward, so that lanes serve units in the order of time.
+        """
         w, name = self.work, self.work.names[u]
-        if not w.state_elements[u]:
-            return
         off = self.state_off[u]
-        done = self.gpu
-        if off.any():
-            there = np.maximum(gathered, self.landed[u])
+        if w.state_elements[u] and off.any():
+            there = np.maximum(np.maximum(self.norm_known, self.gathered), self.landed[u])
             late = off & ~self.grad_off[u]
-            sent = self._do("device_to_host", begun, w.gradient_bytes[u] / w.down_rate, late, f"{name} gradient")
+            sent = self._do(
+                "device_to_host", self.norm_known, w.gradient_bytes[u] / w.down_rate, late, f"{name} gradient"
+            )
             there = np.where(late, np.maximum(there, sent), there)
             nvme = self.state_nvme[u]
             if nvme.any():
-                read = self._do("nvme", begun, w.nvme_state_bytes[u] / w.read_rate, nvme, f"{name} state read")
+                read = self._do(
+                    "nvme", self.norm_known, w.nvme_state_bytes[u] / w.read_rate, nvme, f"{name} state read"
+                )
                 there = np.where(nvme, np.maximum(there, read), there)
             seconds = w.state_elements[u] * w.cpu_update_seconds * self.update_factor
-            done = np.where(off, self._do("cpu_update", there, seconds, off, f"{name} update"), done)
+            done = self._do("cpu_update", there, seconds, off, f"{name} update")
             if nvme.any():
                 self._do("nvme", done, w.nvme_state_bytes[u] / w.write_rate, nvme, f"{name} state written")
             weights = self.away_nvme[u]
@@ -231,13 +241,11 @@ class _Pipeline:
                 written = self._do("nvme", done, both, weights, f"{name} weights written")
                 done = np.where(weights, written, done)
             mirrored = off & ~self.away[u]
-            back = self._do(
-                "host_to_device", done, w.state_weight_bytes[u] / w.up_rate * self.up_factor_update, mirrored, name
-            )
-            done = np.where(mirrored, back, done)
+            copied = w.state_weight_bytes[u] / w.up_rate * self.up_factor_update
+            done = np.where(mirrored, self._do("host_to_device", done, copied, mirrored, name), done)
+            self.ready[u] = np.where(off, done, self.ready[u])
         if w.gathers_after_update:
-            done = self._do("collective", done, w.gather_seconds[u], None, f"{name} gather")
-        self.ready[u] = done
+            self.ready[u] = self._do("collective", self.ready[u], w.gather_seconds[u], None, f"{name} gather")
 
     # What parts are made of
 
@@ -312,12 +320,6 @@ class _Pipeline:
         end = begin + seconds
         self._tell(lane, begin, end, where, label)
         self.lanes[lane] = end if where is None else np.where(where, end, self.lanes[lane])
-        return end
-
-    def _timed(self, lane: str, start: Times, seconds: float, label: str) -> Times:
-        end = start + seconds
-        if seconds:
-            self._tell(lane, start, end, None, label)
         return end
 
     def _tell(self, lane: str, start: Times, end: Times, where: np.ndarray | None, label: str) -> None:

@@ -86,6 +86,8 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
         },
         "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},
     }
+    if activations.host_bytes:
+        phases["host"]["checkpoints"] = activations.host_bytes * problem.gpus_per_node
     return Prediction(
         gpu_peak_bytes=family.gpu_peak_bytes(counts),
         host_bytes=host,

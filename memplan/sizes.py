@@ -51,9 +51,8 @@ def parse_rate(text: str, what: str = "rate") -> float:
     amount = match.group(1)
     if bits := _BITS.fullmatch(amount):
         number, prefix = bits.groups()
-        raise MachineError(
-            f"{what} is {text!r}, which counts bits; write bytes: {float(number) / 8:g}{prefix[:1].upper()}{prefix[1:]}B/s"
-        )
+        instead = f"{float(number) / 8:g}{prefix[:1].upper()}{prefix[1:]}B/s"
+        raise MachineError(f"{what} is {text!r}, which counts bits; write bytes: {instead}")
     rate = parse_bytes(amount, what)
     if rate == 0:
         raise MachineError(f"{what} is {text!r}; nothing could ever be moved at that rate")

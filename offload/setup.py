@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload.errors import OffloadError
-from offload.plan import Plan, Precision
+from offload.plan import Plan, Precision, Target
 
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
@@ -44,6 +44,8 @@ def update_threads(device: torch.device) -> int:
 
 def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
+    if plan.target is not Target.MEMPLAN:
+        raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
     if plan.gpus != 1:
         raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
     if plan.device == "cuda" and not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from profiler.calibration import Calibration
 from profiler.contract import Loss, ModelSource, checked_batch, forward_with, plain_model
 from profiler.errors import ProfilerError
 from profiler.optimizers import check_optimizer
@@ -24,11 +25,11 @@ def profile_source(
     optimizer: str = "adamw",
     clip: bool = False,
     device: str | None = None,
-    calibration: Path | None = None,
+    calibration: Calibration | Path | None = None,
 ) -> ModelProfile:
     """Profile a model file with ``example_batch(batch_size)``; parameters are not materialised where that works.
 
-    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` a file of its rates.
+    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` its rates or a file.
     Raises SourceError when the file's model, batch and loss do not fit together, ProfilerError for other input.
     """
     check_optimizer(optimizer)
@@ -58,7 +59,7 @@ def profile_model(
     optimizer: str = "adamw",
     clip: bool = False,
     device: str | None = None,
-    calibration: Path | str | None = None,
+    calibration: Calibration | Path | str | None = None,
     name: str | None = None,
     batch_size: int | None = None,
 ) -> ModelProfile:
@@ -66,7 +67,7 @@ def profile_model(
 
     ``loss(outputs, batch)`` gives the scalar to train on; without it the output, or its ``loss``, is taken.
     ``batch_size`` defaults to the first dimension of the batch's first tensor. Model and batch are left as they were.
-    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` a file of its rates.
+    ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` its rates or a file.
     """
     check_optimizer(optimizer)
     target = find_target(device, calibration)

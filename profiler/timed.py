@@ -39,12 +39,13 @@ class Target:
         return found
 
 
-def find_target(device: str | None, calibration: Path | str | None) -> Target | None:
-    """The device by name, by default that of the calibration file; ``None`` without either.
+def find_target(device: str | None, calibration: Calibration | Path | str | None) -> Target | None:
+    """The device by name, by default that of the calibration or its file; ``None`` without either.
 
     Raises ProfilerError when there is no such device, or the file is not a calibration.
     """
-    rates = Calibration.load(Path(calibration)) if calibration is not None else ASSUMED
+    given = Calibration.load(Path(calibration)) if isinstance(calibration, str | Path) else calibration
+    rates = ASSUMED if given is None else given
     name = device or rates.device
     return Target(find_device(name), rates) if name else None
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from memplan.machine import Machine
 from memplan.activations import FIXED_MARGIN_BYTES
+from memplan.machine import Machine
 from memplan.rates import Curve, Rates
 from offload.plan import Precision
 from profiler.profile import ActivationPoint, LayerProfile, ModelProfile, ParameterProfile, PhasePeaks

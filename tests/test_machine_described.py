@@ -39,7 +39,7 @@ def test_a_cluster_is_described_in_one_line():
 def test_every_device_can_be_a_machine(device):
     machine = find_machine(device.name, host_memory="64GiB")
     assert machine.known_device is device
-    assert 0.88 * device.memory_bytes < machine.gpu_bytes < device.memory_bytes - CONTEXT_BYTES
+    assert 0.85 * device.memory_bytes < machine.gpu_bytes < device.memory_bytes - CONTEXT_BYTES
     assert machine.nvlink is None, "a GPU alone is joined to none"
     assert find_machine(device.name, gpus=2).nvlink == device.nvlink_bytes_per_second
     assert (machine.link is None) == (device.pcie_generation is None)
@@ -89,7 +89,7 @@ def test_what_can_not_be_described_is_said_in_a_sentence(wishes, sentence):
 
 def test_several_nodes_must_be_described():
     for base in (CPU, GPU):
-        with pytest.raises(MachineError, match="--nodes 2 describes machines that are not here: .* --machine NAME"):
+        with pytest.raises(MachineError, match=r"--nodes 2 describes machines that are not here: .* --machine NAME"):
             describe(base, nodes=2)
         assert describe(base, nodes=1) == base
     machine = describe(CPU, gpus=4, gpu_memory="24GiB", nodes=2)

@@ -3,7 +3,9 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.memory import ChainTables, Counts, Sharding, activations_of, chain_order, placements_of
+from memplan.activations import Way, activations_of
+from memplan.memory import ChainTables, Counts, chain_order, placements_of
+from memplan.sharding import Sharding
 from offload.plan import Buckets, Precision
 from offload.residency import UnitShape, footprint
 from profiler.profile import ActivationPoint
@@ -72,22 +74,30 @@ def profile_with(*known: tuple[int, int], workspace_bytes: int = 0):
 
 
 def peaks(profile, *batches: int, device: str = "cpu") -> list[int]:
-    return [activations_of(profile, batch, False, device).peak_bytes for batch in batches]
+    return [activations_of(profile, Way(batch), device).peak_bytes for batch in batches]
 
 
 def test_activations_lie_on_the_line_through_the_profiled_batches():
-    assert peaks(profile_with((1, 100), (5, 300)), 1, 3, 5, 9) == [100, 200, 300, 500]
+    assert peaks(profile_with((1, 100), (5, 300)), 1, 3, 5) == [100, 200, 300]
 
 
-def test_one_point_bounds_smaller_batches_and_scales_to_larger_ones():
-    assert peaks(profile_with((4, 100)), 1, 4, 8) == [100, 100, 200]
+def test_one_point_bounds_smaller_batches_and_says_nothing_about_larger_ones():
+    assert peaks(profile_with((4, 100)), 1, 4) == [100, 100]
+    assert activations_of(profile_with((4, 100)), Way(5), "cpu") is None
 
 
-def test_what_fits_is_decided_by_reserved_bytes_on_cuda_and_by_allocated_ones_on_the_cpu():
+def test_what_fits_is_decided_by_more_than_what_is_expected():
     profile = profile_with((4, 1 << 30))
-    on_cuda, on_cpu = (activations_of(profile, 4, False, device) for device in ("cuda", "cpu"))
-    assert on_cuda.upper_bytes > 2 << 30
-    assert 1 << 30 < on_cpu.upper_bytes < 2 << 30
+    for device in ("cuda", "cpu"):
+        found = activations_of(profile, Way(4), device)
+        assert found.upper_bytes > 1.03 * found.peak_bytes
+
+
+def test_recompute_of_some_blocks_lies_between_all_and_none():
+    points = (ActivationPoint(4, False, 900, 900, 1, 900), ActivationPoint(4, True, 100, 100, 1, 100))
+    profile = replace(transformer(4), activations=points)
+    held = [activations_of(profile, Way(4, n), "cuda").peak_bytes for n in range(5)]
+    assert held == [900, 700, 500, 300, 100]
 
 
 def test_the_workspaces_of_cuda_are_not_expected_on_the_cpu():
@@ -97,4 +107,4 @@ def test_the_workspaces_of_cuda_are_not_expected_on_the_cpu():
 
 
 def test_recompute_that_was_not_profiled_has_no_activations():
-    assert activations_of(profile_with((4, 100)), 4, True, "cpu") is None
+    assert activations_of(profile_with((4, 100)), Way(4, 1), "cpu") is None
