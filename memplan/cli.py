@@ -17,6 +17,8 @@ from rich.console import Console
 from memplan import show
 from memplan.api import plan as make_plan
 from memplan.api import profile_for
+from memplan.calibrate.here import save_cached
+from memplan.calibrate.run import calibrate as measure_rates
 from memplan.configs.deepspeed import ds_config
 from memplan.described import find_machine
 from memplan.described_disk import local_nvme
@@ -29,11 +31,11 @@ from memplan.quick_rates import rates_of
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
+from memplan.show_rates import rates_tables
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
-from profiler.calibrate import calibrate as measure_rates
 from profiler.contract import ModelSource
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
@@ -238,14 +240,18 @@ def report(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where the rates go.")] = Path("calibration.json"),
+    nvme: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A directory on the disk to measure; none is if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A copy to plan or profile with elsewhere.")] = None,
 ) -> None:
-    """Measure the rates of this machine's GPU, for `memplan profile --calibration`. Takes about a minute."""
-    found = measure_rates(lambda text: console.print(text, style="dim", highlight=False))
-    found.save(out)
-    for sentence in found.skipped:
-        console.print(sentence, style="yellow", highlight=False)
-    console.print(f"written: {out}", highlight=False)
+    """Measure this machine once, in under a minute: links, updates, disk, kernels. Plans made here then use that."""
+    found = measure_rates(nvme, lambda text: console.print(text, style="dim", highlight=False))
+    console.print(rates_tables(found))
+    console.print(f"written: {save_cached(found, nvme)}", highlight=False, soft_wrap=True)
+    if out is not None:
+        found.save(out)
+        console.print(f"written: {out}", highlight=False)
 
 
 @app.command()

@@ -105,10 +105,10 @@ def test_measuring_prints_what_was_predicted_beside_what_was_measured(model: Pat
         assert row in below
 
 
-def test_calibrating_without_a_gpu_is_a_sentence(tmp_path: Path) -> None:
-    done = memplan("calibrate", folder=tmp_path)
+def test_calibrating_a_disk_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    done = memplan("calibrate", "--nvme", "gone", folder=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("memplan: calibrating needs a CUDA device")
+    assert done.stderr.startswith("memplan: the NVMe directory gone does not exist")
     assert list(tmp_path.iterdir()) == []
 
 
