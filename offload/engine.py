@@ -23,6 +23,7 @@ from offload import contents as unit_contents
 from offload import hooks
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
+from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
@@ -64,6 +65,7 @@ class Engine:
         check_can_run(plan)
         check_model(plan, model)
         self.model, self.plan = model, plan
+        self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, optimizer)
         self.optimizer = self.hyperparameters.optimizer
         self.lr_scheduler: Any = None
@@ -166,7 +168,7 @@ class Engine:
         guard = self._guard if torch.is_grad_enabled() else nullcontext()
         try:
             with hooks.saved_tensors(self), autocast, guard:
-                outputs = self.model(*args, **kwargs)
+                outputs = self._forward(*args, **kwargs)
         except BaseException as error:
             self._mover.unuse_all()
             if (sentence := explained(error)) is not None:
