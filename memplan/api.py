@@ -1,6 +1,7 @@
-"""The library's two verbs that are more than a name: plan a profile, initialize an engine."""
+"""The library's verbs that are more than a name: profile a model, plan a profile, initialize an engine."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from memplan.machine import Machine, detect
 from memplan.quick_rates import rates_of
 from memplan.search import plan as search_plan
 from memplan.units import units_of
+from offload.chunked_loss import in_chunks
 from offload.engine import Engine
 from offload.plan import Plan, Precision
 from profiler.profile import ModelProfile
+from profiler.run import profile_model
+
+
+@wraps(profile_model)
+def profile(*args: Any, **kwargs: Any) -> ModelProfile:
+    """As the profiler's, with the loss in chunks too, where the engine can compute it so."""
+    return profile_model(*args, **{"chunked": in_chunks, **kwargs})
 
 
 def plan(profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None) -> Plan:

@@ -26,6 +26,7 @@ from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
+from offload.chunked_loss import in_chunks
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan, Precision
 from profiler.calibrate import calibrate as measure_rates
@@ -232,7 +233,7 @@ def doctor(
 
 def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
     precision = precision or default_precision(machine.device)
-    return make_plan(profile_source(source, batch_size, precision.value), machine, batch_size)
+    return make_plan(profile_source(source, batch_size, precision.value, chunked=in_chunks), machine, batch_size)
 
 
 def main() -> None:

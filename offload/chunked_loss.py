@@ -11,7 +11,6 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import is_dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -49,12 +48,12 @@ class ChunkedCausalLoss(nn.Module):
         return call_in_chunks(self.model, self.chunks, *args, **kwargs)
 
 
-def in_chunks(model: nn.Module, chunks: int) -> Callable[..., Any] | None:
+def in_chunks(model: nn.Module, chunks: int) -> ChunkedCausalLoss | None:
     """What to call in the model's place for a loss in pieces; None where the model does not allow it."""
-    return partial(call_in_chunks, model, chunks) if can_chunk(model) is None else None
+    return ChunkedCausalLoss(model, chunks) if can_chunk(model) is None else None
 
 
-def can_chunk(model: nn.Module) -> str | None:
+def can_chunk(model: Any) -> str | None:
     """Why the model's loss can not be computed in pieces with the same result; None if it can.
 
     It can where a model is built as transformers' causal language models are: a forward that takes labels and gives its
@@ -165,7 +164,7 @@ class _Head:
         return hidden if self._made is None else (hidden, *self._made)
 
 
-def _decoder_path(model: nn.Module) -> str | None:
+def _decoder_path(model: Any) -> str | None:
     """Where the part below the head is, which forward calls by its name; None where that is not clear."""
     names = set(inspect.unwrap(type(model).forward).__code__.co_names)
     for decoder in (model.get_decoder(), model.base_model):

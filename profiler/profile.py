@@ -14,7 +14,7 @@ from typing import Any
 from profiler.errors import ProfileError
 from profiler.events import PHASES
 
-SCHEMA = "memplan.profile/2"
+SCHEMA = "memplan.profile/3"
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class ActivationPoint:
     """Forward, recompute and backward of one micro-batch."""
     on_cpu_bytes: int
     """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
+    loss_chunks: int = 1
+    """Pieces in which a causal language model's head and loss are computed; 1: whole."""
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,25 @@
 """The loss in chunks is the plain loss: alone, and in an engine that moves the weights."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+import memplan
+from memplan.memory import _of
+from memplan.train import TrainingOptions, prepare_run, train
 from offload.chunked_loss import ChunkedCausalLoss, can_chunk, in_chunks
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Placement, Plan
+from profiler.profile import ModelProfile
+from profiler.source import load_source
 from tests.models import GPT
 from tests.plans import EVERY_TIER, RESIDENT, H, N, plan_for
 
@@ -235,3 +242,56 @@ def test_an_engine_refuses_chunks_where_the_model_can_not_have_them() -> None:
     model = GPT()
     with pytest.raises(OffloadError, match="in chunks: GPT is not built"):
         Engine(model, plan_for(model, (RESIDENT,), loss_chunks=2))
+
+
+def test_the_profile_has_points_in_chunks_with_lower_peaks_and_a_second_pass_of_the_head() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {**SIZES, "vocab_size": 4096, "num_hidden_layers": 5}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    tokens = torch.randint(0, 4096, (4, 32))
+    profile = memplan.profile(model, {"input_ids": tokens, "labels": tokens}, precision="bf16")
+    points = {(p.batch_size, p.recompute, p.loss_chunks): p for p in profile.activations}
+    assert list(points)[:4] == [(4, False, 1), (4, True, 1), (1, False, 1), (1, True, 1)]
+    assert set(points) == {(b, r, c) for b in (1, 4) for r in (False, True) for c in (1, 8)}
+    for (batch, recompute, chunks), point in points.items():
+        if chunks == 1:
+            continue
+        plain = points[batch, recompute, 1]
+        assert point.allocated_bytes < plain.allocated_bytes
+        assert point.on_cpu_bytes < plain.on_cpu_bytes
+        again = 2 * batch * 32 * 32 * 4096
+        assert again < point.executed_flops - plain.executed_flops < 2 * again
+    kept = {p.loss_chunks for p in _of(profile.activations, True)}
+    assert kept == {1}
+    assert ModelProfile.from_dict(json.loads(json.dumps(profile.to_dict()))) == profile
+
+
+@pytest.mark.parametrize("why", ["small head", "no labels", "own loss"])
+def test_there_are_no_points_in_chunks_where_they_would_tell_nothing(why: str) -> None:
+    model, batch = model_of("llama"), batch_of(padded=False)
+    if why == "no labels":
+        del batch["labels"]
+    loss = None if why == "small head" else lambda outputs, _: outputs.logits.float().square().mean()
+    profile = memplan.profile(model, batch, loss=loss)
+    assert {p.loss_chunks for p in profile.activations} == {1}
+    assert any("in chunks is left out" in s for s in profile.assumptions) == (why == "own loss")
+
+
+def test_a_plan_in_chunks_reaches_the_training_loop(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    config = {**SIZES, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    source = load_source(tmp_path, 16)
+    losses = {}
+    for chunks in (1, 4):
+        torch.manual_seed(0)
+        plan = replace(llama_plan(source.build(), (RESIDENT,), tmp_path), loss_chunks=chunks, micro_batch_size=2)
+        options = TrainingOptions(2, 1e-2, 1.0, 0, resume=False, dashboard=False)
+        run_dir = tmp_path / str(chunks)
+        prepare_run(run_dir, resume=False)
+        assert train(source, plan, run_dir, options, Console(quiet=True)) == 0
+        events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+        losses[chunks] = [e["loss"] for e in events if e["event"] == "step"]
+    assert len(losses[1]) == 2
+    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
