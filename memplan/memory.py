@@ -123,7 +123,8 @@ def executed_flops(points: Sequence[ActivationPoint], batch_size: int, recompute
 
 
 def _of(points: Sequence[ActivationPoint], recompute: bool) -> list[ActivationPoint]:
-    return sorted((p for p in points if p.recompute is recompute and p.loss_chunks == 1), key=lambda p: p.batch_size)
+    plain = (p for p in points if p.loss_chunks == 1 and not p.checkpoints_on_host)
+    return sorted((p for p in plain if p.recompute is recompute), key=lambda p: p.batch_size)
 
 
 def _at_batch(known: Sequence[tuple[int, int]], batch_size: int) -> int | None:

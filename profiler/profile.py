@@ -92,6 +92,10 @@ class ActivationPoint:
     """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
     loss_chunks: int = 1
     """Pieces in which a causal language model's head and loss are computed; 1: whole."""
+    checkpoint_bytes: int = 0
+    """Of the inputs that recomputed blocks keep, of all blocks together."""
+    checkpoints_on_host: bool = False
+    """Whether they wait there: two at most are then on the device, the one in use and one on its way."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
+from profiler.checkpoints import checkpoint_bytes, checkpoints_on_host
 from profiler.errors import ProfileError, ProfilerError
 from profiler.events import MODEL_STATE, OF_CUDA, PHASES, Call, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
@@ -94,9 +95,10 @@ class Study:
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
         traced, remarks = study._further_traces(batches, {plain: (trace, loop)})
-        points = tuple(_point(case, *both) for case, both in traced.items())
+        points = [_point(case, *both) for case, both in traced.items()]
+        points += [point for case, (t, _) in traced.items() if (point := study._point_on_host(case, t)) is not None]
         remarks = [s for t, _ in traced.values() for s in t.assumptions] + remarks
-        return study._summed_up(trace, loop, batch, points, tuple(dict.fromkeys(remarks)))
+        return study._summed_up(trace, loop, batch, tuple(points), tuple(dict.fromkeys(remarks)))
 
     def _scaled(self, known: Any, known_size: int, batch: int | None, seq: int | None) -> ModelProfile:
         """The profile of a batch like ``known``, with another number of samples or another sequence length."""
@@ -138,6 +140,15 @@ class Study:
             again=partial(self._scaled, batch, size),
         )
         return timed(found, self.model, trace, self.target) if self.target else found
+
+    def _point_on_host(self, case: Case, trace: Trace) -> ActivationPoint | None:
+        """The same trace with the recomputed blocks' inputs on the host; None where nothing would wait there."""
+        events = checkpoints_on_host(trace.events) if case.recompute else None
+        if events is None:
+            return None
+        moved = replace(trace, events=tuple(events))
+        point = _point(case, moved, training_loop(moved, self.optimizer, self.clip))
+        return replace(point, checkpoints_on_host=True)
 
     def _further_traces(self, batches: Batches, known: Traced) -> tuple[Traced, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""
@@ -217,4 +228,5 @@ def _point(case: Case, trace: Trace, loop: Loop) -> ActivationPoint:
         executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
         on_cpu_bytes=allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA),
         loss_chunks=case.loss_chunks,
+        checkpoint_bytes=checkpoint_bytes(trace.events),
     )
