@@ -1,6 +1,7 @@
 """The library's two verbs that are more than a name: plan a profile, initialize an engine."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,20 @@ from memplan.quick_rates import rates_of
 from memplan.rates import Rates
 from memplan.search import plan as search_plan
 from memplan.units import units_of
+from offload.chunked_loss import in_chunks
 from offload.engine import Engine
 from offload.plan import Plan, Precision
 from profiler.contract import ModelSource
 from profiler.device import find_device
 from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
-from profiler.run import profile_source
+from profiler.run import profile_model, profile_source
+
+
+@wraps(profile_model)
+def profile(*args: Any, **kwargs: Any) -> ModelProfile:
+    """As the profiler's, with the loss in chunks too, where the engine can compute it so."""
+    return profile_model(*args, **{"chunked": in_chunks, **kwargs})
 
 
 def plan(
@@ -61,7 +69,12 @@ def profile_for(
         device = None
     size = max(1, batch_size // machine.gpus)
     return profile_source(
-        source, size, precision.value, device=device, calibration=rates.kernels if device is not None else None
+        source,
+        size,
+        precision.value,
+        device=device,
+        calibration=rates.kernels if device is not None else None,
+        chunked=in_chunks,
     )
 
 

@@ -23,6 +23,8 @@ from offload import contents as unit_contents
 from offload import hooks
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
+from offload.block_inputs import BlockInputs, WaitingInput
+from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
@@ -64,6 +66,7 @@ class Engine:
         check_can_run(plan)
         check_model(plan, model)
         self.model, self.plan = model, plan
+        self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, optimizer)
         self.optimizer = self.hyperparameters.optimizer
         self.lr_scheduler: Any = None
@@ -125,6 +128,8 @@ class Engine:
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
+        self._inputs = BlockInputs(device, plan.checkpoints)
+        self._closers.append(self._inputs.close)
         self._root = next((u.name for u in units if not u.name and u.shape.elements), None)
         self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
         for handle in hooks.attach([u for u in units if u.shape.elements], plan.recompute, self.model, self):
@@ -132,7 +137,7 @@ class Engine:
         self._closers.append(self._gradients.close)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
-        self.meter = MemoryMeter(device, needed, self._rings)
+        self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
         self._last_now = 0.0
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
@@ -154,19 +159,20 @@ class Engine:
         self._updater.check()
         args, kwargs = self.to_device((args, kwargs))
         self._phase = "forward"
-        self._prefetcher.begin_pass()
         self._bounded.clear()
+        self._prefetcher.begin_pass()
         self._mover.begin_pass()
         if torch.is_grad_enabled():
             self._forward_step = self.global_step
         self.meter.begin_forward()
+        self._inputs.begin_pass()
         if self._root is not None:
             self._mover.use(self._root)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard = self._guard if torch.is_grad_enabled() else nullcontext()
         try:
             with hooks.saved_tensors(self), autocast, guard:
-                outputs = self.model(*args, **kwargs)
+                outputs = self._forward(*args, **kwargs)
         except BaseException as error:
             self._mover.unuse_all()
             if (sentence := explained(error)) is not None:
@@ -202,6 +208,7 @@ class Engine:
         finally:
             self._phase = None
             self._mover.unuse_all()
+            self._inputs.begin_pass()
         self._guard = nullcontext()
         self._prefetcher.end_pass()
 
@@ -251,8 +258,8 @@ class Engine:
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
         return {
-            "host_to_device": self._up.bytes_moved,
-            "device_to_host": self._down.bytes_moved,
+            "host_to_device": self._up.bytes_moved + self._inputs.fetched_bytes,
+            "device_to_host": self._down.bytes_moved + self._inputs.sent_bytes,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
@@ -331,17 +338,24 @@ class Engine:
         if self._phase == "backward":
             self._mover.unuse(name)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference:
-        """Autograd must not keep a weight that may go away: it gets a reference."""
-        reference = self._mover.reference(tensor)
+    def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
+        """A block is about to run whose inputs are kept for backward, where its recompute has nothing more to keep."""
+        if self._phase == "forward":
+            self._inputs.expect(arguments)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
+        """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
+        reference = self._mover.reference(tensor) or self._inputs.send(tensor)
         if reference is not None:
             return reference
         if not self._mover.is_resident(tensor):
             self.meter.saved(tensor)
-        return tensor
+        return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
 
-    def unpack(self, packed: torch.Tensor | WeightReference) -> torch.Tensor:
-        """The tensor again; a unit that is away is fetched."""
+    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
+        """The tensor again; a unit that is away is fetched, and so is an input."""
+        if isinstance(packed, WaitingInput):
+            return packed.owner.fetch(packed)
         if isinstance(packed, WeightReference):
             if packed.unit != self._root:
                 self.begin_use(packed.unit)
