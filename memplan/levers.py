@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from memplan.candidates import FamilySearch, best_of, least_of
 from memplan.explain import RESIDENT
@@ -59,7 +60,7 @@ class _Case:
         """What is to be searched: a new one each time, since what a problem knows depends on all of this."""
         return problem_of(self.profile, self.machine, self.rates, self.batch_size, None)
 
-    def on(self, **machine: int) -> "_Case":
+    def on(self, **machine: Any) -> "_Case":
         """The same on a machine that differs in these."""
         return replace(self, machine=replace(self.machine, **machine))
 
