@@ -20,12 +20,16 @@ from memplan.api import profile_for
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
+from memplan.explained import explained
 from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.profile_page import write_profile_page
 from memplan.quick_rates import rates_of
+from memplan.rates import Rates
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
+from memplan.show_timeline import timeline_view
+from memplan.timeline_page import write_timeline_page
 from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
@@ -124,15 +128,26 @@ def plan(
     nvme: Nvme = None,
     precision: PrecisionOption = None,
     out: Annotated[Path, typer.Option(help="Where plan.json and ds_config.json go.")] = Path(),
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print a step as a timeline, and what would make it faster.", **SHOWN)
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the timeline here.", **SHOWN)] = None,
 ) -> None:
     """What to do about it on this machine, or on one you describe."""
     out.mkdir(parents=True, exist_ok=True)
     machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
-    found = _plan(load_source(file, seq), machine, batch_size, precision)
+    found, profiled, rates = _plan(load_source(file, seq), machine, batch_size, precision)
     found.save(out / "plan.json")
     config, notes = ds_config(found)
     (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
     console.print(show.plan_tables(found))
+    if explain or html is not None:
+        shown = explained(profiled, machine, rates, found)
+        if explain:
+            console.print(timeline_view(shown, console.width), highlight=False)
+        if html is not None:
+            write_timeline_page(shown, html)
+            console.print(f"written: {html}", highlight=False)
     for note in notes:
         console.print(f"ds_config.json: {note}", highlight=False)
     console.print(f"written: {out / 'plan.json'}, {out / 'ds_config.json'}")
@@ -185,7 +200,7 @@ def train(
         # This version trains on one GPU, however many are here.
         machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
+        chosen, *_ = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
     options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
@@ -232,10 +247,14 @@ def doctor(
         raise typer.Exit(TRAINING_FAILED)
 
 
-def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
+def _plan(
+    source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None
+) -> tuple[Plan, ModelProfile, Rates]:
+    """The plan, and what it was made with."""
     precision = precision or default_precision(machine.device)
     rates = rates_of(machine, precision)
-    return make_plan(profile_for(source, machine, rates, batch_size, precision), machine, batch_size, rates)
+    profiled = profile_for(source, machine, rates, batch_size, precision)
+    return make_plan(profiled, machine, batch_size, rates), profiled, rates
 
 
 def main() -> None:
