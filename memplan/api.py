@@ -18,7 +18,7 @@ from memplan.search import plan as search_plan
 from memplan.units import units_of
 from offload.chunked_loss import in_chunks
 from offload.engine import Engine
-from offload.plan import Plan, Precision
+from offload.plan import Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.device import find_device
 from profiler.errors import ProfilerError
@@ -33,14 +33,18 @@ def profile(*args: Any, **kwargs: Any) -> ModelProfile:
 
 
 def plan(
-    profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None, rates: Rates | None = None
+    profile: ModelProfile,
+    machine: Machine | None = None,
+    batch_size: int | None = None,
+    rates: Rates | None = None,
+    target: Target = Target.MEMPLAN,
 ) -> Plan:
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
     ``batch_size`` is the samples of one optimizer step, by default those of the profile on every GPU; the precision is
     the profile's. ``rates`` are by default those of the machine's calibration, or measured in about two seconds where
-    it is here.
-    Raises NothingFits, and PlanningError for a precision that the engine does not train in.
+    it is here. ``target`` is the engine that will train. Raises NothingFits, and PlanningError for a
+    precision that the engine does not train in.
     """
     machine = machine or detect()
     if profile.precision not in {*Precision}:
@@ -49,7 +53,7 @@ def plan(
     precision = Precision(profile.precision)
     size = profile.batch_size * machine.gpus if batch_size is None else batch_size
     rates = rates or rates_of(machine, precision)
-    found = search_plan(profile, machine, rates, batch_size=size, precision=precision)
+    found = search_plan(profile, machine, rates, batch_size=size, precision=precision, target=target)
     problems = audit(found, units_of(profile))
     assert not problems, problems
     return found

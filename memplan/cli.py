@@ -7,7 +7,6 @@ import os
 import sys
 from dataclasses import replace
 from datetime import datetime
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -15,28 +14,34 @@ import typer
 from rich.console import Console
 
 from memplan import show
-from memplan.api import plan as make_plan
-from memplan.api import profile_for
 from memplan.calibrate.here import save_cached
 from memplan.calibrate.run import calibrate as measure_rates
-from memplan.configs.deepspeed import ds_config
 from memplan.described import find_machine
 from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.lint.command import lint
-from memplan.machine import Machine
+from memplan.options import (
+    DEFAULT_BATCH_SIZE,
+    SHOWN,
+    BatchSize,
+    File,
+    GpuMemory,
+    HostMemory,
+    PrecisionOption,
+    Seq,
+)
+from memplan.plan_command import plan as plan_command
+from memplan.plan_command import planned_for, remark
 from memplan.profile_page import write_profile_page
-from memplan.quick_rates import rates_of
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
 from memplan.show_rates import rates_tables
-from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
+from memplan.train import INTERRUPTED, TrainingOptions, prepare_run
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
-from offload.plan import Plan, Precision
-from profiler.contract import ModelSource
+from offload.plan import Plan
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
 from profiler.measure import check_measurable, measure_step
@@ -49,7 +54,6 @@ from tui import watch as watch_run
 from tui.errors import RunError
 
 TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
-DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     help="Training models that do not fit: profile, plan, train with offload, watch.",
@@ -60,40 +64,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-SHOWN = {"rich_help_panel": "What is shown and written"}
 TIMED = {"rich_help_panel": "On a GPU"}
 PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
-
-File = Annotated[Path, typer.Argument(help="A Python file with the model (docs/model-file.md), or a config.json.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]
-Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (or samples of audio) in the batch.")]
-PrecisionOption = Annotated[
-    Precision | None,
-    typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
-]
-DESCRIBED = {"rich_help_panel": "The machine, if not this one as it is"}
-MachineName = Annotated[
-    str | None,
-    typer.Option(
-        "--machine", metavar="GPU|FILE.json", help="GPUs by name, like h100-80gb, or a calibration.", **DESCRIBED
-    ),
-]
-Gpus = Annotated[int | None, typer.Option(help="GPUs of a node.", **DESCRIBED)]
-Nodes = Annotated[int | None, typer.Option(help="Nodes, each with so many GPUs.", **DESCRIBED)]
-GpuMemory = Annotated[
-    str | None, typer.Option(help="Memory of one GPU that training may use, like 24GiB.", **DESCRIBED)
-]
-HostMemory = Annotated[
-    str | None, typer.Option(help="Memory of one node that training may use, like 64GiB.", **DESCRIBED)
-]
-Nvme = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR[:SIZE]",
-        help="A directory on a fast disk, and how much of it; if described, 7GB/s[:SIZE].",
-        **DESCRIBED,
-    ),
-]
 
 
 @app.command()
@@ -135,35 +107,6 @@ def profile(
         batch = source.example_batch(batch_size)
         measured = measure_step(source.build(), batch, source.forward, precision, optimizer, clip)
         console.print(measured_table(found, measured))
-
-
-@app.command()
-def plan(
-    file: File,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    seq: Seq = None,
-    machine: MachineName = None,
-    gpus: Gpus = None,
-    nodes: Nodes = None,
-    gpu_memory: GpuMemory = None,
-    host_memory: HostMemory = None,
-    nvme: Nvme = None,
-    precision: PrecisionOption = None,
-    out: Annotated[Path, typer.Option(help="Where plan.json and ds_config.json go.")] = Path(),
-) -> None:
-    """What to do about it on this machine, or on one you describe."""
-    out.mkdir(parents=True, exist_ok=True)
-    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme}
-    target = find_machine(machine, gpus=gpus, nodes=nodes, **limits)
-    _remark(target)
-    found = _plan(load_source(file, seq), target, batch_size, precision)
-    found.save(out / "plan.json")
-    config, notes = ds_config(found)
-    (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
-    console.print(show.plan_tables(found))
-    for note in notes:
-        console.print(f"ds_config.json: {note}", highlight=False)
-    console.print(f"written: {out / 'plan.json'}, {out / 'ds_config.json'}")
 
 
 @app.command()
@@ -212,9 +155,9 @@ def train(
     else:
         # This version trains on one GPU, however many are here.
         machine = replace(find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme), gpus=1)
-        _remark(machine)
+        remark(machine)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
+        chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision).plan
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
     options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
@@ -265,18 +208,8 @@ def doctor(
         raise typer.Exit(TRAINING_FAILED)
 
 
+app.command()(plan_command)
 app.command()(lint)
-
-
-def _plan(source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None) -> Plan:
-    precision = precision or default_precision(machine.device)
-    rates = rates_of(machine, precision)
-    return make_plan(profile_for(source, machine, rates, batch_size, precision), machine, batch_size, rates)
-
-
-def _remark(machine: Machine) -> None:
-    for remark in machine.remarks:
-        errors.print(remark, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -1,0 +1,42 @@
+"""What ``memplan plan --explain`` and its page show of a plan."""
+
+from dataclasses import dataclass
+
+from memplan.levers import Lever, levers
+from memplan.machine import Machine
+from memplan.pipeline import Timeline
+from memplan.planned import timeline_of
+from memplan.rates import Rates
+from offload.plan import Plan
+from profiler.profile import ModelProfile
+
+
+@dataclass(frozen=True)
+class Explained:
+    """A plan, its step as it is expected to go, and what would make it faster."""
+
+    plan: Plan
+    timeline: Timeline | None
+    """``None`` where the CPU computes: its lanes share the cores, so only their busy seconds are known."""
+    levers: tuple[Lever, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Of one step."""
+        return self.timeline.seconds if self.timeline is not None else self.plan.prediction.step_seconds or 0.0
+
+    @property
+    def busy_seconds(self) -> dict[str, float]:
+        """By lane, those that do nothing left out."""
+        return self.timeline.busy_seconds if self.timeline is not None else self.plan.prediction.lane_seconds
+
+    @property
+    def busiest(self) -> str:
+        """The lane that bounds the step."""
+        busy = self.busy_seconds
+        return max(busy, key=busy.__getitem__)
+
+
+def explained(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> Explained:
+    """All of it; ``profile``, ``machine`` and ``rates`` are those that the plan was made with."""
+    return Explained(plan, timeline_of(profile, machine, rates, plan), levers(profile, machine, rates, plan))

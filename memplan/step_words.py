@@ -1,0 +1,147 @@
+"""What a step's timeline says, for the terminal and the page: kinds of work, phases, who waits for whom, sentences."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+from memplan.explained import Explained
+from memplan.formatting import format_seconds
+from memplan.pipeline import Span, Timeline
+
+COLOURS = {
+    "forward": "#4a7fc9",
+    "backward": "#c8763f",
+    "update": "#8f6fd0",
+    "weights to the GPU": "#2f9a9e",
+    "gradient": "#b79a2c",
+    "state read": "#3f9f7d",
+    "state written": "#86b84f",
+    "weights read": "#6f8f9f",
+    "weights written": "#a58a6a",
+    "gather": "#b0608a",
+    "reduce": "#d98ba9",
+}
+"""By kind of work."""
+BUSIEST_COLOUR = "#d0524a"
+ENDINGS = {
+    " forward": "forward",
+    " backward": "backward",
+    " update": "update",
+    "update on the GPU": "update",
+    " gradient": "gradient",
+    " state read": "state read",
+    " state written": "state written",
+    " weights written": "weights written",
+    " read": "weights read",
+    " gather": "gather",
+    " reduce": "reduce",
+}
+"""The kind of a span by how its label ends, longer endings first; a label that is only a unit's name is its weights."""
+SHARED_CORES = "Where the CPU computes, the lanes share its cores and add up; only the disk works beside them."
+Interval = tuple[float, float]
+"""Start and end, in seconds."""
+
+
+class Phase(NamedTuple):
+    """A stretch of the step in which one thing is computed, or waited for."""
+
+    kind: str
+    start_seconds: float
+    end_seconds: float
+
+
+def lane_name(lane: str) -> str:
+    """As people read it."""
+    return lane.replace("_", " ")
+
+
+def kind_of(span: Span) -> str:
+    """What kind of work it is."""
+    return next((kind for ending, kind in ENDINGS.items() if span.label.endswith(ending)), "weights to the GPU")
+
+
+def unit_of(span: Span) -> str:
+    """The unit that it is done for; "" where there is none."""
+    ending = next((ending for ending in ENDINGS if span.label.endswith(ending)), "")
+    return span.label.removesuffix(ending)
+
+
+def within_step(timeline: Timeline) -> list[Span]:
+    """The spans between 0 and the step's end.
+
+    What begins before the step, or ends after it, belongs to the step before or after. As every step is like the
+    other, that part is seen at the other end of this one too, and is moved there.
+    """
+    whole = timeline.seconds
+    found = []
+    for span in timeline.spans:
+        for shift in (0.0, whole, -whole):
+            start, end = max(0.0, span.start_seconds + shift), min(whole, span.end_seconds + shift)
+            if end > start:
+                found.append(span._replace(start_seconds=start, end_seconds=end))
+    return sorted(found, key=lambda span: span.start_seconds)
+
+
+def phases(timeline: Timeline) -> list[Phase]:
+    """Forward, backward and update as the GPU goes through them; a wait belongs to what comes after it."""
+    computed = [span for span in timeline.spans if span.lane == "compute"]
+    found: list[Phase] = []
+    for kind, run in groupby(computed, key=kind_of):
+        found.append(Phase(kind, found[-1].end_seconds if found else 0.0, list(run)[-1].end_seconds))
+    if found:
+        found[-1] = found[-1]._replace(end_seconds=timeline.seconds)
+    return found
+
+
+def idle(spans: Iterable[Span], seconds: float) -> Iterator[Interval]:
+    """When a lane rests; ``spans`` are those of one lane, in order."""
+    reached = 0.0
+    for span in spans:
+        if span.start_seconds > reached:
+            yield reached, span.start_seconds
+        reached = max(reached, span.end_seconds)
+    if reached < seconds:
+        yield reached, seconds
+
+
+def overlap_seconds(intervals: Sequence[Interval], spans: Iterable[Span]) -> float:
+    """Seconds of ``spans`` that fall into ``intervals``; both in order, each without overlaps of its own."""
+    found, at = 0.0, 0
+    for span in spans:
+        while at < len(intervals) and intervals[at][1] <= span.start_seconds:
+            at += 1
+        for start, end in intervals[at:]:
+            if start >= span.end_seconds:
+                break
+            found += min(end, span.end_seconds) - max(start, span.start_seconds)
+    return found
+
+
+def sentences(shown: Explained) -> list[str]:
+    """What bounds the step, and how long the GPU waits for whom."""
+    lane, whole = shown.busiest, shown.seconds
+    busy = shown.busy_seconds[lane]
+    said = [
+        f"The bottleneck is {lane_name(lane)}: busy for {format_seconds(busy)} of the step's {format_seconds(whole)} "
+        f"({busy / whole:.0%})."
+    ]
+    if shown.timeline is None:
+        return [*said, SHARED_CORES]
+    by_lane: dict[str, list[Span]] = {}
+    for span in within_step(shown.timeline):
+        by_lane.setdefault(span.lane, []).append(span)
+    waits = list(idle(by_lane.pop("compute", []), whole))
+    waited = sum(end - start for start, end in waits)
+    text = f"The GPU waits for {format_seconds(waited)} ({waited / whole:.0%})"
+    beside = {name: overlap_seconds(waits, spans) for name, spans in by_lane.items()}
+    if waited >= 0.01 * whole and beside:
+        longest = max(beside, key=beside.__getitem__)
+        text += f"; during {format_seconds(beside[longest])} of that, {lane_name(longest)} is at work"
+    return [*said, f"{text}."]
+
+
+def lever_lines(shown: Explained) -> list[str]:
+    """What would move the step."""
+    if not shown.levers:
+        return ["Nothing that was tried gains 3 %: more memory, more GPUs, a larger batch, each part twice as fast."]
+    return [lever.sentence for lever in shown.levers]
