@@ -207,7 +207,8 @@ def largest_batch(model: Model, found: Plan, most: int) -> int:
         engine = Engine(network, replace(found, gradient_accumulation_steps=1), max_grad_norm=1.0)
         try:
             low, high = found.micro_batch_size, most
-            assert _runs(engine, model, low)
+            if not _runs(engine, model, low):
+                return 0
             while high - low > 1:
                 middle = (low + high) // 2
                 low, high = (middle, high) if _runs(engine, model, middle) else (low, middle)
@@ -226,6 +227,7 @@ def _runs(engine: Engine, model: Model, size: int) -> bool:
     except Exception as error:
         if "memory" not in str(error):
             raise
+        print(f"    {model.name}, batch {size}: {str(error)[:300]}", flush=True)
         engine.zero_grad()
         gc.collect()
         torch.cuda.empty_cache()

@@ -32,7 +32,15 @@ from offload.memory import MemoryMeter
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
-from offload.setup import FEEDING_CORES, check_can_run, close_at_exit, explained, move_buffers, update_threads
+from offload.setup import (
+    FEEDING_CORES,
+    check_can_run,
+    close_at_exit,
+    explained,
+    grow_segments,
+    move_buffers,
+    update_threads,
+)
 from offload.slots import SlotRings
 from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
@@ -94,6 +102,7 @@ class Engine:
     def _attach(self) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device = self.plan, self.device
+        grow_segments(device)
         units = partition(self.model, plan.placements)
         modules = dict(self.model.named_modules())
         if missing := [path for path in plan.recompute if path not in modules]:

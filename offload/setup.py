@@ -52,6 +52,18 @@ def check_can_run(plan: Plan) -> None:
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
 
 
+def grow_segments(device: torch.device) -> None:
+    """Let the caching allocator grow its segments: then it reserves hardly more than is allocated, as plans expect.
+
+    What PYTORCH_ALLOC_CONF says of it stands.
+    """
+    said = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if device.type == "cuda" and "expandable_segments" not in said:
+        # Older PyTorch has only the second name.
+        settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (settings or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+
+
 def explained(error: BaseException) -> OffloadError | None:
     """A sentence where the model gets in the way of streaming; None for the model's own errors."""
     text = str(error)

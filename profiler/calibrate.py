@@ -23,11 +23,12 @@ from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-SECONDS, GRIDS_SECONDS = 48.0, 10.0
+SECONDS, GRIDS_SECONDS = 46.0, 22.0
 """What everything may take; and what the grids may take where the rest, which comes first, left less."""
-IMPORTANT_SECONDS, GRID_SECONDS, LEAST_GRID_SECONDS = 3.5, 6.0, 0.3
-"""What one grid may take, one of the important ones at the beginning, or another: then the rest of its points, which
-come in a random order, is left out."""
+IMPORTANT_SECONDS = {"matmul": 3.0, "attention_causal": 8.0, "attention_masked": 4.0, "attention": 4.0}
+"""What the grids at the beginning may take, by kind: each kernel of attention takes part of a second to be loaded."""
+GRID_SECONDS, LEAST_GRID_SECONDS = 6.0, 0.3
+"""What another grid may take: then the rest of its points, which come in a random order, is left out."""
 SHARE = 4.0
 """A grid may take so many times what would be left for each, as most need less."""
 UPDATE_BYTES = (4e6, 64e6, 1e9)
@@ -54,7 +55,7 @@ def calibrate(say: Say = lambda _: None, seconds: float = SECONDS) -> Calibratio
         session.measure_updates()
         end = max(end, time.perf_counter() + GRIDS_SECONDS)
         for grid in important_grids():
-            session.measure(grid, IMPORTANT_SECONDS)
+            session.measure(grid, IMPORTANT_SECONDS[grid.name.partition("/")[0]])
         waiting = list(other_grids())
         while waiting:
             share = SHARE * (end - time.perf_counter()) / len(waiting)
