@@ -118,6 +118,9 @@ def test_files_hold_sixteen_bytes_a_parameter_and_its_weight():
     held = deepspeed_held(parameters, setup(3, NVME, NVME), 1)
     assert held.nvme_bytes == 16 * (large + 1000) + 2 * large
     assert deepspeed_held(parameters, setup(3, HOST, HOST), 1).nvme_bytes == 0
+    tied = [replace(parameters[0], aliases=("head.weight",)), *parameters[1:]]
+    built = deepspeed_held(tied, setup(3, NVME, NVME, zero_init=True), 1)
+    assert built.nvme_bytes == held.nvme_bytes + 2 * parameters[0].elements
 
 
 def test_more_swap_buffers_take_more_host_memory_and_overlap_more():

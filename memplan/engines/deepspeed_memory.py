@@ -273,5 +273,9 @@ def _files(z: Sizes, s: DeepSpeedSetup) -> int:
     """Of one rank: masters, moments and fp32 gradients, and weights."""
     w = s.precision.weight_bytes
     state = sum(n for n in z.groups if n * FP32 >= SWAPPABLE_BYTES) if s.optimizer is Tier.NVME else 0
-    weights = sum(n for n in z.partitions if n * w >= SWAPPABLE_BYTES) if s.parameters is Tier.NVME else 0
+    weights = 0
+    if s.parameters is Tier.NVME:
+        weights = sum(n for n in (*z.partitions, *z.frozen) if n * w >= SWAPPABLE_BYTES)
+        # Under zero.Init a tied parameter is built, and written, under both of its names.
+        weights += -(-z.shared // s.gpus) * s.zero_init
     return ADAM_TENSORS * FP32 * state + w * weights
