@@ -17,7 +17,6 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from offload import contents as unit_contents
 from offload import hooks
@@ -39,6 +38,7 @@ from offload.setup import (
     explained,
     grow_segments,
     move_buffers,
+    moved,
     update_threads,
 )
 from offload.slots import SlotRings
@@ -387,13 +387,7 @@ class Engine:
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
-        return tree_map(self._move, batch)
-
-    def _move(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        dtype = torch.bfloat16 if self.plan.precision is Precision.BF16 and leaf.is_floating_point() else None
-        return leaf.to(device=self.device, dtype=dtype, non_blocking=True)
+        return moved(batch, self.device, self.plan.precision)
 
     def _tell_now(self, unit: str) -> None:
         now = time.monotonic()

@@ -5,10 +5,11 @@ import os
 import threading
 import weakref
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
@@ -73,6 +74,16 @@ def explained(error: BaseException) -> OffloadError | None:
             f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"
         )
     return None
+
+
+def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
+    """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+
+    def move(leaf: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if precision is Precision.BF16 and leaf.is_floating_point() else None
+        return leaf.to(device=device, dtype=dtype, non_blocking=True)
+
+    return tree_map_only(torch.Tensor, move, batch)
 
 
 def move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
