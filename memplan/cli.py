@@ -20,7 +20,7 @@ from memplan.api import profile_for
 from memplan.configs.deepspeed import ds_config
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
-from memplan.explained import explained
+from memplan.explanation import explanation_of
 from memplan.machine import Machine, describe, detect, parse_nvme
 from memplan.profile_page import write_profile_page
 from memplan.quick_rates import rates_of
@@ -142,7 +142,7 @@ def plan(
     (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
     console.print(show.plan_tables(found))
     if explain or html is not None:
-        shown = explained(profiled, machine, rates, found)
+        shown = explanation_of(profiled, machine, rates, found)
         if explain:
             console.print(timeline_view(shown, console.width), highlight=False)
         if html is not None:
