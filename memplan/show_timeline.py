@@ -46,8 +46,8 @@ class Cell(NamedTuple):
 def timeline_view(shown: Explanation, width: int) -> RenderableType:
     """The step, what bounds it, and what would move it, in at most ``width`` columns."""
     name_width = 3 + max(len(lane_name(lane)) for lane in shown.busy_seconds)
-    figures = SHARE_WIDTH + max(len(format_seconds(busy)) for busy in shown.busy_seconds.values())
-    cells = max(1, width - name_width - (figures if width >= NARROW else 0))
+    figures_width = SHARE_WIDTH + _seconds_width(shown) if width >= NARROW else 0
+    cells = max(1, width - name_width - figures_width)
     t = shown.timeline
     drawn = _bars(shown, name_width, cells) if t is None else _chart(shown, t, name_width, cells)
     rows = [_title(shown), Text(), *drawn, *([] if t is None else [Text(), *_legend(t, width)])]
@@ -110,9 +110,13 @@ def _row(shown: Explanation, lane: str, name_width: int, cells: Text) -> Text:
     bounds = lane == shown.busiest
     style = f"bold {BUSIEST_COLOUR}" if bounds else ""
     name = f"{'▶' if bounds else ' '} {lane_name(lane)}"[: name_width - 1].ljust(name_width)
-    longest = max(len(format_seconds(seconds)) for seconds in shown.busy_seconds.values())
-    figures = f"{busy / shown.seconds:>{SHARE_WIDTH - 1}.0%} {format_seconds(busy):>{longest}}"
+    figures = f"{busy / shown.seconds:>{SHARE_WIDTH - 1}.0%} {format_seconds(busy):>{_seconds_width(shown)}}"
     return Text.assemble((name, style), cells, (figures, style))
+
+
+def _seconds_width(shown: Explanation) -> int:
+    """Of the longest lane's seconds."""
+    return max(len(format_seconds(busy)) for busy in shown.busy_seconds.values())
 
 
 def _height(cell: Cell) -> str:
