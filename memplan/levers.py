@@ -42,7 +42,7 @@ class Lever:
     def sentence(self) -> str:
         """``with 16 GiB more host memory: 1.4 x (0.82 s a step)``."""
         what = " the samples a second" if self.larger_batch else ""
-        digits = 1 if self.speedup >= 1.095 else 2
+        digits = 0 if self.speedup >= 99.5 else 1 if self.speedup >= 1.095 else 2
         return f"with {self.change}: {self.speedup:.{digits}f} x{what} ({format_seconds(self.step_seconds)} a step)"
 
 

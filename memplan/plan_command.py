@@ -13,7 +13,7 @@ from memplan.api import profile_for
 from memplan.configs.files import NOTES, block_classes_of, configurations
 from memplan.described import find_machine
 from memplan.errors import PlanningError
-from memplan.explained import explained
+from memplan.explanation import explanation_of
 from memplan.from_config import GivenConfig, Verdict, judge
 from memplan.inputs import saved_profile
 from memplan.machine import Machine
@@ -99,7 +99,7 @@ def plan(
         found = planned_for(source, there, batch_size, precision, engine, rates)
         console.print(show.plan_tables(found.plan))
     if explain or html is not None:
-        shown = explained(found.profile, found.machine, found.rates, found.plan)
+        shown = explanation_of(found.profile, found.machine, found.rates, found.plan)
         if explain:
             console.print(timeline_view(shown, console.width), highlight=False)
         if html is not None:

@@ -1,6 +1,6 @@
 """A step as a timeline in the terminal: one row a lane, a cell as high as the lane is busy in its share of the time."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from math import floor, log10
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from memplan.explained import Explained
+from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
 from memplan.pipeline import LANES, Span, Timeline
 from memplan.step_words import (
@@ -26,7 +26,7 @@ from memplan.step_words import (
 HEIGHTS = " ▁▂▃▄▅▆▇"
 """No full block at the end: rows stay apart."""
 LENGTHS = " ▏▎▍▌▋▊▉█"
-FIGURES_WIDTH = 15
+SHARE_WIDTH = 7
 NARROW = 48
 """Below so many columns there is no room for figures."""
 TICK_CELLS = 8
@@ -43,10 +43,11 @@ class Cell(NamedTuple):
     """Of what takes most of it; "" where nothing does."""
 
 
-def timeline_view(shown: Explained, width: int) -> RenderableType:
+def timeline_view(shown: Explanation, width: int) -> RenderableType:
     """The step, what bounds it, and what would move it, in at most ``width`` columns."""
     name_width = 3 + max(len(lane_name(lane)) for lane in shown.busy_seconds)
-    cells = max(1, width - name_width - (FIGURES_WIDTH if width >= NARROW else 0))
+    figures_width = SHARE_WIDTH + _seconds_width(shown) if width >= NARROW else 0
+    cells = max(1, width - name_width - figures_width)
     t = shown.timeline
     drawn = _bars(shown, name_width, cells) if t is None else _chart(shown, t, name_width, cells)
     rows = [_title(shown), Text(), *drawn, *([] if t is None else [Text(), *_legend(t, width)])]
@@ -60,7 +61,7 @@ def timeline_view(shown: Explained, width: int) -> RenderableType:
 
 def lane_cells(spans: Sequence[Span], seconds: float, count: int) -> list[Cell]:
     """One lane's spans, which lie between 0 and ``seconds``, as so many cells of equal time."""
-    kinds: list[Counter[str]] = [Counter() for _ in range(count)]
+    kinds: list[dict[str, float]] = [defaultdict(float) for _ in range(count)]
     width = seconds / count
     for span in spans:
         kind = kind_of(span)
@@ -70,17 +71,17 @@ def lane_cells(spans: Sequence[Span], seconds: float, count: int) -> list[Cell]:
             part = min(span.end_seconds, (at + 1) * width) - max(span.start_seconds, at * width)
             if part > 0:
                 kinds[at][kind] += part / width
-    return [Cell(min(1.0, sum(k.values())), k.most_common(1)[0][0] if k else "") for k in kinds]
+    return [Cell(min(1.0, sum(k.values())), max(k, key=k.__getitem__, default="")) for k in kinds]
 
 
 def tick_seconds(seconds: float, count: int) -> float:
     """From one tick of the axis to the next: 1, 2 or 5 times a power of ten."""
     least = seconds * TICK_CELLS / count
-    power = 10.0 ** floor(log10(least))
+    power = float(10 ** floor(log10(least)))
     return next((factor * power for factor in (1, 2, 5) if factor * power >= least), 10 * power)
 
 
-def _chart(shown: Explained, timeline: Timeline, name_width: int, count: int) -> list[Text]:
+def _chart(shown: Explanation, timeline: Timeline, name_width: int, count: int) -> list[Text]:
     """Phases above, a row a lane, the axis below."""
     margin = " " * name_width
     spans = within_step(timeline)
@@ -93,7 +94,7 @@ def _chart(shown: Explained, timeline: Timeline, name_width: int, count: int) ->
     return [*rows, Text.assemble(margin, (_axis(timeline.seconds, count), "dim"))]
 
 
-def _bars(shown: Explained, name_width: int, count: int) -> list[Text]:
+def _bars(shown: Explanation, name_width: int, count: int) -> list[Text]:
     """A row a lane, as long as it is busy: there is no order in time."""
     rows = []
     for lane in LANES:
@@ -104,12 +105,18 @@ def _bars(shown: Explained, name_width: int, count: int) -> list[Text]:
     return rows
 
 
-def _row(shown: Explained, lane: str, name_width: int, cells: Text) -> Text:
+def _row(shown: Explanation, lane: str, name_width: int, cells: Text) -> Text:
     busy = shown.busy_seconds[lane]
     bounds = lane == shown.busiest
     style = f"bold {BUSIEST_COLOUR}" if bounds else ""
     name = f"{'▶' if bounds else ' '} {lane_name(lane)}"[: name_width - 1].ljust(name_width)
-    return Text.assemble((name, style), cells, (f" {busy / shown.seconds:>5.0%} {format_seconds(busy):>8}", style))
+    figures = f"{busy / shown.seconds:>{SHARE_WIDTH - 1}.0%} {format_seconds(busy):>{_seconds_width(shown)}}"
+    return Text.assemble((name, style), cells, (figures, style))
+
+
+def _seconds_width(shown: Explanation) -> int:
+    """Of the longest lane's seconds."""
+    return max(len(format_seconds(busy)) for busy in shown.busy_seconds.values())
 
 
 def _height(cell: Cell) -> str:
@@ -142,7 +149,7 @@ def _axis(seconds: float, count: int) -> str:
     return row.ljust(count)
 
 
-def _title(shown: Explained) -> Text:
+def _title(shown: Explanation) -> Text:
     how = "rows are as long" if shown.timeline is None else "cells are as high"
     return Text.assemble(
         (f"one step, {format_seconds(shown.seconds)}", "bold"), (f"; {how} as their lane is busy", "dim")

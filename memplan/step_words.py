@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from memplan.explained import Explained
+from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
 from memplan.pipeline import Span, Timeline
 
@@ -117,7 +117,7 @@ def overlap_seconds(intervals: Sequence[Interval], spans: Iterable[Span]) -> flo
     return found
 
 
-def sentences(shown: Explained) -> list[str]:
+def sentences(shown: Explanation) -> list[str]:
     """What bounds the step, and how long the GPU waits for whom."""
     lane, whole = shown.busiest, shown.seconds
     busy = shown.busy_seconds[lane]
@@ -140,7 +140,7 @@ def sentences(shown: Explained) -> list[str]:
     return [*said, f"{text}."]
 
 
-def lever_lines(shown: Explained) -> list[str]:
+def lever_lines(shown: Explanation) -> list[str]:
     """What would move the step."""
     if not shown.levers:
         return ["Nothing that was tried gains 3 %: more memory, more GPUs, a larger batch, each part twice as fast."]

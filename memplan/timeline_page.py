@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import plotly.graph_objects as go
 
-from memplan.explained import Explained
+from memplan.explanation import Explanation
 from memplan.formatting import format_bytes, format_seconds
 from memplan.page import cell, chart_html, document, figure_of, table_html
 from memplan.pipeline import LANES, Span, Timeline
@@ -60,12 +60,12 @@ class Bar(NamedTuple):
         return f"{first} .. {last} ({count}), {self.kind}" if count > 1 else f"{first} {self.kind}".strip()
 
 
-def write_timeline_page(shown: Explained, out: Path) -> None:
+def write_timeline_page(shown: Explanation, out: Path) -> None:
     """Write the page."""
     out.write_text(timeline_page(shown), encoding="utf-8")
 
 
-def timeline_page(shown: Explained) -> str:
+def timeline_page(shown: Explanation) -> str:
     """The page as markup."""
     plan, p = shown.plan, shown.plan.prediction
     between = p.step_seconds_range
@@ -119,7 +119,7 @@ def _joins(bar: Bar, following: Bar, finest: float) -> bool:
     return bar.kind == following.kind and following.end_seconds - bar.start_seconds < finest
 
 
-def step_chart(shown: Explained, timeline: Timeline) -> go.Figure:
+def step_chart(shown: Explanation, timeline: Timeline) -> go.Figure:
     """Lanes below each other, time from left to right, the phases shaded."""
     scale, unit = _scale(timeline.seconds)
     bars = bars_of(timeline)
@@ -178,7 +178,7 @@ def _hover(bar: Bar) -> str:
     return f"<b>{escape(bar.name)}</b><br>{lane_name(bar.lane)}, {times}<br>takes {format_seconds(bar.busy_seconds)}"
 
 
-def lane_chart(shown: Explained) -> go.Figure:
+def lane_chart(shown: Explanation) -> go.Figure:
     """Busy seconds by lane, where there is no order in time."""
     scale, unit = _scale(shown.seconds)
     lanes = [lane for lane in LANES if lane in shown.busy_seconds]
@@ -197,7 +197,7 @@ def lane_chart(shown: Explained) -> go.Figure:
     return _lane_axis(figure, shown, lanes)
 
 
-def _lane_axis(figure: go.Figure, shown: Explained, lanes: Sequence[str]) -> go.Figure:
+def _lane_axis(figure: go.Figure, shown: Explanation, lanes: Sequence[str]) -> go.Figure:
     """Names and busy shares of the lanes, the first one on top, the busiest in colour."""
     names = []
     for lane in lanes:
@@ -226,7 +226,7 @@ def _made(plan: Plan) -> str:
     return f"{plan.gpus} x {plan.device}, {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
 
 
-def _lanes(shown: Explained) -> str:
+def _lanes(shown: Explanation) -> str:
     rows = (
         [cell(lane_name(lane)), _figure(format_seconds(busy)), _figure(f"{busy / shown.seconds:.1%}")]
         for lane, busy in shown.busy_seconds.items()

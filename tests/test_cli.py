@@ -164,6 +164,19 @@ def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000
 
 
+def test_plan_explains_its_step_in_the_terminal_and_on_a_page(model: Path, tmp_path: Path) -> None:
+    done = memplan("plan", model, *TIERS, "--nvme", f"{tmp_path / 'swap'}:64MiB", "--explain", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("The bottleneck is ", "share its cores", "what would move it", "with a CPU twice as fast: "):
+        assert text in done.stdout
+    machine = ("--gpus", 1, "--gpu-memory", "1GiB", "--host-memory", "1GiB")
+    done = memplan("plan", model, *machine, "--explain", "--html", "step.html", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("forward", "╵0 ", "▶ compute", "The bottleneck is compute", "written: step.html"):
+        assert text in done.stdout
+    assert "Memory by phase" in (tmp_path / "step.html").read_text()
+
+
 def test_nothing_fits_ends_with_3_and_the_change_it_names_makes_it_fit(model: Path, tmp_path: Path) -> None:
     done = memplan("plan", model, "--gpu-memory", "60KiB", "--host-memory", "8MiB", folder=tmp_path)
     assert done.returncode == 3

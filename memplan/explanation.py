@@ -12,7 +12,7 @@ from profiler.profile import ModelProfile
 
 
 @dataclass(frozen=True)
-class Explained:
+class Explanation:
     """A plan, its step as it is expected to go, and what would make it faster."""
 
     plan: Plan
@@ -37,6 +37,6 @@ class Explained:
         return max(busy, key=busy.__getitem__)
 
 
-def explained(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> Explained:
+def explanation_of(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> Explanation:
     """All of it; ``profile``, ``machine`` and ``rates`` are those that the plan was made with."""
-    return Explained(plan, timeline_of(profile, machine, rates, plan), levers(profile, machine, rates, plan))
+    return Explanation(plan, timeline_of(profile, machine, rates, plan), levers(profile, machine, rates, plan))
