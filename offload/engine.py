@@ -45,12 +45,14 @@ from offload.slots import SlotRings
 from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
 from offload.streams import Lane
-from offload.unit import check_model, partition
+from offload.unit import check_model, check_trainable, partition
 from offload.updater import ClipFactor, UnitUpdate, Updater
 from offload.weights import WeightMover, WeightReference, send_away
 
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
+HOLDERS = ("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_prefetcher", "_inputs", "_guard")
+"""What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
 
 class Engine:
@@ -230,7 +232,7 @@ class Engine:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
-        self._check_trainable()
+        check_trainable(state.unit for state in self.states)
         self._micro_batch = 0
         self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
         updates = []
@@ -304,7 +306,8 @@ class Engine:
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
         try:
-            self.finish()
+            if self._closers:
+                self.finish()
         finally:
             self._release()
 
@@ -322,6 +325,8 @@ class Engine:
                 self._closers.pop()()
             except BaseException as error:  # noqa: BLE001 - raised below
                 failed = failed or error
+        for name in HOLDERS:
+            vars(self).pop(name, None)
         if failed is not None:
             raise failed
 
@@ -377,13 +382,6 @@ class Engine:
         """All gradients of a unit are there: without inputs that need one, its backward is over."""
         if name not in self._bounded and name != self._root:
             self._mover.unuse(name)
-
-    def _check_trainable(self) -> None:
-        for state in self.states:
-            for field in state.unit.fields:
-                if field.parameter.requires_grad != field.trainable:
-                    change = "frozen" if field.trainable else "unfrozen"
-                    raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""

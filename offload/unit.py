@@ -1,12 +1,12 @@
 """Unit: the parameters that move together, and their place in one flat buffer."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from offload.errors import PlanError
+from offload.errors import OffloadError, PlanError
 from offload.plan import Placement, Plan
 from offload.residency import ALIGN_ELEMENTS, UnitShape, aligned
 
@@ -65,6 +65,15 @@ def check_model(plan: Plan, model: nn.Module) -> None:
                 f"{first} is {list(there) if there else 'not'} in the plan and "
                 f"{list(here) if here else 'not'} in the model. Make a plan for this model."
             )
+
+
+def check_trainable(units: Iterable[Unit]) -> None:
+    """Raise OffloadError where a parameter was frozen or unfrozen since the units were made."""
+    for unit in units:
+        for field in unit.fields:
+            if field.parameter.requires_grad != field.trainable:
+                change = "frozen" if field.trainable else "unfrozen"
+                raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
 
 def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, ...]:

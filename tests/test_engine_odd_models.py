@@ -1,8 +1,10 @@
 """Models and loops that are legal PyTorch and easy to get wrong: each trains as it would without the engine."""
 
 import copy
+import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -281,3 +283,17 @@ def test_what_the_engine_can_not_do_is_refused(how: str) -> None:
                 engine.backward(engine(tokens))
                 engine.step()
                 engine.backward(early)
+
+
+def test_a_closed_engine_holds_nothing_even_while_somebody_keeps_a_loss():
+    model = GPT()
+    engine = Engine(model, plan_for(model, ((G, H, H),)))
+    loss = engine(batches(1)[0])
+    engine.backward(loss)
+    engine.step()
+    held = [weakref.ref(state) for state in engine.states]
+    engine.close()
+    engine.close()
+    gc.collect()
+    assert loss.grad_fn is not None
+    assert [state() for state in held] == [None] * len(held)
