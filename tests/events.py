@@ -54,8 +54,10 @@ class Clock:
 class Stream:
     """Does what it is given one after another, each behind signals of others; ``spans`` are (label, start, end)."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, link: "Stream | None" = None) -> None:
         self.clock = clock
+        self.link = link
+        """What does the work for several streams, in the order in which they come to it."""
         self.last = Signal(happened=True)
         """Of everything that it was given so far."""
         self.spans: list[tuple[str, float, float]] = []
@@ -80,7 +82,10 @@ class Stream:
         yield before
         yield from after
         start = self.clock.now
-        yield seconds
+        if self.link is not None and seconds > 0:
+            yield self.link.give(seconds, label)
+        else:
+            yield seconds
         if ends_after is not None:
             yield ends_after
         if self.clock.now > start:
@@ -105,8 +110,8 @@ class Done:
 class Worker:
     """A thread that does jobs in order, on a stream of its own."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.stream = clock, Stream(clock)
+    def __init__(self, clock: Clock, link: Stream | None = None) -> None:
+        self.clock, self.stream = clock, Stream(clock, link)
         self._last = Signal(happened=True)
 
     def submit(self, job: Process, after: Sequence[Done] = ()) -> Done:

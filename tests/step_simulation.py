@@ -98,7 +98,9 @@ class _Engine:
         self.by_name = {u.shape.name: u for u in self.units}
         self.clock = clock = Clock()
         self.compute, self.disk, self.cores = Stream(clock), Stream(clock), Stream(clock)
-        self.up, self.down, self.update = Worker(clock), Worker(clock), Worker(clock)
+        self.down, self.update = Worker(clock), Worker(clock)
+        self.link_up = Stream(clock)
+        self.up, self.mirror = Worker(clock, self.link_up), Worker(clock, self.link_up)
         capacity = slot_counts(shapes, places, work.buckets)
         self.rings = {size: [_Slot() for _ in range(count)] for size, count in capacity.items()}
         self.slot_of: dict[str, _Slot] = {}
@@ -130,7 +132,7 @@ class _Engine:
         assert len(self.ends) == steps, "the threads wait for each other"
         lanes = {
             "compute": self.compute,
-            "host_to_device": self.up.stream,
+            "host_to_device": self.link_up,
             "device_to_host": self.down.stream,
             "nvme": self.disk,
             "cpu_update": self.cores,
@@ -380,7 +382,7 @@ class _Engine:
         promise = unit.promise
         if mirrored(unit.place):
             seconds = self._gradient_bytes(unit) / self.work.up_rate * self.up_update
-            copied = self.up.copy(seconds, unit.label, [begun])
+            copied = self.mirror.copy(seconds, unit.label, [begun])
             self.clock.start(self._follow(promise, copied))
             return
         if unit.place.parameters is Tier.NVME:
