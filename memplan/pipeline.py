@@ -231,7 +231,7 @@ class _Pipeline:
             there = np.maximum(self.norm_known, self.landed[u])
             late = off & ~self.grad_off[u]
             sending = w.gradient_bytes[u] / w.down_rate
-            sent = self._do("device_to_host", self.norm_known, sending, late, f"{name} gradient")
+            sent = self._do("device_to_host", self.staging, sending, late, f"{name} gradient")
             there = np.where(late, _chunk_by_chunk(sent - sending, sent, seconds, chunks), there)
             if self.on_disk.any():
                 begun, read = self._stream_state(u)

@@ -100,7 +100,7 @@ class _Engine:
         self.compute, self.disk, self.cores = Stream(clock), Stream(clock), Stream(clock)
         self.down, self.update = Worker(clock), Worker(clock)
         self.link_up = Stream(clock)
-        self.up, self.mirror = Worker(clock, self.link_up), Worker(clock, self.link_up)
+        self.up, self.returns = Worker(clock, self.link_up), Worker(clock, self.link_up)
         capacity = slot_counts(shapes, places, work.buckets)
         self.rings = {size: [_Slot() for _ in range(count)] for size, count in capacity.items()}
         self.slot_of: dict[str, _Slot] = {}
@@ -316,7 +316,7 @@ class _Engine:
         else:
             assert unit.landed is not None
             seconds = self._gradient_bytes(unit) / self.work.up_rate * self.up_backward
-            yield from self._wait(self.up.copy(seconds, unit.label, [slot, unit.landed]))
+            yield from self._wait(self.returns.copy(seconds, unit.label, [slot, unit.landed]))
 
     def _land(self, unit: _Unit) -> None:
         here = Done(self.compute.last, enqueued=True)
@@ -382,7 +382,7 @@ class _Engine:
         promise = unit.promise
         if mirrored(unit.place):
             seconds = self._gradient_bytes(unit) / self.work.up_rate * self.up_update
-            copied = self.mirror.copy(seconds, unit.label, [begun])
+            copied = self.returns.copy(seconds, unit.label, [begun])
             self.clock.start(self._follow(promise, copied))
             return
         if unit.place.parameters is Tier.NVME:
