@@ -130,6 +130,17 @@ class StepWork:
         w = self.precision.weight_bytes
         return [extent_bytes(self.sharding.parameters(s.elements), w, self.buckets) for s in self.shapes]
 
+    @cached_property
+    def update_chunks(self) -> list[int]:
+        """In which a unit's state is updated."""
+        return [max(1, -(-n // self.buckets.update_elements)) for n in self.state_elements]
+
+    @cached_property
+    def weight_chunks(self) -> list[int]:
+        """In which a unit's weights come from disk."""
+        size = self.buckets.update_elements
+        return [max(1, -(-self.sharding.parameters(s.elements) // size)) for s in self.shapes]
+
     # Seconds
 
     @cached_property

@@ -125,17 +125,18 @@ class Engine:
             unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
             send_away(state, nan)  # so that the model's own copy goes unit by unit
 
-        self._up, self._down, self._update_lane = (
-            self._lane(name, threads) for name, threads in (("up", 1), ("down", 1), ("update", update_threads(device)))
-        )
+        # Fetches wait for updates and for slots. What returns to the device, updated weights that live there and partial
+        # sums of gradients, must not wait behind them.
+        self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
+        self._update_lane = self._lane("update", update_threads(device))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
         self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
-        self._gradients = GradientCollector(self.states, plan, device, self._down, self._up, self._complete)
+        self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns, self._complete)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
-        self._updater = Updater(plan.precision, self._update_lane, self._down, self._up, self.store, update_ring)
+        self._updater = Updater(plan.precision, self._update_lane, self._down, self._returns, self.store, update_ring)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
@@ -269,7 +270,7 @@ class Engine:
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
         return {
-            "host_to_device": self._up.bytes_moved + self._inputs.fetched_bytes,
+            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + self._inputs.fetched_bytes,
             "device_to_host": self._down.bytes_moved + self._inputs.sent_bytes,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,

@@ -19,7 +19,7 @@ from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for
 from tests.test_engine_equals_pytorch import assert_same, train_plainly, train_through_tiers
 
 
-@pytest.mark.parametrize("slow", ["up", "down", "update", "disk", "everything"])
+@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "disk", "everything"])
 @pytest.mark.parametrize("kind", [GPT, LoopingGPT])
 def test_slow_transfers_change_nothing(
     slow: str, kind: type[GPT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
