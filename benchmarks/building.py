@@ -13,7 +13,7 @@ LARGE = 1 << 20
 """From this many elements on, values are copied from a pattern instead of drawn."""
 
 
-class _QuickValues(TorchDispatchMode):
+class QuickValues(TorchDispatchMode):
     """Large tensors that a model initialises get evenly spread values of a period; to draw them all takes minutes."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class _QuickValues(TorchDispatchMode):
 def build_real(configuration: Configuration) -> nn.Module:
     """The model on the CPU, the same values every time."""
     torch.manual_seed(0)
-    with _QuickValues():
+    with QuickValues():
         return configuration.build().train()
 
 

@@ -7,15 +7,15 @@ plan = memplan.plan(profile, machine=memplan.detect())
 engine, optimizer, loader, scheduler = memplan.initialize(model, plan=plan)
 """
 
-from memplan.api import initialize, plan
+from memplan.api import initialize, plan, profile
+from memplan.described import describe, find_machine
 from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
-from memplan.machine import Machine, describe, detect
+from memplan.machine import Machine, detect
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Plan
 from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
-from profiler.run import profile_model as profile
 
 __all__ = [
     "Engine",
@@ -30,6 +30,7 @@ __all__ = [
     "ProfilerError",
     "describe",
     "detect",
+    "find_machine",
     "initialize",
     "plan",
     "profile",

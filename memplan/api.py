@@ -1,6 +1,7 @@
 """The library's two verbs that are more than a name: plan a profile, initialize an engine."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,35 @@ from memplan.quick_rates import rates_of
 from memplan.rates import Rates
 from memplan.search import plan as search_plan
 from memplan.units import units_of
+from offload.chunked_loss import in_chunks
 from offload.engine import Engine
-from offload.plan import Plan, Precision
+from offload.plan import Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.device import find_device
 from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
-from profiler.run import profile_source
+from profiler.run import profile_model, profile_source
+
+
+@wraps(profile_model)
+def profile(*args: Any, **kwargs: Any) -> ModelProfile:
+    """As the profiler's, with the loss in chunks too, where the engine can compute it so."""
+    return profile_model(*args, **{"chunked": in_chunks, **kwargs})
 
 
 def plan(
-    profile: ModelProfile, machine: Machine | None = None, batch_size: int | None = None, rates: Rates | None = None
+    profile: ModelProfile,
+    machine: Machine | None = None,
+    batch_size: int | None = None,
+    rates: Rates | None = None,
+    target: Target = Target.MEMPLAN,
 ) -> Plan:
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
     ``batch_size`` is the samples of one optimizer step, by default those of the profile on every GPU; the precision is
     the profile's. ``rates`` are by default those of the machine's calibration, or measured in about two seconds where
-    it is here.
-    Raises NothingFits, and PlanningError for a precision that the engine does not train in.
+    it is here. ``target`` is the engine that will train. Raises NothingFits, and PlanningError for a
+    precision that the engine does not train in.
     """
     machine = machine or detect()
     if profile.precision not in {*Precision}:
@@ -41,7 +53,7 @@ def plan(
     precision = Precision(profile.precision)
     size = profile.batch_size * machine.gpus if batch_size is None else batch_size
     rates = rates or rates_of(machine, precision)
-    found = search_plan(profile, machine, rates, batch_size=size, precision=precision)
+    found = search_plan(profile, machine, rates, batch_size=size, precision=precision, target=target)
     problems = audit(found, units_of(profile))
     assert not problems, problems
     return found
@@ -61,7 +73,12 @@ def profile_for(
         device = None
     size = max(1, batch_size // machine.gpus)
     return profile_source(
-        source, size, precision.value, device=device, calibration=rates.kernels if device is not None else None
+        source,
+        size,
+        precision.value,
+        device=device,
+        calibration=rates.kernels if device is not None else None,
+        chunked=in_chunks,
     )
 
 

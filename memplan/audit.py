@@ -4,21 +4,36 @@ The arithmetic is written apart from ``offload.residency`` on purpose: a mistake
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
 
 from memplan.formatting import format_bytes
-from offload.plan import Placement, Plan, Precision, Tier
+from offload.plan import Placement, Plan, Precision, Target, Tier
 from offload.residency import UnitShape
 
 PAGE = 4096
 
 
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank has of one unit, in elements."""
+
+    name: str
+    placement: Placement
+    weights: int
+    gradients: int
+    state: int
+    whole_weights: int
+    whole_trained: int
+    largest: int
+
+
 def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     """What does not add up, one sentence each; empty for a sound plan.
 
-    ``shapes`` are the units of the model, in any order. Plans for several GPUs are checked against their budget only:
-    each rank then holds shards, which the placements do not show.
+    ``shapes`` are the units of the model, in any order. The bytes of plans for other engines than memplan's are checked
+    against their budget only: they are not unit by unit.
     """
     known = {s.name: s for s in shapes}
     problems = [f"unit {p.unit!r} of the plan is not in the model" for p in plan.placements if p.unit not in known]
@@ -26,25 +41,47 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     problems += [f"unit {s.name!r} of the model is not in the plan" for s in shapes if s.name not in placed]
     if problems:
         return problems
-    if plan.gpus == 1:
-        units = [(known[p.unit], p) for p in plan.placements]
-        host, nvme = _host_bytes(plan, units), _nvme_bytes(plan, units)
-        problems += _differs("host", host, plan.prediction.host_bytes)
-        problems += _differs("nvme", nvme, plan.prediction.nvme_bytes)
-        state = _gpu_state_bytes(plan, units)
-        if state > plan.prediction.gpu_peak_bytes:
+    expected = plan.prediction
+    if plan.target is Target.MEMPLAN:
+        ranks = [_rank(plan, known[p.unit], p) for p in plan.placements]
+        of_node = plan.gpus // plan.nodes
+        host = of_node * (_host_bytes(plan, ranks) + _checkpoint_bytes(plan))
+        problems += _differs("host", host, expected.host_bytes)
+        problems += _differs("nvme", of_node * _nvme_bytes(plan, ranks), expected.nvme_bytes)
+        state = _gpu_state_bytes(plan, ranks)
+        if state > expected.gpu_peak_bytes:
             problems.append(
                 f"model state on the gpu takes {format_bytes(state)}, more than the predicted peak of "
-                f"{format_bytes(plan.prediction.gpu_peak_bytes)}"
+                f"{format_bytes(expected.gpu_peak_bytes)}"
             )
     for tier, used, budget in (
-        ("gpu", plan.prediction.gpu_peak_bytes, plan.budget.gpu_bytes),
-        ("host", plan.prediction.host_bytes, plan.budget.host_bytes),
-        ("nvme", plan.prediction.nvme_bytes, plan.budget.nvme_bytes),
+        ("gpu", max(expected.gpu_peak_bytes, expected.gpu_upper_bytes), plan.budget.gpu_bytes),
+        ("host", expected.host_bytes, plan.budget.host_bytes),
+        ("nvme", expected.nvme_bytes, plan.budget.nvme_bytes),
     ):
         if used > budget:
             problems.append(f"the {tier} tier holds {format_bytes(used)}, over its budget of {format_bytes(budget)}")
     return problems
+
+
+def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
+    """ZeRO's stages divide state, then gradients, then weights, over the ranks that share one copy."""
+    parts = [(plan.shard_gpus or plan.gpus) if plan.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    return _Rank(
+        shape.name,
+        placement,
+        weights=ceil(shape.elements / parts[2]),
+        gradients=ceil(shape.trainable_elements / parts[1]),
+        state=ceil(shape.trainable_elements / parts[0]),
+        whole_weights=shape.elements,
+        whole_trained=shape.trainable_elements,
+        largest=shape.largest_elements,
+    )
+
+
+def _checkpoint_bytes(plan: Plan) -> int:
+    """Of the activations that wait on the host: what is left of the host's bytes beside the model's state."""
+    return plan.prediction.phases.get("host", {}).get("checkpoints", 0) // (plan.gpus // plan.nodes)
 
 
 def _differs(tier: str, counted: int, predicted: int) -> list[str]:
@@ -62,20 +99,20 @@ def _pages(size: int) -> int:
     return ceil(size / PAGE) * PAGE
 
 
-def _host_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int:
+def _host_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     weight, rest = _sizes(plan.precision)
     total = largest_update = largest_read = 0
-    for shape, p in units:
-        trained, chunk = shape.trainable_elements, min(shape.trainable_elements, plan.buckets.update_elements)
+    for r in ranks:
+        p, chunk = r.placement, min(r.state, plan.buckets.update_elements)
         extents = []
         if p.parameters is Tier.HOST:
-            extents.append(shape.elements * weight)
+            extents.append(r.weights * weight)
         elif p.parameters is Tier.GPU and p.optimizer in (Tier.HOST, Tier.NVME):
-            extents.append(trained * weight)  # the host's copy of the weights it updates
+            extents.append(r.state * weight)  # the host's copy of the weights it updates
         if p.gradients is Tier.HOST:
-            extents.append(trained * weight)
+            extents.append(r.gradients * weight)
         if p.optimizer is Tier.HOST:
-            extents.append(trained * rest)
+            extents.append(r.state * rest)
         total += sum(map(_pages, extents))
         brought = []
         if p.optimizer is not Tier.GPU and p.gradients is Tier.GPU:
@@ -83,20 +120,20 @@ def _host_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int
         if p.optimizer is Tier.NVME:
             brought.append(chunk * rest)
         if p.parameters is Tier.NVME:
-            read = min(shape.elements, plan.buckets.update_elements) * weight
-            brought.append(read if trained else 0)
+            read = min(r.weights, plan.buckets.update_elements) * weight
+            brought.append(read if r.state else 0)
             largest_read = max(largest_read, _pages(read))
         largest_update = max(largest_update, sum(map(_pages, brought)))
     return total + 3 * largest_update + 3 * largest_read
 
 
-def _nvme_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int:
+def _nvme_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     weight, rest = _sizes(plan.precision)
     chunk, total = plan.buckets.update_elements, 0
-    for shape, p in units:
+    for r in ranks:
         for on_disk, elements, size in (
-            (p.optimizer is Tier.NVME, shape.trainable_elements, rest),
-            (p.parameters is Tier.NVME, shape.elements, weight),
+            (r.placement.optimizer is Tier.NVME, r.state, rest),
+            (r.placement.parameters is Tier.NVME, r.weights, weight),
         ):
             if on_disk:
                 whole, part = divmod(elements, chunk)
@@ -104,16 +141,24 @@ def _nvme_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int
     return total
 
 
-def _gpu_state_bytes(plan: Plan, units: Sequence[tuple[UnitShape, Placement]]) -> int:
+def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     """What stays, the slots through which the others pass, and the largest gradient on its way."""
     weight, rest = _sizes(plan.precision)
-    elements = 0
-    for shape, p in units:
-        elements += weight * shape.elements * (p.parameters is Tier.GPU or not shape.name)
-        elements += weight * shape.trainable_elements * (p.gradients is Tier.GPU)
-        elements += rest * shape.trainable_elements * (p.optimizer is Tier.GPU)
-    passing = sorted(s.elements for s, p in units if p.parameters is not Tier.GPU and s.name)
-    gathering = sorted(s.trainable_elements for s, p in units if p.gradients is not Tier.GPU)
-    slots = sum(size * min(len(list(alike)), plan.buckets.prefetch_units + 1) for size, alike in groupby(passing))
-    slots += sum(size * min(len(list(alike)), 2) for size, alike in groupby(gathering))
-    return elements + weight * (slots + max((s.largest_elements for s, _ in units), default=0))
+    elements, ring = 0, plan.buckets.prefetch_units + 1
+    for r in ranks:
+        elements += weight * r.weights * (r.placement.parameters is Tier.GPU or not r.name)
+        elements += weight * r.gradients * (r.placement.gradients is Tier.GPU)
+        elements += rest * r.state * (r.placement.optimizer is Tier.GPU)
+    slots = _rings([r.weights for r in ranks if r.placement.parameters is not Tier.GPU and r.name], ring)
+    slots += _rings([r.gradients for r in ranks if r.placement.gradients is not Tier.GPU], 2)
+    if plan.gpus > 1:
+        slots += min(sum(r.whole_trained for r in ranks), plan.buckets.reduce_elements)
+        if plan.zero_stage == 3:
+            slots += _rings([r.whole_weights for r in ranks if r.name], ring)
+            slots += sum(r.whole_weights for r in ranks if not r.name)
+    return elements + weight * (slots + max((r.largest for r in ranks), default=0))
+
+
+def _rings(sizes: Sequence[int], places: int) -> int:
+    """Elements of slots that units of one size share."""
+    return sum(size * min(len(list(alike)), places) for size, alike in groupby(sorted(sizes)))

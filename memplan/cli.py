@@ -1,13 +1,12 @@
 """The command line: reads words, calls the library, turns errors into sentences and exit codes.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 3 nothing fits, 130 interrupted.
+Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
 """
 
 import os
 import sys
 from dataclasses import replace
 from datetime import datetime
-from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -15,27 +14,34 @@ import typer
 from rich.console import Console
 
 from memplan import show
-from memplan.api import plan as make_plan
-from memplan.api import profile_for
-from memplan.configs.deepspeed import ds_config
+from memplan.calibrate.here import save_cached
+from memplan.calibrate.run import calibrate as measure_rates
+from memplan.described import find_machine
+from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
-from memplan.explanation import explanation_of
-from memplan.machine import Machine, describe, detect, parse_nvme
+from memplan.lint.command import lint
+from memplan.options import (
+    DEFAULT_BATCH_SIZE,
+    SHOWN,
+    BatchSize,
+    File,
+    GpuMemory,
+    HostMemory,
+    PrecisionOption,
+    Seq,
+)
+from memplan.plan_command import plan as plan_command
+from memplan.plan_command import planned_for, remark
 from memplan.profile_page import write_profile_page
-from memplan.quick_rates import rates_of
-from memplan.rates import Rates
 from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
-from memplan.show_timeline import timeline_view
-from memplan.timeline_page import write_timeline_page
-from memplan.train import INTERRUPTED, TrainingOptions, default_precision, prepare_run
+from memplan.show_rates import rates_tables
+from memplan.train import INTERRUPTED, TrainingOptions, prepare_run
 from memplan.train import train as run_training
 from offload.errors import OffloadError, PlanError
-from offload.plan import Plan, Precision
-from profiler.calibrate import calibrate as measure_rates
-from profiler.contract import ModelSource
+from offload.plan import Plan
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
 from profiler.measure import check_measurable, measure_step
@@ -48,7 +54,6 @@ from tui import watch as watch_run
 from tui.errors import RunError
 
 TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
-DEFAULT_BATCH_SIZE = 8
 
 app = typer.Typer(
     help="Training models that do not fit: profile, plan, train with offload, watch.",
@@ -59,21 +64,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-SHOWN = {"rich_help_panel": "What is shown and written"}
 TIMED = {"rich_help_panel": "On a GPU"}
 PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
-
-File = Annotated[Path, typer.Argument(help="A Python file with the model (docs/model-file.md), or a config.json.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]
-Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (or samples of audio) in the batch.")]
-PrecisionOption = Annotated[
-    Precision | None,
-    typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
-]
-Gpus = Annotated[int | None, typer.Option(help="GPUs to plan for, if not those of this machine.")]
-GpuMemory = Annotated[str | None, typer.Option(help="Memory of one GPU that training may use, like 24GiB.")]
-HostMemory = Annotated[str | None, typer.Option(help="Host memory that training may use, like 64GiB.")]
-Nvme = Annotated[str | None, typer.Option(metavar="DIR[:SIZE]", help="A directory on a fast disk, and how much of it.")]
 
 
 @app.command()
@@ -118,42 +110,6 @@ def profile(
 
 
 @app.command()
-def plan(
-    file: File,
-    batch_size: BatchSize = DEFAULT_BATCH_SIZE,
-    seq: Seq = None,
-    gpus: Gpus = None,
-    gpu_memory: GpuMemory = None,
-    host_memory: HostMemory = None,
-    nvme: Nvme = None,
-    precision: PrecisionOption = None,
-    out: Annotated[Path, typer.Option(help="Where plan.json and ds_config.json go.")] = Path(),
-    explain: Annotated[
-        bool, typer.Option("--explain", help="Print a step as a timeline, and what would make it faster.", **SHOWN)
-    ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with the timeline here.", **SHOWN)] = None,
-) -> None:
-    """What to do about it on this machine, or on one you describe."""
-    out.mkdir(parents=True, exist_ok=True)
-    machine = describe(detect(), gpus, gpu_memory, host_memory, nvme)
-    found, profiled, rates = _plan(load_source(file, seq), machine, batch_size, precision)
-    found.save(out / "plan.json")
-    config, notes = ds_config(found)
-    (out / "ds_config.json").write_text(dumps(config, indent=2) + "\n")
-    console.print(show.plan_tables(found))
-    if explain or html is not None:
-        shown = explanation_of(profiled, machine, rates, found)
-        if explain:
-            console.print(timeline_view(shown, console.width), highlight=False)
-        if html is not None:
-            write_timeline_page(shown, html)
-            console.print(f"written: {html}", highlight=False)
-    for note in notes:
-        console.print(f"ds_config.json: {note}", highlight=False)
-    console.print(f"written: {out / 'plan.json'}, {out / 'ds_config.json'}")
-
-
-@app.command()
 def train(
     file: File,
     plan: Annotated[Path | None, typer.Option(help="A plan.json; without it a plan is made.")] = None,
@@ -195,12 +151,13 @@ def train(
             raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
         chosen = Plan.load(plan)
         if nvme is not None:
-            chosen = replace(chosen, nvme_dir=str(parse_nvme(nvme)[0]))
+            chosen = replace(chosen, nvme_dir=str(local_nvme(nvme)[0]))
     else:
         # This version trains on one GPU, however many are here.
-        machine = replace(describe(detect(), None, gpu_memory, host_memory, nvme), gpus=1)
+        machine = replace(find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme), gpus=1)
+        remark(machine)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen, *_ = _plan(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision)
+        chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision).plan
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
     options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
@@ -226,14 +183,18 @@ def report(
 
 @app.command()
 def calibrate(
-    out: Annotated[Path, typer.Option(help="Where the rates go.")] = Path("calibration.json"),
+    nvme: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A directory on the disk to measure; none is if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A copy to plan or profile with elsewhere.")] = None,
 ) -> None:
-    """Measure the rates of this machine's GPU, for `memplan profile --calibration`. Takes about a minute."""
-    found = measure_rates(lambda text: console.print(text, style="dim", highlight=False))
-    found.save(out)
-    for sentence in found.skipped:
-        console.print(sentence, style="yellow", highlight=False)
-    console.print(f"written: {out}", highlight=False)
+    """Measure this machine once, in under a minute: links, updates, disk, kernels. Plans made here then use that."""
+    found = measure_rates(nvme, lambda text: console.print(text, style="dim", highlight=False))
+    console.print(rates_tables(found))
+    console.print(f"written: {save_cached(found, nvme)}", highlight=False, soft_wrap=True)
+    if out is not None:
+        found.save(out)
+        console.print(f"written: {out}", highlight=False)
 
 
 @app.command()
@@ -247,14 +208,8 @@ def doctor(
         raise typer.Exit(TRAINING_FAILED)
 
 
-def _plan(
-    source: ModelSource, machine: Machine, batch_size: int, precision: Precision | None
-) -> tuple[Plan, ModelProfile, Rates]:
-    """The plan, and what it was made with."""
-    precision = precision or default_precision(machine.device)
-    rates = rates_of(machine, precision)
-    profiled = profile_for(source, machine, rates, batch_size, precision)
-    return make_plan(profiled, machine, batch_size, rates), profiled, rates
+app.command()(plan_command)
+app.command()(lint)
 
 
 def main() -> None:

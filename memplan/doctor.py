@@ -4,22 +4,20 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pynvml
 import torch
 
-from memplan.cgroup import memory_limit
+from memplan.disks import inspect
 from memplan.formatting import format_bytes
-from memplan.machine import memlock_bytes, nvml_handles, usable_cores
+from memplan.gpus import Gpu, HostLink, all_joined, cuda_driver, find_gpus
+from memplan.host import ROOT, NumaNode, host_memory, memlock_bytes, numa_nodes, usable_cores
 
 OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 10)
-IN_MEMORY = frozenset({"tmpfs", "ramfs"})
-NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "lustre", "ceph"})
 LITTLE_DISK_BYTES = 10 << 30
 SPARE_GPU_BYTES = 1 << 30
 """Of a GPU's memory, what driver and desktop hold without being in anyone's way."""
@@ -38,10 +36,25 @@ class Check:
     remedy: str | None = None
 
 
-def checks(nvme_dir: Path | None = None) -> list[Check]:
-    """Everything that can be told without changing anything; the disk is ``nvme_dir``'s, or that of temporary files."""
+def checks(nvme_dir: Path | None = None, *, nvml: Any = pynvml, root: Path = ROOT) -> list[Check]:
+    """Everything that can be told without changing anything; the disk is ``nvme_dir``'s, or that of temporary files.
+
+    ``nvml`` and ``root`` are for tests, as in ``memplan.machine.detect``.
+    """
     directory = nvme_dir if nvme_dir is not None else Path(tempfile.gettempdir())
-    return [*_software(), *_gpus(), *_memory(), *_cores(), *_disk(directory)]
+    gpus = find_gpus(nvml)
+    nodes = numa_nodes([gpu.bus_id for gpu in gpus], root)
+    driver = _driver(cuda_driver(nvml)) if gpus else _no_gpu()
+    return [
+        *_software(),
+        driver,
+        *(check for index, gpu in enumerate(gpus) for check in _gpu(index, gpu)),
+        *_between(gpus),
+        *_memory(root),
+        *_cores(),
+        *_numa(nodes),
+        *_disk(directory),
+    ]
 
 
 def _software() -> Iterator[Check]:
@@ -63,72 +76,93 @@ def _software() -> Iterator[Check]:
     )
 
 
-def _gpus() -> Iterator[Check]:
-    handles = nvml_handles()
-    if not handles:
-        if torch.version.cuda and not torch.cuda.is_available():
-            yield Check("GPU", "info", "PyTorch is built for CUDA, but no driver answers", "nvidia-smi")
-        else:
-            yield Check("GPU", "info", "none; the CPU is the compute device")
-        return
-    driver = int(_ask(pynvml.nvmlSystemGetCudaDriverVersion) or 0)
-    supported = f"{driver // 1000}.{driver % 1000 // 10}"
-    built = torch.version.cuda
+def _no_gpu() -> Check:
+    if torch.version.cuda and not torch.cuda.is_available():
+        return Check("GPU", "info", "PyTorch is built for CUDA, but no driver answers", "nvidia-smi")
+    return Check("GPU", "info", "none; the CPU is the compute device")
+
+
+def _driver(supported: str | None) -> Check:
+    built, name = torch.version.cuda, "CUDA driver"
     if built is None:
-        yield Check(
-            "CUDA driver",
-            "warn",
-            f"the driver runs CUDA {supported}, but PyTorch is built for the CPU only",
-            "pip install --force-reinstall torch",
-        )
-    elif not torch.cuda.is_available():
-        yield Check(
-            "CUDA driver",
-            "fail",
-            f"the driver runs CUDA {supported}, PyTorch is built for {built} and can not use it",
-            f"update the NVIDIA driver, or: pip install --force-reinstall torch --index-url "
-            f"https://download.pytorch.org/whl/cu{supported.replace('.', '')}",
-        )
-    else:
-        yield Check("CUDA driver", "ok", f"runs CUDA {supported}, PyTorch is built for {built}")
-    for index, handle in enumerate(handles):
-        yield from _gpu(index, handle)
+        detail = f"the driver runs CUDA {supported}, but PyTorch is built for the CPU only"
+        return Check(name, "warn", detail, "pip install --force-reinstall torch")
+    if torch.cuda.is_available():
+        return Check(name, "ok", f"runs CUDA {supported}, PyTorch is built for {built}")
+    remedy = "update the NVIDIA driver"
+    if supported is not None:
+        index = f"https://download.pytorch.org/whl/cu{supported.replace('.', '')}"
+        remedy += f", or: pip install --force-reinstall torch --index-url {index}"
+    detail = f"the driver runs CUDA {supported}, PyTorch is built for {built} and can not use it"
+    return Check(name, "fail", detail, remedy)
 
 
-def _gpu(index: int, handle: Any) -> Iterator[Check]:
-    memory = _ask(pynvml.nvmlDeviceGetMemoryInfo, handle)
-    name = f"GPU {index}"
-    if memory is not None:
-        taken = memory.used > SPARE_GPU_BYTES
+def _gpu(index: int, gpu: Gpu) -> Iterator[Check]:
+    if gpu.free_bytes is not None and gpu.total_bytes is not None:
+        taken = gpu.total_bytes - gpu.free_bytes > SPARE_GPU_BYTES
         yield Check(
-            f"{name} memory",
+            f"GPU {index} memory",
             "warn" if taken else "ok",
-            f"{_ask(pynvml.nvmlDeviceGetName, handle)}: {format_bytes(memory.free)} free of "
-            f"{format_bytes(memory.total)}" + (", the rest is in use by others" if taken else ""),
+            f"{gpu.name}: {format_bytes(gpu.free_bytes)} free of {format_bytes(gpu.total_bytes)}"
+            + (", the rest is in use by others" if taken else ""),
             "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv" if taken else None,
         )
-    now = _ask(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle)
-    most = _ask(pynvml.nvmlDeviceGetMaxPcieLinkWidth, handle)
-    if now is not None and most is not None:
-        narrow = now < most
-        yield Check(
-            f"{name} link",
-            "warn" if narrow else "ok",
-            f"PCIe x{now}, the card can do x{most}",
-            "move the card to a slot of full width; see: nvidia-smi topo -m" if narrow else None,
-        )
+    else:
+        yield Check(f"GPU {index} memory", "info", f"{gpu.name or 'it'} does not tell the driver: a slice of a GPU")
+    if gpu.link is not None and gpu.best_link is not None:
+        yield _link(index, gpu.link, gpu.best_link)
 
 
-def _memory() -> Iterator[Check]:
-    total, limit = int(psutil.virtual_memory().total), memory_limit()
+def _link(index: int, now: HostLink, most: HostLink) -> Check:
+    """Generations are those that card and slot can agree on: what an idle card runs at says nothing."""
+    status, remedy = "ok", None
+    if now.width < most.width:
+        status, remedy = "warn", "move the card to a slot of full width; see: nvidia-smi topo -m"
+    elif now.generation < most.generation:
+        status, remedy = "info", "a slot of the card's generation, if the board has one"
+    detail = f"PCIe {now.generation} x{now.width}, the card can do PCIe {most.generation} x{most.width}"
+    return Check(f"GPU {index} link", status, detail, remedy)
+
+
+def _between(gpus: Sequence[Gpu]) -> Iterator[Check]:
+    """What is between several GPUs."""
+    if len(gpus) < 2:
+        return
+    names = list(dict.fromkeys(str(gpu.name) for gpu in gpus))
+    if len(names) > 1:
+        yield Check("GPUs", "warn", f"of several kinds: {', '.join(names)}", "export CUDA_DEVICE_ORDER=PCI_BUS_ID")
+    if all_joined(gpus):
+        yield Check("NVLink", "ok", f"joins all {len(gpus)} GPUs, {min(gpu.nvlinks for gpu in gpus)} links each")
+        return
+    pairs = [f"{i}-{j}" for i, gpu in enumerate(gpus) for j in sorted(gpu.nvlink_peers) if i < j]
+    down = [str(i) for i, gpu in enumerate(gpus) if not gpu.nvlinks]
+    if pairs:
+        detail = f"joins GPUs {', '.join(pairs)} and not all"
+        yield Check("NVLink", "warn", detail, f"export CUDA_VISIBLE_DEVICES={pairs[0].replace('-', ',')}")
+    elif len(down) < len(gpus):
+        yield Check("NVLink", "warn", "is up and joins no two GPUs that are visible", "nvidia-smi topo -m")
+    else:
+        yield Check("NVLink", "info", "none: the GPUs talk over their host links")
+
+
+def _memory(root: Path) -> Iterator[Check]:
+    memory = host_memory(root)
+    total, limit = memory.total_bytes, memory.limit_bytes
     tight = limit is not None and limit < total
-    yield Check(
-        "Host memory",
-        "info" if tight else "ok",
-        f"{format_bytes(psutil.virtual_memory().available)} available of {format_bytes(total)}"
-        + (f"; the control group allows {format_bytes(limit)}" if tight and limit is not None else ""),
-        "raise the container's limit: docker run --memory, or resources.limits.memory" if tight else None,
-    )
+    detail = f"{format_bytes(memory.available_bytes)} available of {format_bytes(total)}"
+    remedy = None
+    if tight and limit is not None:
+        detail += f"; the control group allows {format_bytes(limit)}"
+        remedy = "raise the container's limit: docker run --memory, or resources.limits.memory"
+    if memory.offline_bytes:
+        detail += f"; {format_bytes(memory.offline_bytes)} more are offline"
+        remedy = (
+            remedy or "chmem --enable --verbose, or as root: echo online > /sys/devices/system/memory/memoryN/state"
+        )
+    elif memory.growth_bytes:
+        detail += f"; {format_bytes(memory.growth_bytes)} more may come as it is used"
+        remedy = remedy or "plan with it: memplan plan ... --host-memory SIZE"
+    yield Check("Host memory", "info" if remedy else "ok", detail, remedy)
     locked = memlock_bytes()
     # Only transfers to a GPU need pinned memory.
     short = locked is not None and locked < total // 2 and torch.cuda.is_available()
@@ -153,62 +187,53 @@ def _cores() -> Iterator[Check]:
     )
 
 
+def _numa(nodes: Sequence[NumaNode]) -> Iterator[Check]:
+    """Nothing to say of a host whose memory is all equally near."""
+    if len(nodes) < 2:
+        return
+    parts = [f"node {n.index}: {len(n.cores)} cores" + ("," + _gpu_list(n.gpus) if n.gpus else "") for n in nodes]
+    yield Check("NUMA", "info", "; ".join(parts))
+    for node in nodes:
+        if node.gpus and not node.cores:
+            yield Check(
+                f"NUMA node {node.index}",
+                "warn",
+                f"this process may use no core near{_gpu_list(node.gpus)}",
+                f"numactl --cpunodebind={node.index} --membind={node.index} memplan train ...",
+            )
+
+
+def _gpu_list(indices: Sequence[int]) -> str:
+    return f" GPU {', '.join(map(str, indices))}" if indices else ""
+
+
 def _disk(directory: Path) -> Iterator[Check]:
     if not directory.is_dir():
         yield Check("NVMe directory", "fail", f"{directory} is not a directory", f"mkdir -p {directory}")
         return
-    kind, free = _filesystem(directory), psutil.disk_usage(str(directory)).free
-    status, detail, remedy = "ok", f"{directory} is on {kind}", None
-    if kind in IN_MEMORY:
-        status, detail = "warn", f"{directory} is on {kind}: it takes host memory, not disk"
-    elif kind in NETWORK:
-        status, detail = "warn", f"{directory} is on {kind}: a network mount is slow"
-    if status == "warn":
-        remedy = "name a directory on a local disk: memplan plan ... --nvme DIR (see: df -hT)"
-    yield Check("NVMe file system", status, detail, remedy)
-    little = free < LITTLE_DISK_BYTES
-    yield Check(
-        "NVMe space",
-        "warn" if little else "ok",
-        f"{format_bytes(free)} free in {directory}",
-        f"du -xhd1 {directory} | sort -h" if little else None,
-    )
     try:
-        direct = _direct_io(directory)
+        disk = inspect(directory)
     except OSError as error:
         yield Check("NVMe access", "fail", f"{directory}: {error.strerror}", f"chmod u+rwx {directory}")
         return
+    other = "name a directory on a local disk: memplan plan ... --nvme DIR (see: df -hT)"
+    yield Check(
+        "NVMe file system",
+        "warn" if disk.trouble else "ok",
+        disk.trouble or f"{directory} is on {disk.filesystem}",
+        other if disk.trouble else None,
+    )
+    little = disk.free_bytes < LITTLE_DISK_BYTES
+    yield Check(
+        "NVMe space",
+        "warn" if little else "ok",
+        f"{format_bytes(disk.free_bytes)} free in {directory}",
+        f"du -xhd1 {directory} | sort -h" if little else None,
+    )
+    direct = disk.direct_io
     yield Check(
         "Direct I/O",
         "ok" if direct else "warn",
         f"works in {directory}" if direct else f"{directory} does not support it; reads go through the page cache",
         None if direct else "name a directory on ext4 or xfs: memplan plan ... --nvme DIR",
     )
-
-
-def _filesystem(directory: Path) -> str:
-    """Kind of the file system, by the longest mount point that the directory lies under."""
-    there = directory.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
-    return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else "an unknown file system"
-
-
-def _direct_io(directory: Path) -> bool:
-    """Whether a file can be opened past the page cache; raises OSError where none can be made."""
-    handle, name = tempfile.mkstemp(prefix=".memplan-doctor-", dir=directory)
-    os.close(handle)
-    try:
-        os.close(os.open(name, os.O_RDWR | os.O_DIRECT))
-    except (OSError, AttributeError):
-        return False
-    finally:
-        Path(name).unlink()
-    return True
-
-
-def _ask(question: Callable[..., Any], *handle: Any) -> Any:
-    """NVML's answer; ``None`` where this GPU does not know."""
-    try:
-        return question(*handle)
-    except pynvml.NVMLError:
-        return None

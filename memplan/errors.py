@@ -27,6 +27,10 @@ class NothingFits(PlanningError):  # noqa: N818 - it reads as the sentence it is
         self.changes = changes
 
 
+class ConfigError(MemplanError):
+    """A configuration of another program can not be read; says where."""
+
+
 class RunDirectoryError(MemplanError):
     """A run's directory holds what must not be lost, or lacks what is needed."""
 

@@ -41,6 +41,9 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
         f"with {format_seconds(busy[lane])}."
     )
     said.append(problem.rates.source)
+    if best.counts.nvme_state and machine.disk is not None and machine.disk.trouble:
+        read, written = problem.rates.nvme_read_bytes_per_second, problem.rates.nvme_write_bytes_per_second
+        said.append(f"{machine.disk.trouble}: it reads {read / 1e9:.2f} GB/s and writes {written / 1e9:.2f} GB/s.")
     pinned = search.host_bytes(best.counts) if problem.device == "cuda" else 0
     if machine.memlock_bytes is not None and pinned > machine.memlock_bytes:
         said.append(

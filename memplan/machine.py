@@ -1,27 +1,33 @@
-"""The machine: what is there, or what a person describes.
+"""The machine that a plan is for, as data, and what is here now.
 
 Reserves, so that what is offered can really be had:
 
 - beside the allocator's memory the CUDA driver keeps ``CONTEXT_BYTES`` for each process;
-- the interpreter, the framework and its libraries take ``HOST_RESERVE_BYTES`` of host memory;
+- the interpreter, the framework and its libraries take ``HOST_RESERVE_BYTES`` of host memory in each process;
 - ``NVME_RESERVE_SHARE`` of a file system's free space is left to others;
-- where the CPU is the compute device, both memory tiers are cut from the same host memory.
+- where the CPU is the compute device, both memory tiers are cut from the same host memory;
+- a directory in memory (tmpfs) takes its bytes from the host tier.
 """
 
+import json
 import os
-import re
-import resource
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import psutil
 import pynvml
 import torch
 
-from memplan.cgroup import cpu_quota, memory_headroom
+from memplan.disks import Disk, Mounts, inspect
 from memplan.errors import MachineError
 from memplan.formatting import format_bytes
+from memplan.gpus import Gpu, HostLink, all_joined, find_gpus
+from memplan.host import ROOT, HostMemory, NumaNode, host_memory, memlock_bytes, numa_nodes, usable_cores
+from profiler.device import Device, find_device
+from profiler.errors import ProfilerError
 
+SCHEMA = "memplan.machine/1"
 CONTEXT_BYTES = 790_000_000
 """Measured beside the allocator on one H200."""
 HOST_RESERVE_BYTES = {"cuda": 1_800_000_000, "cpu": 500_000_000}
@@ -29,232 +35,239 @@ HOST_RESERVE_BYTES = {"cuda": 1_800_000_000, "cpu": 500_000_000}
 NVME_RESERVE_SHARE = 0.05
 CPU_STAGING_SHARE = 1 / 16
 """Of the host memory, kept as host tier where the CPU computes and nobody said how to cut it."""
-
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgtp])(i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
+UNEVEN_SHARE = 0.9
+"""GPUs with less than this of the others' free memory are worth a remark."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory and processors that a plan may use."""
+    """The memory and processors that a plan may use: one node, or several alike."""
 
     device: str
     """``cuda``, or ``cpu``: the GPU tier is then a budget of ordinary memory."""
     gpus: int
+    """Of all nodes together."""
     gpu_name: str | None
     gpu_bytes: int
     """Bytes that training may hold on each GPU."""
     host_bytes: int
-    """Bytes of host memory that training may hold beside the interpreter and the framework."""
+    """Bytes of one node's memory that training may hold beside the interpreter and the framework."""
     nvme_dir: Path | None
     nvme_bytes: int
+    """Of one node."""
     memlock_bytes: int | None
     """How much this user may lock in memory; ``None``: no limit."""
-    cores: int
+    cores: int | None
+    """Of one node, those that this process may use; ``None``: nobody said."""
     described: bool = False
     """The GPUs are not here: nothing can be measured or run on them."""
     context_bytes: int = 0
     """Taken off the memory of a described GPU for the driver's context."""
     nodes: int = 1
-    """Machines that work together; ``gpus`` is of all of them."""
+    """Machines alike that work together; ``gpus`` is of all of them."""
+    link: HostLink | None = None
+    """Between a GPU and its host: the slowest. ``None``: not known, or no GPU."""
+    nvlink: float | None = None
+    """Bytes per second that a GPU can send over NVLink, where it joins all GPUs of a node; else ``None``."""
+    numa_nodes: tuple[NumaNode, ...] = ()
+    """Of this host; none where the system does not tell, or the machine is described."""
+    disk: Disk | None = None
+    """What ``nvme_dir`` is on, where that is here."""
+    nvme_bytes_per_second: float | None = None
+    """Of a described disk, reading and writing."""
+    host_growth_bytes: int | None = 0
+    """Host memory that may come as memory is used, beyond ``host_bytes``; ``None``: not known."""
+    remarks: tuple[str, ...] = ()
+    """What a person should know who plans with this machine, in sentences."""
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs that share a host."""
+        return self.gpus // self.nodes
+
+    @property
+    def known_device(self) -> Device | None:
+        """What is known of such a GPU; ``None`` for one that nobody described, a slice of one, and the CPU."""
+        try:
+            return None if self.gpu_name is None else find_device(self.gpu_name)
+        except ProfilerError:
+            return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"schema": SCHEMA, **json.loads(json.dumps(asdict(self), default=str))}
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "the machine file") -> "Machine":
+        """What ``to_dict`` wrote; raises MachineError, naming ``source``, for anything else."""
+        if not isinstance(data, dict) or not str(data.get("schema")).startswith(SCHEMA.partition("/")[0] + "/"):
+            raise MachineError(f"{source} describes no machine; memplan calibrate writes one that does")
+        if data["schema"] != SCHEMA:
+            raise MachineError(
+                f"{source} is a machine file from another version: {data['schema']}, and this version reads {SCHEMA}; "
+                "write it again with this one's memplan calibrate"
+            )
+        try:
+            machine = _from_fields({name: value for name, value in data.items() if name != "schema"})
+            assert machine.nodes >= 1 and machine.gpus >= 1 and machine.gpus % machine.nodes == 0
+        except (TypeError, ValueError, KeyError, AssertionError) as error:
+            raise MachineError(f"{source} was changed so that it describes no machine any more: {error}") from error
+        return machine
 
 
-def detect(nvme_dir: Path | None = None) -> Machine:
+def detect(nvme_dir: Path | None = None, *, nvml: Any = pynvml, root: Path = ROOT) -> Machine:
     """What is here now; ``nvme_dir`` offers a directory as the NVMe tier.
 
-    Raises MachineError for a directory of no use. A machine without a CUDA GPU is one whose compute device is the CPU.
+    ``nvml`` and ``root`` are for tests: who is asked about GPUs, and where /sys is. Raises MachineError for a directory
+    of no use. A machine without a CUDA GPU is one whose compute device is the CPU.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    host = max(0, _available_host_bytes() - HOST_RESERVE_BYTES[device])
-    if device == "cuda":
-        names, free = zip(*(_gpu(i) for i in range(torch.cuda.device_count())), strict=True)
-        gpus, gpu_name, gpu_bytes = len(free), names[0], max(0, min(free) - CONTEXT_BYTES)
+    memory, remarks = host_memory(root), []
+    if torch.cuda.is_available():
+        found = _memory_known(find_gpus(nvml))
+        machine = _with_gpus(found, memory)
+        remarks += _gpu_remarks(found)
     else:
+        found = ()
+        host = max(0, memory.available_bytes - HOST_RESERVE_BYTES["cpu"])
         staging = int(host * CPU_STAGING_SHARE)
-        gpus, gpu_name, gpu_bytes, host = 1, None, host - staging, staging
-    machine = Machine(
+        machine = _plain("cpu", 1, host - staging, staging)
+    if memory.growth_bytes:
+        remarks.append(
+            f"Of this machine's memory {format_bytes(memory.available_bytes)} can be had now; "
+            f"{format_bytes(memory.growth_bytes)} more may come as it is used. Plan with it by --host-memory."
+        )
+    machine = replace(
+        machine,
+        numa_nodes=numa_nodes([gpu.bus_id for gpu in found], root),
+        host_growth_bytes=memory.growth_bytes,
+        remarks=tuple(remarks),
+    )
+    return with_directory(machine, nvme_dir, None) if nvme_dir is not None else machine
+
+
+def with_directory(machine: Machine, directory: Path, size: int | None, mounts: Mounts | None = None) -> Machine:
+    """``machine``, which is here, with ``size`` bytes of a directory as NVMe tier, by default what is free there.
+
+    Raises MachineError where that can not be.
+    """
+    disk = _disk(directory, mounts)
+    free = int(disk.free_bytes * (1 - NVME_RESERVE_SHARE))
+    if size is not None:
+        at_most("--nvme", size, free, f"free in {directory}")
+    if disk.in_memory:
+        total = machine.host_bytes + (machine.gpu_bytes if machine.device == "cpu" else 0)
+        size = min(free, total // 2) if size is None else size
+        machine = _without_host_memory(machine, size, directory)
+    return replace(
+        machine,
+        nvme_dir=disk.directory,
+        nvme_bytes=free if size is None else size,
+        disk=disk,
+        remarks=(*machine.remarks, *([f"{disk.trouble}."] if disk.trouble else [])),
+    )
+
+
+def at_most(what: str, wanted: int | None, present: int, where: str) -> None:
+    """Raises MachineError where more is wanted than is present."""
+    if wanted is not None and wanted > present:
+        raise MachineError(f"{what} asks for {format_bytes(wanted)}, more than the {format_bytes(present)} {where}")
+
+
+def _plain(device: str, gpus: int, gpu_bytes: int, host_bytes: int) -> Machine:
+    return Machine(
         device=device,
         gpus=gpus,
-        gpu_name=gpu_name,
+        gpu_name=None,
         gpu_bytes=gpu_bytes,
-        host_bytes=host,
+        host_bytes=host_bytes,
         nvme_dir=None,
         nvme_bytes=0,
         memlock_bytes=memlock_bytes(),
         cores=usable_cores(),
     )
-    return _with_nvme(machine, nvme_dir, None) if nvme_dir is not None else machine
 
 
-def describe(
-    base: Machine,
-    gpus: int | None = None,
-    gpu_memory: str | int | None = None,
-    host_memory: str | int | None = None,
-    nvme: str | None = None,
-) -> Machine:
-    """``base`` with what a person says instead; raises MachineError where that can not be.
+def _memory_known(found: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """CUDA's own answers where NVML gave none, or sees other GPUs than CUDA: slices of a GPU."""
+    if len(found) == torch.cuda.device_count() and all(gpu.free_bytes is not None for gpu in found):
+        return tuple(found)
+    gpus = []
+    for i in range(torch.cuda.device_count()):
+        known = found[i] if len(found) == torch.cuda.device_count() else Gpu.unknown()
+        free, total = torch.cuda.mem_get_info(i)
+        gpus.append(replace(known, name=torch.cuda.get_device_name(i), free_bytes=free, total_bytes=total))
+    return tuple(gpus)
 
-    Sizes are those of ``parse_bytes``, ``nvme`` is ``DIR[:SIZE]``. More GPUs than are here describe another machine:
-    ``gpu_memory`` is then the size of the card, of which the driver's context takes its part. On GPUs that are here,
-    and on the CPU, it is a budget for training and may not exceed what is free.
-    """
-    gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    host_bytes = None if host_memory is None else parse_bytes(host_memory, "--host-memory")
-    if gpus is not None and gpus < 1:
-        raise MachineError(f"--gpus is {gpus}; it must be at least 1")
-    if gpu_bytes == 0:
-        raise MachineError("--gpu-memory is 0; training needs some memory to compute in")
-    if gpus is not None and (base.device == "cpu" or gpus > base.gpus):
-        machine = _describe_gpus(base, gpus, gpu_bytes, host_bytes)
-    elif base.device == "cpu":
-        machine = _cut_host_memory(base, gpu_bytes, host_bytes)
-    else:
-        _at_most("--gpu-memory", gpu_bytes, base.gpu_bytes, f"free on each {base.gpu_name}")
-        _at_most("--host-memory", host_bytes, base.host_bytes, "that can be had here")
-        machine = replace(
-            base,
-            gpus=gpus or base.gpus,
-            gpu_bytes=base.gpu_bytes if gpu_bytes is None else gpu_bytes,
-            host_bytes=base.host_bytes if host_bytes is None else host_bytes,
+
+def _with_gpus(found: Sequence[Gpu], memory: HostMemory) -> Machine:
+    free = min(gpu.free_bytes or 0 for gpu in found)
+    reserve = HOST_RESERVE_BYTES["cuda"] * len(found)
+    machine = _plain("cuda", len(found), max(0, free - CONTEXT_BYTES), max(0, memory.available_bytes - reserve))
+    machine = replace(machine, gpu_name=found[0].name)
+    links = [gpu.link for gpu in found if gpu.link is not None]
+    known = machine.known_device
+    link = min(links, key=lambda link: link.bytes_per_second, default=None)
+    if link is not None and known is not None:
+        link = replace(link, c2c_bytes_per_second=known.c2c_bytes_per_second)
+    # The speed that NVML tells is that of the signals; the maker's is what is left for data.
+    speeds = [gpu.nvlink_bytes_per_second for gpu in found] + [known.nvlink_bytes_per_second if known else None]
+    nvlink = min((speed for speed in speeds if speed is not None), default=None) if all_joined(found) else None
+    return replace(machine, link=link, nvlink=nvlink)
+
+
+def _gpu_remarks(found: Sequence[Gpu]) -> list[str]:
+    said = []
+    names = list(dict.fromkeys(gpu.name for gpu in found if gpu.name))
+    if len(names) > 1:
+        said.append(
+            f"The GPUs are of several kinds ({', '.join(names)}); all count as the first, with the least memory."
         )
-    return machine if nvme is None else _with_nvme(machine, *parse_nvme(nvme))
-
-
-def parse_bytes(text: str | int, what: str = "size") -> int:
-    """Bytes from ``24GiB`` (2^30 each), ``24G`` (the same, as tools of the field mean it), ``24GB`` (10^9), ``24``.
-
-    Fractions are cut to whole bytes. Raises MachineError, naming ``what``.
-    """
-    if isinstance(text, int):
-        if text < 0:
-            raise MachineError(f"{what} is {text}; a size can not be negative")
-        return text
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise MachineError(f"{what} is {text!r}; write a size such as 24GiB, 24GB, 512MiB or a number of bytes")
-    number, prefix, suffix = match.groups()
-    power = " kmgtp".index(prefix.lower()) if prefix else 0
-    unit = (1000 if suffix is not None and suffix.lower() == "b" else 1024) ** power
-    whole, _, fraction = number.partition(".")
-    return (int(whole + fraction) * unit) // 10 ** len(fraction)
-
-
-def parse_nvme(text: str) -> tuple[Path, int | None]:
-    """Directory and size from ``DIR[:SIZE]``; the size is ``None`` where it is left out. Raises MachineError."""
-    directory, colon, size = text.rpartition(":")
-    if not colon:
-        return Path(text), None
-    if not directory:
-        raise MachineError(f"--nvme is {text!r}; write DIR or DIR:SIZE")
-    try:
-        return Path(directory), parse_bytes(size, "the size in --nvme")
-    except MachineError:
-        if Path(text).is_dir():  # a directory whose name has a colon
-            return Path(text), None
-        raise
-
-
-def memlock_bytes() -> int | None:
-    """The limit on locked memory, ``None`` where there is none."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    return None if soft == resource.RLIM_INFINITY else soft
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and the quota of its control group."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota()
-    return allowed if quota is None else max(1, min(allowed, int(quota)))
-
-
-def nvml_handles() -> list[pynvml.c_nvmlDevice_t]:
-    """NVML's handles of the GPUs that CUDA_VISIBLE_DEVICES leaves, in CUDA's order; none where there is no driver."""
-    try:
-        pynvml.nvmlInit()
-        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if chosen is None:
-            return [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [
-            pynvml.nvmlDeviceGetHandleByIndex(int(entry))
-            if entry.strip().isdecimal()
-            else pynvml.nvmlDeviceGetHandleByUUID(entry.strip())
-            for entry in chosen.split(",")
-            if entry.strip() not in ("", "-1")
-        ]
-    except pynvml.NVMLError:
-        return []
-
-
-def _gpu(index: int) -> tuple[str, int]:
-    """Name and free bytes of one visible GPU: by NVML, which needs no context, or by CUDA where that is missing."""
-    handles = nvml_handles()
-    if index >= len(handles):
-        return torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[0]
-    try:
-        return pynvml.nvmlDeviceGetName(handles[index]), int(pynvml.nvmlDeviceGetMemoryInfo(handles[index]).free)
-    except pynvml.NVMLError:  # slices of a GPU do not answer
-        return torch.cuda.get_device_name(index), torch.cuda.mem_get_info(index)[0]
-
-
-def _available_host_bytes() -> int:
-    headroom = memory_headroom()
-    available = int(psutil.virtual_memory().available)
-    return available if headroom is None else min(available, headroom)
-
-
-def _host_memory_here(base: Machine) -> int:
-    return base.host_bytes + (base.gpu_bytes if base.device == "cpu" else 0)
-
-
-def _describe_gpus(base: Machine, gpus: int, gpu_bytes: int | None, host_bytes: int | None) -> Machine:
-    if gpu_bytes is None and base.device == "cpu":
-        raise MachineError(f"--gpus {gpus} describes GPUs that are not here: say how large each is, --gpu-memory 24GiB")
-    if gpu_bytes is not None and gpu_bytes <= CONTEXT_BYTES:
-        raise MachineError(
-            f"--gpu-memory is {format_bytes(gpu_bytes)}; the driver's context alone takes {format_bytes(CONTEXT_BYTES)}"
+    least, most = (pick((gpu.free_bytes or 0, i) for i, gpu in enumerate(found)) for pick in (min, max))
+    if least[0] < UNEVEN_SHARE * most[0]:
+        said.append(
+            f"GPU {least[1]} has {format_bytes(least[0])} free where GPU {most[1]} has {format_bytes(most[0])}; "
+            "every GPU is planned with the least. CUDA_VISIBLE_DEVICES leaves one out."
         )
-    return replace(
-        base,
-        device="cuda",
-        gpus=gpus,
-        gpu_bytes=base.gpu_bytes if gpu_bytes is None else gpu_bytes - CONTEXT_BYTES,
-        host_bytes=_host_memory_here(base) if host_bytes is None else host_bytes,
-        described=True,
-        context_bytes=CONTEXT_BYTES,
-    )
+    if len(found) > 1 and any(gpu.nvlinks for gpu in found) and not all_joined(found):
+        said.append("NVLink joins some of the GPUs and not all; they are planned as if it were not there.")
+    return said
 
 
-def _cut_host_memory(base: Machine, gpu_bytes: int | None, host_bytes: int | None) -> Machine:
-    """The CPU computes: two budgets of the same memory."""
-    if gpu_bytes is None and host_bytes is None:
-        return base
-    total = _host_memory_here(base)
-    advice = "that can be had here; add --gpus N to describe a machine with GPUs"
-    _at_most("--gpu-memory", gpu_bytes, total, advice)
-    _at_most("--host-memory", host_bytes, total, advice)
-    if gpu_bytes is None:
-        gpu_bytes = total - (host_bytes or 0)
-    if host_bytes is None:
-        host_bytes = total - gpu_bytes
-    _at_most("--gpu-memory and --host-memory together", gpu_bytes + host_bytes, total, advice)
-    return replace(base, gpu_bytes=gpu_bytes, host_bytes=host_bytes)
-
-
-def _at_most(what: str, wanted: int | None, present: int, where: str) -> None:
-    if wanted is not None and wanted > present:
-        raise MachineError(f"{what} asks for {format_bytes(wanted)}, more than the {format_bytes(present)} {where}")
-
-
-def _with_nvme(machine: Machine, directory: Path, size: int | None) -> Machine:
+def _disk(directory: Path, mounts: Mounts | None) -> Disk:
     if not directory.exists():
         raise MachineError(f"the NVMe directory {directory} does not exist; create it or name another")
     if not directory.is_dir():
         raise MachineError(f"the NVMe directory {directory} is not a directory")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise MachineError(f"the NVMe directory {directory} is not writable for this user")
-    stat = os.statvfs(directory)
-    free = int(stat.f_bavail * stat.f_frsize * (1 - NVME_RESERVE_SHARE))
-    if size == 0:
-        raise MachineError("the size in --nvme is 0; leave --nvme out to use no disk")
-    _at_most("--nvme", size, free, f"free in {directory}")
-    return replace(machine, nvme_dir=directory.resolve(), nvme_bytes=free if size is None else size)
+    try:
+        return inspect(directory.resolve(), mounts)
+    except OSError as error:
+        raise MachineError(f"the NVMe directory {directory} can not be used: {error.strerror}") from error
+
+
+def _without_host_memory(machine: Machine, size: int, directory: Path) -> Machine:
+    """Less host memory: ``size`` of it is what a directory in memory takes."""
+    where = f"of host memory, which is what {directory} takes"
+    if machine.device == "cuda":
+        at_most("--nvme", size, machine.host_bytes, where)
+        return replace(machine, host_bytes=machine.host_bytes - size)
+    total = machine.gpu_bytes + machine.host_bytes
+    at_most("--nvme", size, total, where)
+    host = machine.host_bytes * (total - size) // total if total else 0
+    return replace(machine, host_bytes=host, gpu_bytes=total - size - host)
+
+
+def _from_fields(fields: dict[str, Any]) -> Machine:
+    link, disk, directory = fields.get("link"), fields.get("disk"), fields.get("nvme_dir")
+    nodes = (NumaNode(n["index"], tuple(n["cores"]), n["memory_bytes"], tuple(n["gpus"])) for n in fields["numa_nodes"])
+    return Machine(
+        **{
+            **fields,
+            "nvme_dir": None if directory is None else Path(directory),
+            "link": None if link is None else HostLink(**link),
+            "disk": None if disk is None else Disk(**{**disk, "directory": Path(disk["directory"])}),
+            "numa_nodes": tuple(nodes),
+            "remarks": tuple(fields["remarks"]),
+        }
+    )

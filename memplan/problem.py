@@ -64,20 +64,20 @@ class Problem:
 
     def tables(self, sharding: Sharding, buckets: Buckets) -> ChainTables:
         """Bytes of every candidate of these."""
-        return self._once(
+        return self.once(
             ("tables", sharding, buckets), lambda: ChainTables(self.chain, buckets, self.precision, sharding)
         )
 
     def activations(self, way: Way) -> Activations:
         """Bytes beside the model's state."""
-        found = self._once(("activations", way), lambda: activations_of(self.profile, way, self.device))
+        found = self.once(("activations", way), lambda: activations_of(self.profile, way, self.device))
         assert found is not None  # families are made from what was profiled
         return found
 
     def passes(self, way: Way) -> PassSeconds:
         """Seconds of one micro-batch by unit."""
         paths = [s.name for s in self.shapes]
-        return self._once(("passes", way), lambda: pass_seconds(self.profile, paths, way, self.rates))
+        return self.once(("passes", way), lambda: pass_seconds(self.profile, paths, way, self.rates))
 
     def work(self, family: Family, buckets: Buckets) -> StepWork:
         """What one GPU does in a step of this family."""
@@ -112,7 +112,8 @@ class Problem:
                 for micro in self.micro_batch_sizes():
                     yield Family(sharding, Way(micro, recomputed, checkpoints, chunks), self.gpu_batch_size // micro)
 
-    def _once(self, key: object, make: Callable[[], T]) -> T:
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What ``make`` makes, kept under ``key``."""
         if key not in self._known:
             self._known[key] = make()
         return cast(T, self._known[key])

@@ -1,23 +1,29 @@
-"""The rates of a machine that nobody calibrated: the coarse ones measured in two seconds, or a reference."""
+"""The rates of a machine: calibrated, or the coarse ones measured in two seconds, or a reference."""
 
-import mmap
-import os
-import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from memplan.calibrate.compute import (
+    COPY_BYTES,
+    call_seconds,
+    device_bytes_per_second,
+    training_flops_per_second,
+)
+from memplan.calibrate.disk import store_rates
+from memplan.calibrate.here import facts_here, load_cached, without_disk
+from memplan.calibrate.parts import best_seconds
 from memplan.errors import MachineError
+from memplan.gpus import HostLink
 from memplan.machine import Machine
 from memplan.rates import Curve, Rates
+from offload.errors import TierError
 from offload.optimizer import AdamWStep, update_span
 from offload.plan import Precision
 from offload.residency import state_bytes
 from offload.state import carve_state, weight_dtype
+from profiler.device import find_device
 
 TRAINING_SHARE = 0.57
 """Share of the matmul ceiling that training reaches.
@@ -27,9 +33,10 @@ Measured on one H200: 3.21e9 parameters, 8 x 2048 tokens, every layer recomputed
 """
 REFERENCE_CALL_SECONDS = 89e-6
 """Measured on the same machine."""
-COPY_BYTES = 64 << 20
 UPDATE_ELEMENTS = 1 << 22
-IO_BYTES = 8 << 20
+DISK_BYTES = 128 << 20
+DISK_SECONDS = 0.2
+REFERENCE_GPU, REFERENCE_LINK = "H200", HostLink(generation=5, width=16)
 
 
 REFERENCE = Rates(
@@ -56,14 +63,67 @@ REFERENCE = Rates(
     collective=Curve.flat(50.9e9),
     inter_node_bytes_per_second=None,
     pinning_bytes_per_second=(1 << 30) / 0.05,
+    cpu_update_beside_streamed=0.55 / 0.34,
+    # Both together took 0.20 ns an element, of which the CPU did one each 0.55 ns.
+    streamed_update_beside_cpu=1 / (1 / 0.20 - 1 / 0.55) / 0.277,
     source="Rates are a reference, measured on one H200 (PCIe 5 x16) with 16 cores; the machine described may differ.",
     spread=0.5,
 )
 
 
 def rates_of(machine: Machine, precision: Precision) -> Rates:
-    """Measured where the machine is here, the reference where it is only described."""
-    return REFERENCE if machine.described else measure_rates(machine, precision)
+    """Those of a calibration of this machine; without one measured now; of a described machine the reference's."""
+    if machine.described:
+        return for_described(machine)
+    facts = facts_here(machine.nvme_dir)
+    if (calibrated := load_cached(facts)) is not None:
+        return calibrated
+    if machine.nvme_dir is not None and (calibrated := load_cached(without_disk(facts))) is not None:
+        read, write = _disk_rates(machine.nvme_dir)
+        return replace(calibrated, nvme_read_bytes_per_second=read, nvme_write_bytes_per_second=write)
+    return measure_rates(machine, precision)
+
+
+def for_described(machine: Machine) -> Rates:
+    """The reference, with what is known of the machine in proportion: its GPU, its links, its disk; pure.
+
+    Links reach the same share of what they can do in theory as the reference's does.
+    """
+    rates = _with_gpu(REFERENCE, machine)
+    if machine.link is not None:
+        faster = machine.link.bytes_per_second / REFERENCE_LINK.bytes_per_second
+        rates = replace(
+            rates,
+            host_to_device=rates.host_to_device.scaled(faster),
+            device_to_host=rates.device_to_host.scaled(faster),
+            # State that streams through the GPU is bound by the link.
+            streamed_update_seconds={p: s / faster for p, s in rates.streamed_update_seconds.items()},
+            collective=rates.collective.scaled(faster),
+        )
+    if machine.nvlink is not None:
+        share = REFERENCE.host_to_device.at(1) / REFERENCE_LINK.bytes_per_second
+        rates = replace(rates, collective=Curve.flat(machine.nvlink * share))
+    if (disk := machine.nvme_bytes_per_second) is not None:
+        rates = replace(rates, nvme_read_bytes_per_second=disk, nvme_write_bytes_per_second=disk)
+    return rates
+
+
+def _with_gpu(rates: Rates, machine: Machine) -> Rates:
+    own, known = machine.known_device, find_device(REFERENCE_GPU)
+    if own is None or own == known:
+        return rates
+    classes = {Precision.BF16: "bf16", Precision.AMP: "bf16", Precision.FP32: "fp32"}
+    memory = own.memory_bytes_per_second / known.memory_bytes_per_second
+    return replace(
+        rates,
+        compute_flops_per_second={
+            precision: rate * own.peak(classes[precision]) / known.peak(classes[precision])
+            for precision, rate in rates.compute_flops_per_second.items()
+        },
+        device_bytes_per_second=rates.device_bytes_per_second * memory,
+        gpu_update_seconds={p: seconds / memory for p, seconds in rates.gpu_update_seconds.items()},
+        source=f"{rates.source} Its arithmetic and memory are in the proportion that {own.name}'s maker states.",
+    )
 
 
 def measure_rates(machine: Machine, precision: Precision) -> Rates:
@@ -72,12 +132,9 @@ def measure_rates(machine: Machine, precision: Precision) -> Rates:
     # Without a directory nothing goes to disk, and no plan depends on its rates.
     read, write = REFERENCE.nvme_read_bytes_per_second, REFERENCE.nvme_write_bytes_per_second
     if machine.nvme_dir is not None:
-        try:
-            read, write = _disk_rates(machine.nvme_dir)
-        except OSError as error:
-            raise MachineError(f"the NVMe directory {machine.nvme_dir} can not be used: {error}") from error
+        read, write = _disk_rates(machine.nvme_dir)
     cpu_update = _update_seconds_per_element(precision)
-    memory = _device_memory_rate(machine.device)
+    memory = device_bytes_per_second(machine.device)
     gpu_update = cpu_update
     if machine.device == "cuda":
         # Weight, gradient and state are read, weight and state written.
@@ -85,9 +142,9 @@ def measure_rates(machine: Machine, precision: Precision) -> Rates:
     name = machine.gpu_name or f"{machine.cores} CPU cores"
     return replace(
         REFERENCE,
-        compute_flops_per_second={precision: _training_rate(machine.device, precision)},
+        compute_flops_per_second={precision: training_flops_per_second(machine.device, precision)},
         device_bytes_per_second=memory,
-        call_seconds=_call_seconds(machine.device),
+        call_seconds=call_seconds(machine.device),
         host_to_device=Curve.flat(to_device),
         device_to_host=Curve.flat(to_host),
         cpu_update_seconds={precision: cpu_update},
@@ -95,70 +152,18 @@ def measure_rates(machine: Machine, precision: Precision) -> Rates:
         nvme_read_bytes_per_second=read,
         nvme_write_bytes_per_second=write,
         collective=Curve.flat(min(to_device, to_host)),
-        source=f"Rates were measured on this machine ({name}) just now.",
+        source=f"Rates were measured on this machine ({name}) just now, in a hurry; memplan calibrate does it well.",
         spread=0.3,
     )
-
-
-def _best_seconds(work: Callable[[], object], device: str = "cpu", repeats: int = 3) -> float:
-    """The shortest of a few runs after a first one that warms up."""
-    wait = torch.cuda.synchronize if device == "cuda" else _nothing
-    work()
-    wait()
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _nothing() -> None:
-    """The CPU has no queue to wait for."""
-
-
-def _training_rate(device: str, precision: Precision) -> float:
-    """FLOPs a second of forward and backward of a transformer's feed-forward block, norm and activation included."""
-    tokens, width = (16384, 4096) if device == "cuda" else (1024, 384)
-    dtype = torch.float32 if precision is Precision.FP32 else torch.bfloat16
-    step = _block_step(tokens, width, device, dtype)
-    # Two matrices of width x 4 width; backward is twice the forward.
-    return 3 * 2 * tokens * 8 * width**2 / _best_seconds(step, device)
-
-
-def _call_seconds(device: str) -> float:
-    """Forward and backward of a module that is too small to take time by itself."""
-    modules = 4
-    return _best_seconds(_block_step(8, 16, device, torch.float32), device, repeats=20) / modules
-
-
-def _block_step(tokens: int, width: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """Forward and backward of a feed-forward block of four modules."""
-    layers = (nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-    block = nn.Sequential(*layers).to(device=device, dtype=dtype)
-    inputs = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
-    gradient = torch.ones_like(inputs)
-
-    def step() -> None:
-        block(inputs).backward(gradient)
-
-    return step
 
 
 def _copy_rates(device: str) -> tuple[float, float]:
     """Bytes a second from pinned host memory to the device, and back."""
     host = torch.empty(COPY_BYTES, dtype=torch.uint8, pin_memory=device == "cuda").zero_()
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
-    to_device = _best_seconds(lambda: there.copy_(host, non_blocking=True), device)
-    to_host = _best_seconds(lambda: host.copy_(there, non_blocking=True), device)
+    to_device = best_seconds(lambda: there.copy_(host, non_blocking=True), device)
+    to_host = best_seconds(lambda: host.copy_(there, non_blocking=True), device)
     return COPY_BYTES / to_device, COPY_BYTES / to_host
-
-
-def _device_memory_rate(device: str) -> float:
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source), device)
 
 
 def _update_seconds_per_element(precision: Precision) -> float:
@@ -168,37 +173,12 @@ def _update_seconds_per_element(precision: Precision) -> float:
     raw = torch.zeros(UPDATE_ELEMENTS * state_bytes(precision), dtype=torch.uint8)
     state = carve_state(raw, UPDATE_ELEMENTS, precision)
     how = AdamWStep(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
-    return _best_seconds(lambda: update_span(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
+    return best_seconds(lambda: update_span(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
 
 
 def _disk_rates(directory: Path) -> tuple[float, float]:
-    """Bytes a second of reading and writing one file, past the page cache where the file system can do that."""
-    block = mmap.mmap(-1, IO_BYTES)  # aligned to a page, as direct I/O wants it
-    block.write(os.urandom(IO_BYTES))
-    handle, name = tempfile.mkstemp(prefix=".memplan-rate-", dir=directory)
-    os.close(handle)
-    offsets = range(0, COPY_BYTES, IO_BYTES)
+    """Bytes a second of reading and writing; raises MachineError for a directory that can not be used."""
     try:
-        file = open_direct(Path(name))
-        try:
-            start = time.perf_counter()
-            for offset in offsets:
-                os.pwrite(file, block, offset)
-            os.fsync(file)
-            written = time.perf_counter()
-            for offset in offsets:
-                os.preadv(file, [block], offset)
-            done = time.perf_counter()
-        finally:
-            os.close(file)
-    finally:
-        Path(name).unlink()
-    return COPY_BYTES / (done - written), COPY_BYTES / (written - start)
-
-
-def open_direct(path: Path) -> int:
-    """A descriptor for reading and writing, with O_DIRECT where the file system knows it."""
-    try:
-        return os.open(path, os.O_RDWR | getattr(os, "O_DIRECT", 0))
-    except OSError:
-        return os.open(path, os.O_RDWR)
+        return store_rates(directory, DISK_BYTES, DISK_SECONDS)
+    except (OSError, TierError) as error:
+        raise MachineError(f"the NVMe directory {directory} can not be used: {error}") from error

@@ -4,6 +4,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from math import log
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,13 @@ class Curve:
 
     sizes_bytes: tuple[int, ...]
     bytes_per_second: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that do not ascend, or rates that are not positive and one a size."""
+        sizes, rates = self.sizes_bytes, self.bytes_per_second
+        ascending = all(a < b for a, b in pairwise((0, *sizes)))
+        if not sizes or len(sizes) != len(rates) or not ascending or min(rates) <= 0:
+            raise ValueError(f"a curve of sizes {sizes} and rates {rates} is none")
 
     @classmethod
     def flat(cls, bytes_per_second: float) -> "Curve":
@@ -81,6 +89,10 @@ class Rates:
     pinning_bytes_per_second: float
     source: str
     """Where the figures come from, one sentence."""
+    cpu_update_beside_streamed: float = 1.0
+    """How many times longer it takes while the GPU streams a share of its own; at least 1."""
+    streamed_update_beside_cpu: float = 1.0
+    """How many times longer a streamed update takes while the CPU updates its share; at least 1."""
     spread: float = 0.1
     """How far off a predicted step may be, as a share of it: wider where rates are assumed and not measured."""
     kernels: Calibration | None = None
@@ -91,6 +103,10 @@ class Rates:
     """Names, versions and the date."""
     tables: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     """Everything else that was measured, for people: name -> rows of cells, the first row being the head."""
+    skipped: tuple[str, ...] = ()
+    """What was not measured, or not as usual, a sentence each; the figures are then a reference's."""
+    machine: Mapping[str, Any] | None = None
+    """The machine that was measured, so that plans can be made elsewhere for it; ``None`` where it is not known."""
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -104,7 +120,7 @@ class Rates:
         """Read what ``save`` wrote; raises MachineError for a file that this version can not read."""
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MachineError(
                 f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
             ) from error
@@ -121,4 +137,5 @@ class Rates:
             own[name] = {Precision(key): value for key, value in own[name].items()}
         own["kernels"] = Calibration.from_dict(own["kernels"]) if own["kernels"] is not None else None
         own["tables"] = {name: tuple(tuple(row) for row in rows) for name, rows in own["tables"].items()}
+        own["skipped"] = tuple(own["skipped"])
         return cls(**own)

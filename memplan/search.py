@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from memplan.candidates import Candidate, FamilySearch, feasible, search
+from memplan.engines.plans import plan_whole
 from memplan.errors import NothingFits, PlanningError
 from memplan.explain import alternatives_to, busy_seconds, reasons_for
 from memplan.formatting import format_bytes
@@ -11,7 +12,7 @@ from memplan.memory import chain_order, placements_of
 from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.units import units_of
-from offload.plan import Alternative, Budget, Plan, Precision, Prediction, Tier
+from offload.plan import Alternative, Budget, Plan, Precision, Prediction, Target, Tier
 from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
@@ -21,15 +22,23 @@ OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME
 
 
 def plan(
-    profile: ModelProfile, machine: Machine, rates: Rates, *, batch_size: int, precision: Precision | None = None
+    profile: ModelProfile,
+    machine: Machine,
+    rates: Rates,
+    *,
+    batch_size: int,
+    precision: Precision | None = None,
+    target: Target = Target.MEMPLAN,
 ) -> Plan:
-    """The plan with the highest predicted throughput that is sure to fit.
+    """The plan with the highest predicted throughput that is sure to fit, for the engine that will run it.
 
     ``batch_size`` is the samples of one optimizer step over all GPUs. ``precision`` only says what the caller expects
     the profile to be in. Raises PlanningError where profile and wishes contradict each other, NothingFits where no
     candidate fits.
     """
-    problem = problem_of(profile, machine, rates, batch_size, precision)
+    problem = problem_of(profile, machine, rates, batch_size, precision, target)
+    if target is not Target.MEMPLAN:
+        return plan_whole(problem, machine)
     found = search(problem)
     if not found:
         raise _nothing_fits(problem, machine)
@@ -86,6 +95,8 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
         },
         "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},
     }
+    if activations.host_bytes:
+        phases["host"]["checkpoints"] = activations.host_bytes * problem.gpus_per_node
     return Prediction(
         gpu_peak_bytes=family.gpu_peak_bytes(counts),
         host_bytes=host,
@@ -105,7 +116,12 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
 
 
 def problem_of(
-    profile: ModelProfile, machine: Machine, rates: Rates, batch_size: int, precision: Precision | None
+    profile: ModelProfile,
+    machine: Machine,
+    rates: Rates,
+    batch_size: int,
+    precision: Precision | None,
+    target: Target = Target.MEMPLAN,
 ) -> Problem:
     """What is to be searched; raises PlanningError where profile and wishes contradict each other."""
     profiled = Precision(profile.precision)
@@ -119,6 +135,8 @@ def problem_of(
         raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
     if batch_size % machine.gpus:
         raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
+    if target is not Target.MEMPLAN and machine.device == "cpu":
+        raise PlanningError(f"{target} is planned for GPUs only: describe a machine that has some, --machine h100-80gb")
     if not profile.activations:
         raise PlanningError("the profile says nothing about activations; make it again with this version")
     shapes: Sequence[UnitShape] = units_of(profile)
@@ -134,6 +152,7 @@ def problem_of(
         rates=rates,
         precision=profiled,
         gpu_batch_size=batch_size // machine.gpus,
+        target=target,
     )
 
 

@@ -17,14 +17,16 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
+from memplan.audit import audit
 from memplan.errors import RunDirectoryError, TrainingFailed
 from memplan.formatting import format_bytes, format_count, format_seconds
 from offload import checkpoint
 from offload.engine import Engine
-from offload.errors import CheckpointError, OffloadError
+from offload.errors import CheckpointError, OffloadError, PlanError
 from offload.events import EventLog
 from offload.plan import Plan, Precision
 from offload.store import check_directory
+from offload.unit import check_model, partition
 from profiler.blame import user_traceback
 from profiler.contract import ModelSource, call_model
 from profiler.errors import ProfilerError, SourceError
@@ -110,6 +112,9 @@ class _Run:
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
         trained = [p for p in model.parameters() if p.requires_grad]
+        check_model(plan, model)
+        if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
+            raise PlanError(f"the plan does not add up: {problems[0]}; make it again with memplan plan")
         optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
         self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
         self.drawn = 0

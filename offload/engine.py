@@ -17,12 +17,13 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from offload import contents as unit_contents
 from offload import hooks
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
+from offload.block_inputs import BlockInputs, WaitingInput
+from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
@@ -30,7 +31,16 @@ from offload.memory import MemoryMeter
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
-from offload.setup import FEEDING_CORES, check_can_run, close_at_exit, explained, move_buffers, update_threads
+from offload.setup import (
+    FEEDING_CORES,
+    check_can_run,
+    close_at_exit,
+    explained,
+    grow_segments,
+    move_buffers,
+    moved,
+    update_threads,
+)
 from offload.slots import SlotRings
 from offload.state import UnitState, allocate, weight_dtype
 from offload.store import Store
@@ -64,6 +74,7 @@ class Engine:
         check_can_run(plan)
         check_model(plan, model)
         self.model, self.plan = model, plan
+        self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, optimizer)
         self.optimizer = self.hyperparameters.optimizer
         self.lr_scheduler: Any = None
@@ -91,6 +102,7 @@ class Engine:
     def _attach(self) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device = self.plan, self.device
+        grow_segments(device)
         units = partition(self.model, plan.placements)
         modules = dict(self.model.named_modules())
         if missing := [path for path in plan.recompute if path not in modules]:
@@ -125,6 +137,8 @@ class Engine:
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
+        self._inputs = BlockInputs(device, plan.checkpoints)
+        self._closers.append(self._inputs.close)
         self._root = next((u.name for u in units if not u.name and u.shape.elements), None)
         self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
         for handle in hooks.attach([u for u in units if u.shape.elements], plan.recompute, self.model, self):
@@ -132,7 +146,7 @@ class Engine:
         self._closers.append(self._gradients.close)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
-        self.meter = MemoryMeter(device, needed, self._rings)
+        self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
         self._last_now = 0.0
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
@@ -154,19 +168,20 @@ class Engine:
         self._updater.check()
         args, kwargs = self.to_device((args, kwargs))
         self._phase = "forward"
-        self._prefetcher.begin_pass()
         self._bounded.clear()
+        self._prefetcher.begin_pass()
         self._mover.begin_pass()
         if torch.is_grad_enabled():
             self._forward_step = self.global_step
         self.meter.begin_forward()
+        self._inputs.begin_pass()
         if self._root is not None:
             self._mover.use(self._root)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard = self._guard if torch.is_grad_enabled() else nullcontext()
         try:
             with hooks.saved_tensors(self), autocast, guard:
-                outputs = self.model(*args, **kwargs)
+                outputs = self._forward(*args, **kwargs)
         except BaseException as error:
             self._mover.unuse_all()
             if (sentence := explained(error)) is not None:
@@ -202,6 +217,7 @@ class Engine:
         finally:
             self._phase = None
             self._mover.unuse_all()
+            self._inputs.begin_pass()
         self._guard = nullcontext()
         self._prefetcher.end_pass()
 
@@ -251,8 +267,8 @@ class Engine:
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
         return {
-            "host_to_device": self._up.bytes_moved,
-            "device_to_host": self._down.bytes_moved,
+            "host_to_device": self._up.bytes_moved + self._inputs.fetched_bytes,
+            "device_to_host": self._down.bytes_moved + self._inputs.sent_bytes,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
@@ -331,17 +347,24 @@ class Engine:
         if self._phase == "backward":
             self._mover.unuse(name)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference:
-        """Autograd must not keep a weight that may go away: it gets a reference."""
-        reference = self._mover.reference(tensor)
+    def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
+        """A block is about to run whose inputs are kept for backward, where its recompute has nothing more to keep."""
+        if self._phase == "forward":
+            self._inputs.expect(arguments)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
+        """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
+        reference = self._mover.reference(tensor) or self._inputs.send(tensor)
         if reference is not None:
             return reference
         if not self._mover.is_resident(tensor):
             self.meter.saved(tensor)
-        return tensor
+        return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
 
-    def unpack(self, packed: torch.Tensor | WeightReference) -> torch.Tensor:
-        """The tensor again; a unit that is away is fetched."""
+    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
+        """The tensor again; a unit that is away is fetched, and so is an input."""
+        if isinstance(packed, WaitingInput):
+            return packed.owner.fetch(packed)
         if isinstance(packed, WeightReference):
             if packed.unit != self._root:
                 self.begin_use(packed.unit)
@@ -364,13 +387,7 @@ class Engine:
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
-        return tree_map(self._move, batch)
-
-    def _move(self, leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        dtype = torch.bfloat16 if self.plan.precision is Precision.BF16 and leaf.is_floating_point() else None
-        return leaf.to(device=self.device, dtype=dtype, non_blocking=True)
+        return moved(batch, self.device, self.plan.precision)
 
     def _tell_now(self, unit: str) -> None:
         now = time.monotonic()

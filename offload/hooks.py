@@ -17,6 +17,7 @@ from torch.distributed._composable import checkpoint
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from offload.block_inputs import WaitingInput
 from offload.unit import Unit
 from offload.weights import WeightReference
 
@@ -39,10 +40,13 @@ class Listener(Protocol):
     def end_backward_use(self, name: str) -> None:
         """The unit's backward is over."""
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference:
+    def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
+        """A block that is recomputed in backward is about to run on these."""
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
         """Autograd saves a tensor."""
 
-    def unpack(self, packed: torch.Tensor | WeightReference) -> torch.Tensor:
+    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
         """Autograd needs it back."""
 
 
@@ -64,8 +68,15 @@ class _Boundary(torch.autograd.Function):
 class _Recompute:
     """A module whose activations are computed again in backward, until ``remove``."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._handle = module.register_forward_pre_hook(_without_cache, with_kwargs=True, prepend=True)
+    def __init__(self, module: nn.Module, listener: Listener) -> None:
+        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            listener.begin_recomputed(args)
+            return args, _without_cache(kwargs)
+
+        # Ahead of the recompute's own hook, which saves the arguments.
+        self._handle = module.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
         if checkpoint.state(module) is None:
             checkpoint(module, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
         self._state = checkpoint.state(module)
@@ -82,7 +93,7 @@ def attach(
 ) -> Iterator[RemovableHandle | _Recompute]:
     """Watch the uses of every unit but the root, and recompute the modules of these paths; undone by the handles."""
     for path in recompute:
-        yield _Recompute(root.get_submodule(path))
+        yield _Recompute(root.get_submodule(path), listener)
     for unit in units:
         if unit.name:
             yield from _watch(unit, listener)
@@ -99,13 +110,9 @@ def _buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(before)
 
 
-def _without_cache(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A block that runs twice would append to its key-value cache twice; training needs none."""
-    if not torch.is_grad_enabled():
-        return args, kwargs
-    return args, {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
+    return {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
 
 
 def _is_cache(name: str, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import torch
 
+from offload.block_inputs import BlockInputs
 from offload.residency import Footprint
 from offload.slots import SlotRings
 
@@ -13,8 +14,8 @@ class MemoryMeter:
     is the model state plus what autograd saved for backward; temporaries of single operations are not seen there.
     """
 
-    def __init__(self, device: torch.device, held: Footprint, rings: SlotRings) -> None:
-        self._device, self._held, self._rings = device, held, rings
+    def __init__(self, device: torch.device, held: Footprint, rings: SlotRings, inputs: BlockInputs) -> None:
+        self._device, self._held, self._rings, self._inputs = device, held, rings, inputs
         self._planned_slots_bytes = rings.nbytes
         self._saved: dict[int, int] = {}
         self._peak_bytes = 0
@@ -36,7 +37,7 @@ class MemoryMeter:
         if self._device.type == "cuda":
             return self._tiers(torch.cuda.memory_allocated(self._device))
         overflow = self._rings.nbytes - self._planned_slots_bytes
-        held = self._held.gpu_bytes + overflow + sum(self._saved.values())
+        held = self._held.gpu_bytes + overflow + sum(self._saved.values()) + self._inputs.device_bytes
         self._peak_bytes = max(self._peak_bytes, held)
         return self._tiers(held)
 
@@ -47,4 +48,5 @@ class MemoryMeter:
         return self._tiers(self._peak_bytes)
 
     def _tiers(self, gpu_bytes: int) -> dict[str, int]:
-        return {"gpu": gpu_bytes, "host": self._held.host_bytes, "nvme": self._held.nvme_bytes}
+        host_bytes = self._held.host_bytes + self._inputs.host_bytes
+        return {"gpu": gpu_bytes, "host": host_bytes, "nvme": self._held.nvme_bytes}

@@ -128,6 +128,11 @@ def staging_bytes(
     return update, weights
 
 
+def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:
+    """Host bytes of the inputs of so many recomputed blocks, each of ``input_bytes`` and a piece of its own."""
+    return blocks * aligned(input_bytes, BLOCK_BYTES)
+
+
 def footprint(
     shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, precision: Precision
 ) -> Footprint:

@@ -5,13 +5,14 @@ import os
 import threading
 import weakref
 from contextlib import suppress
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
-from offload.plan import Plan, Precision
+from offload.plan import Plan, Precision, Target
 
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
@@ -44,10 +45,24 @@ def update_threads(device: torch.device) -> int:
 
 def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
+    if plan.target is not Target.MEMPLAN:
+        raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
     if plan.gpus != 1:
         raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
+
+
+def grow_segments(device: torch.device) -> None:
+    """Let the caching allocator grow its segments: then it reserves hardly more than is allocated, as plans expect.
+
+    What PYTORCH_ALLOC_CONF says of it stands.
+    """
+    said = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if device.type == "cuda" and "expandable_segments" not in said:
+        # Older PyTorch has only the second name.
+        settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+        (settings or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def explained(error: BaseException) -> OffloadError | None:
@@ -59,6 +74,16 @@ def explained(error: BaseException) -> OffloadError | None:
             f"use the out-of-place form there (inplace=False). PyTorch said: {text.splitlines()[0]}"
         )
     return None
+
+
+def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
+    """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+
+    def move(leaf: torch.Tensor) -> torch.Tensor:
+        dtype = torch.bfloat16 if precision is Precision.BF16 and leaf.is_floating_point() else None
+        return leaf.to(device=device, dtype=dtype, non_blocking=True)
+
+    return tree_map_only(torch.Tensor, move, batch)
 
 
 def move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from profiler.calibrate_blocks import checkpoint_seconds, in_blocks
 from profiler.calibrate_issue import issue_programs, issue_seconds, recurrent_issue_seconds
-from profiler.calibrate_kernels import grids
+from profiler.calibrate_kernels import important_grids, other_grids
 from profiler.calibrate_numbers import Grid, Numbers, Timed
 from profiler.calibrate_timing import device_seconds, undisturbed
 from profiler.calibrate_update import TENSORS, UPDATES, clearing_seconds, update, update_seconds
@@ -23,8 +23,12 @@ from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-GRIDS_SECONDS, GRID_SECONDS, LEAST_GRID_SECONDS = 52.0, 6.0, 0.3
-"""What all grids may take, and one: then the rest of its points, which come in a random order, is left out."""
+SECONDS, GRIDS_SECONDS = 46.0, 22.0
+"""What everything may take; and what the grids may take where the rest, which comes first, left less."""
+IMPORTANT_SECONDS = {"matmul": 3.0, "attention_causal": 8.0, "attention_masked": 4.0, "attention": 4.0}
+"""What the grids at the beginning may take, by kind: each kernel of attention takes part of a second to be loaded."""
+GRID_SECONDS, LEAST_GRID_SECONDS = 6.0, 0.3
+"""What another grid may take: then the rest of its points, which come in a random order, is left out."""
 SHARE = 4.0
 """A grid may take so many times what would be left for each, as most need less."""
 UPDATE_BYTES = (4e6, 64e6, 1e9)
@@ -33,8 +37,10 @@ UPDATE_BYTES = (4e6, 64e6, 1e9)
 Say = Callable[[str], object]
 
 
-def calibrate(say: Say = lambda _: None) -> Calibration:
-    """Measure everything, which takes about a minute; ``say`` hears what is being measured.
+def calibrate(say: Say = lambda _: None, seconds: float = SECONDS) -> Calibration:
+    """Measure everything in so many seconds; ``say`` hears what is being measured.
+
+    The grids get what is left of the time, in the order of their importance.
 
     A measurement that fails is skipped, and named in the result. Raises ProfilerError without a CUDA device, or with
     one that there is no description of.
@@ -43,11 +49,14 @@ def calibrate(say: Say = lambda _: None) -> Calibration:
         raise ProfilerError("calibrating needs a CUDA device, and PyTorch finds none here")
     name = torch.cuda.get_device_name()
     session = Session(find_device(name), say)
+    end = time.perf_counter() + seconds
     with undisturbed():
         session.measure_issues()
         session.measure_updates()
-        end = time.perf_counter() + GRIDS_SECONDS
-        waiting = list(grids())
+        end = max(end, time.perf_counter() + GRIDS_SECONDS)
+        for grid in important_grids():
+            session.measure(grid, IMPORTANT_SECONDS[grid.name.partition("/")[0]])
+        waiting = list(other_grids())
         while waiting:
             share = SHARE * (end - time.perf_counter()) / len(waiting)
             session.measure(waiting.pop(0), max(LEAST_GRID_SECONDS, min(GRID_SECONDS, share)))

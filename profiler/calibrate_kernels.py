@@ -130,7 +130,7 @@ def _recurrent(on: Numbers, batch: int, width: int) -> Iterator[Timed]:
 _SIZES = (16.0, 64.0, 256.0, 512.0, 768.0, 1024.0, 2048.0, 3072.0, 4096.0, 16384.0)
 _ODD = (64.0, 256.0, 1024.0, 4096.0, 16384.0)
 _BATCHED = ((8.0, 64.0, 512.0), (64.0, 256.0, 1024.0), (64.0, 256.0, 1024.0), (64.0, 256.0, 1024.0))
-_HEADS = ((16.0, 128.0, 512.0), (64.0, 256.0, 1024.0, 4096.0), (32.0, 64.0, 128.0))
+_HEADS = ((16.0, 128.0, 512.0), (64.0, 256.0, 1024.0, 4096.0), (64.0, 128.0))
 _DROPPED = ((16.0, 128.0, 512.0), (64.0, 256.0, 1024.0), (64.0,))
 _IMAGES = ((1024.0, 16384.0, 262144.0), (3.0, 32.0, 128.0, 512.0), (16.0, 64.0, 512.0), (1.0, 9.0, 49.0))
 _IMAGES_LAST = ((1024.0, 16384.0, 262144.0), (3.0, 64.0, 512.0), (16.0, 64.0, 512.0), (1.0, 9.0))
@@ -144,19 +144,28 @@ def _whole(prepare: Callable[..., Iterator[Timed]], *fixed: Any) -> Callable[...
     return lambda *sizes: prepare(*fixed, *map(int, sizes))
 
 
-def grids(place: str = "cuda") -> Iterator[Grid]:
-    """Everything that is timed on the device, beside the optimizers; what is quickly done comes first."""
+def important_grids(place: str = "cuda") -> Iterator[Grid]:
+    """What takes most of a language model's step in 16 bits; these are timed first."""
+    on = Numbers(torch.bfloat16, place)
+    yield Grid(f"matmul/{on.name}", (_SIZES,) * 3, _whole(_matmul, on))
+    for sort in ("_causal", "_masked", ""):
+        yield Grid(f"attention{sort}/{on.name}", _HEADS, _whole(_attention, on, sort))
+
+
+def other_grids(place: str = "cuda") -> Iterator[Grid]:
+    """Everything else that is timed on the device, beside the optimizers; what is quickly done comes first."""
     for dtype in DTYPES:
         yield from row_grids(Numbers(dtype, place))
+    on = Numbers(torch.float32, place)
+    yield Grid(f"matmul/{on.name}", (_SIZES,) * 3, _whole(_matmul, on))
+    for sort in ("", "_causal", "_masked"):
+        yield Grid(f"attention{sort}/{on.name}", _HEADS, _whole(_attention, on, sort))
     for dtype in DTYPES:
         on = Numbers(dtype, place)
         name = on.name
         alignments = tuple(float(n) for n in (2, 4, 8) if n >= on.size)
-        yield Grid(f"matmul/{name}", (_SIZES,) * 3, _whole(_matmul, on))
         yield Grid(f"matmul_unaligned/{name}", (*(_ODD,) * 3, alignments), _whole(_unaligned, on))
         yield Grid(f"batched_matmul/{name}", _BATCHED, _whole(_batched, on))
-        for sort in ("", "_causal", "_masked"):
-            yield Grid(f"attention{sort}/{name}", _HEADS, _whole(_attention, on, sort))
         for sort in ("_dropout", "_causal_dropout"):
             yield Grid(f"attention{sort}/{name}", _DROPPED, _whole(_attention, on, sort))
         yield Grid(f"convolution/{name}", _IMAGES, _whole(_convolution, on, ""))
@@ -166,3 +175,9 @@ def grids(place: str = "cuda") -> Iterator[Grid]:
             yield Grid(f"grouped_convolution{sort}/{name}", _GROUPED, _whole(_convolution, on, f"grouped{sort}"))
             yield Grid(f"depthwise{sort}/{name}", _DEPTHWISE, _whole(_depthwise, on, sort))
         yield Grid(f"recurrent/{name}", _RECURRENT, _whole(_recurrent, on))
+
+
+def grids(place: str = "cuda") -> Iterator[Grid]:
+    """All of them."""
+    yield from important_grids(place)
+    yield from other_grids(place)

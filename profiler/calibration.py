@@ -137,11 +137,18 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path) -> "Calibration":
-        """Read what ``save`` wrote; raises ProfilerError when the file is not that."""
+        """Read what ``save`` wrote, by itself or as the ``kernels`` of a machine's rates.
+
+        Raises ProfilerError when the file is neither, or a machine's without a GPU.
+        """
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            data = json.loads(path.read_text())
+            kernels = data.get("kernels", data)
+            if kernels is not None:
+                return cls.from_dict(kernels)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProfilerError(f"{path} is not a calibration that this version can read: {error}") from error
+        raise ProfilerError(f"{path} was measured on a machine without a GPU, so it has no rates of kernels")
 
 
 def _constant(fraction: float, kernels: int = 1) -> Rate:

@@ -39,6 +39,17 @@ class Device:
     """What a CUDA context with PyTorch's libraries takes beside the caching allocator, where somebody measured it."""
     kernel_seconds: float = KERNEL_SECONDS
     """The least that any kernel takes."""
+    usable_share: float = 0.965
+    """Of ``memory_bytes``, the least that CUDA offers programs: after the correction of errors, where it takes memory,
+    and what the driver keeps. From totals in out-of-memory messages of PyTorch that people published, by kind of card:
+    stacked memory, memory that gives a sixteenth to the correction of errors, and the rest."""
+    pcie_generation: int | None = None
+    """Of the link to a usual host, with 16 lanes; ``None``: not known."""
+    nvlink_bytes_per_second: float | None = None
+    """To the other GPUs of a node, all links together, in one direction: half of what is advertised. AMD's links
+    between GPUs count too. ``None`` where there are none, and where they are a bridge of cards that is bought apart."""
+    c2c_bytes_per_second: float | None = None
+    """To the host's processor over NVLink-C2C, in one direction; ``None`` where there is none."""
 
     def peak(self, arithmetic: str) -> float:
         """FLOPs per second of a class of arithmetic; without units for it, those of fp32."""

@@ -84,6 +84,8 @@ class Save(NamedTuple):
 
     id: int
     module: str
+    checkpoint: bool = False
+    """Whether it is kept as an input of a block, ``module``, that is recomputed from it."""
 
 
 class Call(NamedTuple):

@@ -105,11 +105,11 @@ class ActivationPoint:
     on_cpu_bytes: int
     """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
     loss_chunks: int = 1
-    """Pieces in which the head and the loss were computed; 1: whole."""
+    """Pieces in which a causal language model's head and loss are computed; 1: whole."""
     checkpoint_bytes: int = 0
-    """Of the inputs that recomputed blocks keep, all together."""
+    """Of the inputs that recomputed blocks keep, of all blocks together."""
     checkpoints_on_host: bool = False
-    """Whether those inputs were away from the device between a block's forward and its backward."""
+    """Whether they wait there: two at most are then on the device, the one in use and one on its way."""
     phase_bytes: dict[str, int] = field(default_factory=dict)
     """``allocated_bytes`` by phase: the most in forward, loss and backward."""
     modules: tuple[ModuleSeconds, ...] = ()

@@ -13,7 +13,7 @@ from profiler.contract import Loss, ModelSource, checked_batch, forward_with, pl
 from profiler.errors import ProfilerError
 from profiler.optimizers import check_optimizer
 from profiler.profile import ModelProfile
-from profiler.study import Batches, Study
+from profiler.study import Batches, Chunked, Study
 from profiler.timed import find_target
 from profiler.trees import tensors_in
 
@@ -26,10 +26,12 @@ def profile_source(
     clip: bool = False,
     device: str | None = None,
     calibration: Calibration | Path | None = None,
+    chunked: Chunked | None = None,
 ) -> ModelProfile:
     """Profile a model file with ``example_batch(batch_size)``; parameters are not materialised where that works.
 
     ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` its rates or a file.
+    ``chunked`` gives what to call for a loss in chunks; with it there are activation points for that too.
     Raises SourceError when the file's model, batch and loss do not fit together, ProfilerError for other input.
     """
     check_optimizer(optimizer)
@@ -46,6 +48,7 @@ def profile_source(
         name=source.name,
         where=source.path.name,
         assumptions=lambda: source.assumptions,
+        chunked=chunked,
     )
     return study.profile({size: partial(source.example_batch, size) for size in (batch_size, 1)}, batch_size)
 
@@ -62,12 +65,14 @@ def profile_model(
     calibration: Calibration | Path | str | None = None,
     name: str | None = None,
     batch_size: int | None = None,
+    chunked: Chunked | None = None,
 ) -> ModelProfile:
     """Profile a module in memory on a batch: a dict of keyword arguments, a tuple of arguments or a tensor.
 
     ``loss(outputs, batch)`` gives the scalar to train on; without it the output, or its ``loss``, is taken.
     ``batch_size`` defaults to the first dimension of the batch's first tensor. Model and batch are left as they were.
     ``device`` is the name of one whose times to predict (``profiler.device``), ``calibration`` its rates or a file.
+    ``chunked`` gives what to call for a loss in chunks; with it there are activation points for that too.
     """
     check_optimizer(optimizer)
     target = find_target(device, calibration)
@@ -86,5 +91,6 @@ def profile_model(
         target=target,
         name=name or type(model).__name__,
         where="the model",
+        chunked=chunked,
     )
     return study.profile(batches, batch_size)

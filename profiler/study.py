@@ -1,16 +1,17 @@
 """One model under one way of training it, and what its traces add up to."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
+from profiler.checkpoints import checkpoint_bytes, checkpoints_on_host
 from profiler.errors import ProfileError, ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Op
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
@@ -24,8 +25,30 @@ from profiler.trace import Forward, Trace, trace_step
 
 Batches = dict[int, Callable[[], Any]]
 """What makes a batch of a size."""
-Traces = dict[tuple[int, bool], Trace]
-"""By batch size, and whether the blocks are recomputed."""
+Chunked = Callable[[nn.Module, int], nn.Module | None]
+"""The model with its loss in so many chunks, to be called in its place; None where the model does not allow it."""
+LOSS_CHUNKS = 8
+"""In how many chunks the loss is profiled."""
+WORTHWHILE_SHARE = 0.05
+"""Of the largest batch's peak, what chunks must take away to be worth further traces."""
+
+
+class Case(NamedTuple):
+    """One way to run the step."""
+
+    batch_size: int
+    recompute: bool
+    """Of all blocks."""
+    loss_chunks: int = 1
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        recompute = " with recomputed blocks" if self.recompute else ""
+        return f"batch size {self.batch_size}{recompute}" + (" and the loss in chunks" if self.loss_chunks > 1 else "")
+
+
+Traced = dict[Case, tuple[Trace, Loop]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +68,7 @@ class Study:
     runs: tuple[Run, ...]
     assumptions: Callable[[], tuple[str, ...]] = tuple
     """What the model's source assumes, known only once the model has run."""
+    chunked: Chunked | None = None
 
     @classmethod
     def of(cls, model: nn.Module, **how: Any) -> "Study":
@@ -52,10 +76,12 @@ class Study:
         blocks = repeated_blocks(model)
         return cls(model=model, blocks=blocks, runs=runs_of(model, blocks), **how)
 
-    def trace(self, batch: Any, recompute: bool) -> Trace:
-        """Trace one step."""
+    def trace(self, batch: Any, case: Case, called: nn.Module | None = None) -> tuple[Trace, Loop]:
+        """Trace one step, and the loop of such steps; ``called`` is called in the model's place."""
+        forward = self.forward if called is None else lambda _, batch: self.forward(called, batch)
         with explained(f"one training step of {self.where} can not be traced"):
-            return trace_step(self.model, batch, self.forward, self.precision, self.blocks, recompute, self.runs)
+            trace = trace_step(self.model, batch, forward, self.precision, self.blocks, case.recompute, self.runs)
+        return trace, training_loop(trace, self.optimizer, self.clip)
 
     def profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         """The profile of a batch of ``batch_size``, with activation points of every batch."""
@@ -64,14 +90,15 @@ class Study:
 
     def _profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         batch = batches[batch_size]()
-        trace = self.trace(batch, recompute=False)
+        plain = Case(batch_size, recompute=False)
+        trace, loop = self.trace(batch, plain)
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
-        traces, remarks = study._further_traces(batches, {(batch_size, False): trace})
-        loops = {key: training_loop(t, self.optimizer, self.clip) for key, t in traces.items()}
-        points = tuple(study._point(*key, t, loops[key]) for key, t in traces.items())
-        remarks = [s for t in traces.values() for s in t.assumptions] + remarks
-        return study._summed_up(trace, loops[batch_size, False], batch, points, tuple(dict.fromkeys(remarks)))
+        traced, remarks = study._further_traces(batches, {plain: (trace, loop)})
+        points = [study._point(case, *both) for case, both in traced.items()]
+        points += [point for case, (t, _) in traced.items() if (point := study._point_on_host(case, t)) is not None]
+        remarks = [s for t, _ in traced.values() for s in t.assumptions] + remarks
+        return study._summed_up(trace, loop, batch, tuple(points), tuple(dict.fromkeys(remarks)))
 
     def _scaled(self, known: Any, known_size: int, batch: int | None, seq: int | None) -> ModelProfile:
         """The profile of a batch like ``known``, with another number of samples or another sequence length."""
@@ -82,9 +109,9 @@ class Study:
             raise ProfileError("batch and seq must be at least 1")
         like = resized(known, (known_size, size), (length, seq) if length is not None and seq is not None else None)
         with _uncollected():
-            trace = self.trace(like, recompute=False)
-            loop = training_loop(trace, self.optimizer, self.clip)
-            return self._summed_up(trace, loop, like, (self._point(size, False, trace, loop),), trace.assumptions)
+            case = Case(size, recompute=False)
+            trace, loop = self.trace(like, case)
+            return self._summed_up(trace, loop, like, (self._point(case, trace, loop),), trace.assumptions)
 
     def _summed_up(
         self, trace: Trace, loop: Loop, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
@@ -114,32 +141,62 @@ class Study:
         )
         return timed(found, self.model, trace, self.target) if self.target else found
 
-    def _point(self, batch_size: int, recompute: bool, trace: Trace, loop: Loop) -> ActivationPoint:
+    def _point(self, case: Case, trace: Trace, loop: Loop) -> ActivationPoint:
         _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
         return ActivationPoint(
-            batch_size=batch_size,
-            recompute=recompute,
+            batch_size=case.batch_size,
+            recompute=case.recompute,
             allocated_bytes=peaks.overall_bytes,
             reserved_bytes=peaks.reserved_bytes,
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
             on_cpu_bytes=allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA),
+            loss_chunks=case.loss_chunks,
+            checkpoint_bytes=checkpoint_bytes(trace.events),
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )
 
-    def _further_traces(self, batches: Batches, known: Traces) -> tuple[Traces, list[str]]:
+    def _point_on_host(self, case: Case, trace: Trace) -> ActivationPoint | None:
+        """The same trace with the recomputed blocks' inputs on the host; None where nothing would wait there."""
+        events = checkpoints_on_host(trace.events) if case.recompute else None
+        if events is None:
+            return None
+        moved = replace(trace, events=tuple(events))
+        point = self._point(case, moved, training_loop(moved, self.optimizer, self.clip))
+        return replace(point, checkpoints_on_host=True)
+
+    def _further_traces(self, batches: Batches, known: Traced) -> tuple[Traced, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""
-        traces, remarks = dict(known), []
-        for size, make in batches.items():
-            for recompute in (False, True) if self.blocks else (False,):
-                if (size, recompute) in traces:
-                    continue
+        traced, remarks = dict(known), list[str]()
+
+        def add(cases: Iterable[Case], called: nn.Module | None = None) -> None:
+            for case in cases:
                 try:
-                    traces[size, recompute] = self.trace(make(), recompute)
+                    traced[case] = self.trace(batches[case.batch_size](), case, called)
                 except ProfilerError as error:
-                    how = " with recomputed blocks" if recompute else ""
-                    remarks.append(f"batch size {size}{how} is left out: {str(error).splitlines()[0]}")
-        return traces, remarks
+                    remarks.append(f"{case.described} is left out: {str(error).splitlines()[0]}")
+
+        plain = [Case(size, recompute) for size in batches for recompute in (False, True)[: 1 + bool(self.blocks)]]
+        add(case for case in plain if case not in known)
+        in_chunks = self.chunked(self.model, LOSS_CHUNKS) if self.chunked else None
+        if in_chunks is not None:
+            # Where the loss is the peak, it is so most of all with a large batch and recomputed blocks.
+            first = max(traced)._replace(loss_chunks=LOSS_CHUNKS)
+            add([first], in_chunks)
+            worthwhile = _worthwhile(traced, first) if first in traced else []
+            add((case for case in worthwhile if case != first), in_chunks)
+            if not worthwhile:
+                traced.pop(first, None)
+        return traced, remarks
+
+
+def _worthwhile(traced: Traced, chunked: Case) -> list[Case]:
+    """What else to trace in chunks: where the bytes that one such case saves are a sizeable part of the peak."""
+    size, _, chunks = chunked
+    peaks = {case: allocated_peak(loop, leave_out=MODEL_STATE) for case, (_, loop) in traced.items()}
+    saved = peaks[chunked._replace(loss_chunks=1)] - peaks[chunked]
+    worthwhile = {c.recompute for c, peak in peaks.items() if c[0] == size and saved >= WORTHWHILE_SHARE * peak}
+    return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
 
 
 @contextmanager

@@ -133,6 +133,8 @@ class _Step:
         self.model, self.stack, self.recorder, self.folding = model, stack, recorder, folding
         self.blocks, self.cast = frozenset(blocks), cast
         self.loss = torch.empty(0)
+        self.inputs: frozenset[int] = frozenset()
+        """Storages that go into the block that is about to run, those that need a gradient and are given whole."""
 
     def register(self, batch: Any) -> None:
         """Log what is there before the step."""
@@ -169,7 +171,7 @@ class _Step:
                 if (passing := self.folding.forward_of(path)) is not None:
                     module.forward = passing
                 elif recompute and path in self.blocks:
-                    module.forward = partial(_checkpointed, module.forward, self.stack, path)
+                    module.forward = partial(self._checkpointed, module.forward, path)
                 enter = module.register_forward_pre_hook(partial(self._enter, path), prepend=True, with_kwargs=True)
                 handles.append(enter)
                 handles.append(module.register_forward_hook(partial(self._leave, path), always_call=True))
@@ -235,8 +237,26 @@ class _Step:
 
     def _save(self, tensor: torch.Tensor) -> torch.Tensor:
         number = self.recorder.watch(tensor, Category.ACTIVATION, self.stack.current())
-        self.recorder.events.append(Save(number, self.stack.current()))
+        checkpoint = tensor.untyped_storage()._cdata in self.inputs
+        self.recorder.events.append(Save(number, self.stack.current(), checkpoint))
         return tensor
+
+    def _checkpointed(self, forward: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
+        # A block that runs twice would append to a key-value cache twice; training needs none.
+        kwargs = {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
+        given = (t for t in args if isinstance(t, torch.Tensor) and t.requires_grad)
+        self.inputs = frozenset(s._cdata for t in given if (s := t.untyped_storage()).nbytes() == t.nbytes)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.stack.push(path)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self.stack.pop()
+
+        out = checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs)
+        self.inputs = frozenset()
+        return out
 
     def _gradient(self, name: str, parameter: torch.Tensor) -> None:
         self.recorder.events.append(Gradient(name))
@@ -262,17 +282,3 @@ def _quiet() -> Iterator[None]:
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
-
-
-def _checkpointed(forward: Callable[..., Any], stack: ModuleStack, path: str, *args: Any, **kwargs: Any) -> Any:
-    # A block that runs twice would append to a key-value cache twice; training needs none.
-    kwargs = {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        stack.push(path)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            stack.pop()
-
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **kwargs)

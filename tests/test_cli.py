@@ -105,10 +105,10 @@ def test_measuring_prints_what_was_predicted_beside_what_was_measured(model: Pat
         assert row in below
 
 
-def test_calibrating_without_a_gpu_is_a_sentence(tmp_path: Path) -> None:
-    done = memplan("calibrate", folder=tmp_path)
+def test_calibrating_a_disk_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
+    done = memplan("calibrate", "--nvme", "gone", folder=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("memplan: calibrating needs a CUDA device")
+    assert done.stderr.startswith("memplan: the NVMe directory gone does not exist")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -259,6 +259,34 @@ def test_ctrl_c_saves_a_checkpoint_frees_the_disk_and_ends_with_130(model: Path,
     assert last["reason"] == "interrupted"
     done = memplan("train", model, "--no-tui", "--out", "run", "--resume", "--steps", last["step"] + 2, folder=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_plan_can_be_made_for_a_cluster_that_is_described(model: Path, tmp_path: Path) -> None:
+    words = ("--machine", "h100-80gb", "--gpus", 8, "--nodes", 4, "--host-memory", "1TiB", "--nvme", "7GB/s")
+    done = memplan("plan", model, "--batch-size", 32, *words, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "32 x cuda" in done.stdout
+    assert "Nobody said how large the disk is" in done.stderr
+    assert json.loads((tmp_path / "plan.json").read_text())["gpus"] == 32
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--machine", "h1000"), "the nearest names are NVIDIA H100 SXM"),
+        (("--machine", "h100", "--gpus", 0), "--gpus is 0"),
+        (("--nodes", 2), "--machine NAME"),
+        (("--nvme", "7GB/s"), "names a rate"),
+        (("--machine", "h100", "--nvme", "56Gb/s"), "write bytes: 7GB/s"),
+        (("--machine", "old.json"), "a machine file from another version: memplan.machine/0"),
+    ],
+)
+def test_a_machine_that_can_not_be_is_a_sentence(words: tuple, says: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text('{"schema": "memplan.machine/0"}')
+    done = memplan("plan", model, *words, folder=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_doctor_says_what_it_found(tmp_path: Path) -> None:

@@ -1,25 +1,25 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
+from memplan.described import describe
+from memplan.disks import Disk
 from memplan.errors import MachineError
-from memplan.machine import CONTEXT_BYTES, describe, detect, nvml_handles, parse_bytes, parse_nvme
+from memplan.gpus import HostLink
+from memplan.host import NumaNode
+from memplan.machine import CONTEXT_BYTES, HOST_RESERVE_BYTES, SCHEMA, Machine, detect, with_directory
+from memplan.sizes import parse_bytes
+from tests.fake_nvml import FakeGpu, FakeNvml, bridged, bus, switched
 from tests.synthetic_profiles import machine_of
 
 GIB = 1 << 30
 CPU = machine_of(20 * GIB, 2 * GIB)
 GPU = replace(machine_of(80 * GIB, 100 * GIB, device="cuda"), gpu_name="a card")
-
-
-@given(st.integers(0, 1 << 50), st.sampled_from([("KiB", 2**10), ("M", 2**20), ("GB", 10**9), ("tib", 2**40), ("", 1)]))
-def test_a_size_means_its_number_times_its_unit(number, unit):
-    assert parse_bytes(f"{number}{unit[0]}") == number * unit[1]
 
 
 def test_sizes_are_read_as_the_field_writes_them():
@@ -33,18 +33,6 @@ def test_sizes_are_read_as_the_field_writes_them():
 def test_what_is_no_size_is_refused_with_an_example(text):
     with pytest.raises(MachineError, match=r"--gpu-memory is .*24GiB"):
         parse_bytes(text, "--gpu-memory")
-
-
-def test_nvme_takes_a_directory_and_perhaps_a_size(tmp_path):
-    assert parse_nvme("/swap") == (Path("/swap"), None)
-    assert parse_nvme("/swap:1GiB") == (Path("/swap"), GIB)
-    odd = tmp_path / "a:b"
-    odd.mkdir()
-    assert parse_nvme(str(odd)) == (odd, None)
-    with pytest.raises(MachineError, match="size in --nvme"):
-        parse_nvme("/swap:lots")
-    with pytest.raises(MachineError, match="DIR:SIZE"):
-        parse_nvme(":1GiB")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -147,6 +135,131 @@ def test_without_control_groups_there_is_no_limit(tmp_path):
     assert cpu_quota(tmp_path, tmp_path / "none") is None
 
 
+@pytest.fixture
+def cuda(monkeypatch):
+    """Says that CUDA sees so many GPUs; NVML is asked about them."""
+
+    def sees(count: int, free: int = 70 * GIB) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (free, 80 * GIB))
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "a slice")
+
+    return sees
+
+
+def test_a_machine_is_as_small_as_its_fullest_gpu_and_as_fast_as_its_narrowest_link(cuda):
+    cuda(2)
+    busy = FakeGpu(used=60 * GIB, uuid="GPU-1", bus=bus(2), width=8)
+    machine = detect(nvml=FakeNvml(FakeGpu(), busy))
+    assert (machine.device, machine.gpus, machine.nodes, machine.gpus_per_node) == ("cuda", 2, 1, 2)
+    assert machine.gpu_bytes == 80 * GIB - CONTEXT_BYTES
+    assert machine.link == HostLink(5, 8)
+    assert machine.nvlink is None
+    assert any("GPU 1 has 80.0 GiB free where GPU 0 has 140 GiB" in remark for remark in machine.remarks)
+    assert machine.known_device is not None and machine.known_device.name == "NVIDIA H200 SXM"
+
+
+def test_nvlink_counts_at_the_makers_speed_where_it_joins_all(cuda):
+    cuda(8)
+    assert detect(nvml=switched(8)).nvlink == 450e9
+    assert detect(nvml=switched(8, name="NVIDIA of tomorrow")).nvlink == pytest.approx(18 * 26.562e9)
+    cuda(4)
+    machine = detect(nvml=bridged((0, 1), (2, 3), count=4))
+    assert machine.nvlink is None
+    assert any("NVLink joins some of the GPUs and not all" in remark for remark in machine.remarks)
+    cuda(2)
+    assert detect(nvml=bridged((0, 1), count=2)).nvlink == pytest.approx(4 * 26.562e9)
+
+
+def test_every_process_has_its_share_of_host_memory_left_to_it(cuda):
+    cuda(2)
+    two = detect(nvml=switched(2)).host_bytes
+    cuda(8)
+    assert two - detect(nvml=switched(8)).host_bytes == pytest.approx(6 * HOST_RESERVE_BYTES["cuda"], abs=1e9)
+
+
+@pytest.mark.parametrize(
+    "nvml", [FakeNvml(FakeGpu(memory=False)), FakeNvml(FakeGpu(sliced=True)), FakeNvml(driver=False), switched(3)]
+)
+def test_cuda_is_asked_where_nvml_does_not_answer_or_sees_other_gpus(nvml, cuda):
+    cuda(1)
+    machine = detect(nvml=nvml)
+    assert machine.gpu_bytes == 70 * GIB - CONTEXT_BYTES
+    assert (machine.gpu_name, machine.known_device) == ("a slice", None)
+
+
+def test_gpus_of_several_kinds_are_said(cuda):
+    cuda(2)
+    machine = detect(nvml=FakeNvml(FakeGpu(), FakeGpu(name="NVIDIA L4", uuid="GPU-1", bus=bus(2))))
+    assert any("several kinds (NVIDIA H200, NVIDIA L4)" in remark for remark in machine.remarks)
+
+
+def test_a_network_mount_is_remarked_on(tmp_path):
+    machine = with_directory(GPU, tmp_path, None, [("/", "nfs4")])
+    assert machine.disk is not None and machine.disk.network
+    assert machine.host_bytes == GPU.host_bytes
+    assert any("is on nfs4, a network mount" in remark for remark in machine.remarks)
+    assert with_directory(GPU, tmp_path, None, [("/", "ext4")]).remarks == ()
+
+
+def test_a_directory_in_memory_takes_its_bytes_from_the_host(tmp_path):
+    memory = [("/", "tmpfs")]
+    machine = with_directory(GPU, tmp_path, 1 * GIB, memory)
+    assert (machine.host_bytes, machine.nvme_bytes) == (GPU.host_bytes - GIB, GIB)
+    assert any("takes host memory" in remark for remark in machine.remarks)
+    machine = with_directory(CPU, tmp_path, 1 * GIB, memory)
+    assert machine.gpu_bytes + machine.host_bytes + machine.nvme_bytes == 22 * GIB
+    whole = with_directory(CPU, tmp_path, None, memory)
+    assert whole.nvme_bytes <= 11 * GIB
+    assert whole.gpu_bytes + whole.host_bytes + whole.nvme_bytes == 22 * GIB
+    with pytest.raises(MachineError, match="of host memory, which is what"):
+        with_directory(replace(GPU, host_bytes=1 << 20), tmp_path, 2 << 20, memory)
+
+
+FULL = replace(
+    GPU,
+    nodes=2,
+    gpus=16,
+    link=HostLink(5, 16),
+    nvlink=450e9,
+    numa_nodes=(NumaNode(0, (0, 1), 1 << 36, (0,)), NumaNode(1, (2, 3), None, ())),
+    disk=Disk(Path("/swap"), 1 << 40, "xfs", False, False, True),
+    nvme_dir=Path("/swap"),
+    nvme_bytes=1 << 39,
+    host_growth_bytes=None,
+    remarks=("Something.",),
+)
+
+
+@pytest.mark.parametrize("machine", [CPU, GPU, FULL])
+def test_a_machine_survives_its_file(machine):
+    written = json.loads(json.dumps(machine.to_dict()))
+    assert written["schema"] == SCHEMA
+    assert Machine.from_dict(written) == machine
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"schema": "memplan.machine/7"}, "a machine file from another version: memplan.machine/7"),
+        ({"schema": "memplan.plan/2"}, "describes no machine"),
+        ({"schema": None}, "describes no machine"),
+        ({"gpus": 3}, "describes no machine any more"),
+        ({"nodes": 0}, "describes no machine any more"),
+        ({"color": "blue"}, "describes no machine any more"),
+        ({"link": {"generation": 5}}, "describes no machine any more"),
+        ({"numa_nodes": None}, "describes no machine any more"),
+    ],
+)
+def test_a_file_that_is_no_machine_of_this_version_is_refused(change, sentence):
+    with pytest.raises(MachineError, match=f"m.json .*{sentence}|m.json is {sentence}"):
+        Machine.from_dict({**FULL.to_dict(), **change}, "m.json")
+    with pytest.raises(MachineError, match="describes no machine"):
+        Machine.from_dict([1, 2], "m.json")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_offers_what_is_free_less_the_context():
@@ -157,16 +270,4 @@ def test_a_gpu_offers_what_is_free_less_the_context():
     assert 0 < machine.gpu_bytes <= total - CONTEXT_BYTES
     assert machine.gpu_name
     assert 0 < machine.host_bytes < psutil.virtual_memory().total
-
-
-def test_only_visible_gpus_are_asked(monkeypatch):
-    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
-    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 3)
-    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: index)
-    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByUUID", lambda uuid: uuid)
-    for visible, handles in ((None, [0, 1, 2]), ("2,0", [2, 0]), ("GPU-ab, 1", ["GPU-ab", 1]), ("", []), ("-1", [])):
-        if visible is None:
-            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        else:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert nvml_handles() == handles
+    print(json.dumps(machine.to_dict(), indent=1))

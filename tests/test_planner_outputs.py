@@ -1,19 +1,15 @@
 import json
-import re
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memplan import doctor
 from memplan.audit import audit
 from memplan.configs.deepspeed import ds_config
 from memplan.formatting import format_bytes, format_count, format_flops, format_seconds
-from memplan.machine import parse_bytes
 from memplan.search import plan
+from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Placement, Precision, Tier
 from tests.synthetic_profiles import RATES, machine_of, transformer
@@ -120,48 +116,3 @@ def test_the_audit_refuses_what_does_not_add_up():
     assert any("over its budget" in problem for problem in audit(tight, shapes))
     assert any("not in the model" in problem for problem in audit(BASE, shapes[1:]))
     assert any("not in the plan" in problem for problem in audit(replace(BASE, placements=BASE.placements[1:]), shapes))
-
-
-def test_the_doctor_finds_this_machine_and_has_a_remedy_for_every_trouble(tmp_path):
-    found = doctor.checks(tmp_path)
-    assert {"Python", "PyTorch", "Host memory", "Cores", "NVMe file system"} <= {c.name for c in found}
-    assert all(c.status in ("ok", "info", "warn", "fail") for c in found)
-    assert all(c.remedy for c in found if c.status in ("warn", "fail"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_doctor_warns_of_a_disk_that_is_memory(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_filesystem", lambda directory: "tmpfs")
-    check = next(c for c in doctor.checks(tmp_path) if c.name == "NVMe file system")
-    assert check.status == "warn"
-    assert re.search("takes host memory", check.detail)
-
-
-def test_the_doctor_says_which_directory_is_missing():
-    found = doctor.checks(Path("/not/here"))
-    assert any(c.status == "fail" and c.remedy == "mkdir -p /not/here" for c in found)
-
-
-def test_the_doctor_sees_more_threads_than_cores(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "usable_cores", lambda: 1)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
-    check = next(c for c in doctor.checks(tmp_path) if c.name == "Cores")
-    assert (check.status, check.remedy) == ("warn", "export OMP_NUM_THREADS=1")
-
-
-def test_the_doctor_sees_a_busy_gpu_behind_a_narrow_link(monkeypatch, tmp_path):
-    answers = {
-        "nvmlSystemGetCudaDriverVersion": 13000,
-        "nvmlDeviceGetName": "a card",
-        "nvmlDeviceGetMemoryInfo": SimpleNamespace(used=8 << 30, free=16 << 30, total=24 << 30),
-        "nvmlDeviceGetCurrPcieLinkWidth": 4,
-        "nvmlDeviceGetMaxPcieLinkWidth": 16,
-    }
-    monkeypatch.setattr(doctor, "nvml_handles", lambda: ["handle"])
-    for name, answer in answers.items():
-        monkeypatch.setattr(f"pynvml.{name}", lambda *_, answer=answer: answer)
-    found = {c.name: c for c in doctor.checks(tmp_path)}
-    assert found["GPU 0 memory"].status == "warn"
-    assert found["GPU 0 memory"].remedy.startswith("nvidia-smi")
-    assert found["GPU 0 link"].detail == "PCIe x4, the card can do x16"
-    assert "13.0" in found["CUDA driver"].detail

@@ -12,10 +12,10 @@ from memplan.audit import audit
 from memplan.bounds import least_seconds
 from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_sizes
 from memplan.errors import NothingFits, PlanningError
-from memplan.machine import parse_bytes
 from memplan.memory import Counts
 from memplan.pipeline import step_seconds
 from memplan.search import plan, problem_of
+from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Buckets, Plan, Precision, Tier
 from offload.residency import footprint
@@ -157,6 +157,7 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     assert found.prediction.host_bytes <= machine.host_bytes
     assert found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps * 4 == 8
+    assert audit(found, units_of(profile)) == []
 
 
 @given(cases())

@@ -45,6 +45,29 @@ def test_every_device_names_its_sources_and_has_plausible_figures(device):
     assert device.peak("tf32") <= device.peak("fp16") or device.peak("tf32") == device.peak("fp32")
 
 
+@pytest.mark.parametrize("device", devices(), ids=lambda d: d.name)
+def test_links_of_a_device_are_those_of_its_time(device):
+    assert device.pcie_generation in (None, 3, 4, 5)
+    assert device.nvlink_bytes_per_second is None or 80e9 <= device.nvlink_bytes_per_second <= 900e9
+    assert device.c2c_bytes_per_second in (None, 450e9)
+    assert 0.9 < device.usable_share < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "generation", "gigabytes"),
+    [("h100", 5, 450), ("h100 pcie", 5, None), ("a100", 4, 300), ("v100", 3, 150), ("b200", 5, 900), ("4090", 4, None)],
+)
+def test_nvlink_counts_one_direction_where_the_board_comes_with_it(name, generation, gigabytes):
+    device = find_device(name)
+    assert device.pcie_generation == generation
+    assert device.nvlink_bytes_per_second == (None if gigabytes is None else gigabytes * 1e9)
+
+
+def test_no_card_offers_more_memory_than_was_measured_on_one():
+    h200 = find_device("h200")
+    assert h200.memory_bytes * h200.usable_share <= 139.8 * 2**30
+
+
 def test_arithmetic_that_a_device_lacks_runs_at_the_rate_of_fp32():
     t4 = find_device("t4")
     assert t4.peak("bf16") == t4.peak("fp32") < t4.peak("fp16")

@@ -225,7 +225,11 @@ def test_a_key_value_cache_does_not_grow_when_blocks_are_recomputed():
     batch = tokens(1, 32)
     inputs = {"input_ids": batch, "labels": batch, "attention_mask": torch.ones_like(batch)}
     profile = profile_model(llama(), inputs, precision="bf16")
-    assert [p.recompute for p in profile.activations] == [False, True]
+    assert [(p.recompute, p.checkpoints_on_host) for p in profile.activations] == [
+        (False, False),
+        (True, False),
+        (True, True),
+    ]
     assert not profile.assumptions
 
 

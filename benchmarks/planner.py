@@ -1,0 +1,374 @@
+"""Plans beside what they turn out to be: peaks of every tier, seconds of a step, and which batches fit.
+
+    python -m benchmarks.planner --calibration calibration.json --nvme DIR
+
+Every model is planned for budgets from ample to tight, and every plan is trained for a few steps by the engine with the
+allocator capped at the budget. ``batches`` then finds the largest micro-batch that each plan's placements really allow,
+and compares what the planner said of every batch size up to twice that. ``neighbours`` trains the candidates that the
+planner ranked next, beside the one that it chose.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from benchmarks.building import QuickValues
+from benchmarks.common import llama_config, save, spread
+from memplan.activations import Way
+from memplan.candidates import FamilySearch, best_of, search
+from memplan.errors import NothingFits
+from memplan.machine import Machine, detect
+from memplan.problem import Family
+from memplan.rates import Rates
+from memplan.search import plan, plan_of, problem_of
+from memplan.sharding import Sharding
+from offload.engine import Engine
+from offload.plan import Plan
+from profiler.profile import ModelProfile
+from profiler.run import profile_model
+
+GIB = 1 << 30
+STEPS, WARM_UP = 7, 3
+SHARES = (1.05, 0.6, 0.4, 0.25)
+"""GPU budgets, of what the plan with everything on the GPU takes."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One training to plan."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, torch.Tensor]]
+    batch_size: int
+
+
+def _text(length: int, vocabulary: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    def batch(size: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(0, vocabulary, (size, length))
+        return {"input_ids": ids, "labels": ids}
+
+    return batch
+
+
+def _pictures(size: int) -> Callable[[int], dict[str, torch.Tensor]]:
+    return lambda batch: {"pixel_values": torch.rand(batch, 3, size, size), "labels": torch.randint(0, 1000, (batch,))}
+
+
+def models() -> list[Model]:
+    """Six architectures of transformers of 0.2e9 to 0.6e9 parameters; nothing is downloaded."""
+    import transformers as t
+
+    llama = llama_config((1536, 20, 12, 4, 4096, 32000), use_cache=False, attn_implementation="sdpa")
+    gpt2 = t.GPT2Config(n_embd=1024, n_layer=24, n_head=16, use_cache=False)
+    bert = t.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    vit = t.ViTConfig(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, num_labels=1000
+    )
+    t5 = t.T5Config(
+        d_model=768, num_layers=12, num_heads=12, d_ff=3072, d_kv=64, use_cache=False, decoder_start_token_id=0
+    )
+    convnext = t.ConvNextConfig(depths=[3, 3, 27, 3], hidden_sizes=[192, 384, 768, 1536], num_labels=1000)
+    return [
+        Model("llama 0.5e9", lambda: t.LlamaForCausalLM(llama), _text(1024, 32000), 8),
+        Model("gpt2 0.35e9", lambda: t.GPT2LMHeadModel(gpt2), _text(512, 50257), 8),
+        Model("bert 0.34e9", lambda: t.BertForMaskedLM(bert), _text(256, 30522), 16),
+        Model("vit 0.3e9", lambda: t.ViTForImageClassification(vit), _pictures(224), 32),
+        Model("t5 0.25e9", lambda: t.T5ForConditionalGeneration(t5), _text(256, 32128), 16),
+        Model("convnext 0.2e9", lambda: t.ConvNextForImageClassification(convnext), _pictures(224), 32),
+    ]
+
+
+def build(model: Model) -> nn.Module:
+    """On the CPU, the same values every time."""
+    torch.manual_seed(0)
+    with QuickValues():
+        return model.build().train()
+
+
+@contextmanager
+def capped(gpu_bytes: int) -> Iterator[None]:
+    """The allocator may hold no more than this."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def machines(base: Machine, resident: Plan, host_bytes: int) -> Iterator[tuple[str, Machine]]:
+    """The base machine with less of everything, step by step; with the tightest GPU the host is short too."""
+    peak = resident.prediction.gpu_upper_bytes
+    for share in SHARES:
+        tight = share == SHARES[-1] and base.nvme_dir is not None
+        host = int(resident.prediction.gpu_upper_bytes * 0.3) if tight else host_bytes
+        yield (
+            f"{share} of resident" + (", little host" if tight else ""),
+            replace(base, gpu_bytes=int(peak * share), host_bytes=host, nvme_bytes=base.nvme_bytes if tight else 0),
+        )
+
+
+def run_plan(model: Model, found: Plan, steps: int = STEPS) -> dict[str, Any]:
+    """Train by a plan for a few steps under its own budget."""
+    torch.cuda.reset_peak_memory_stats()
+    before = psutil.Process().memory_info().rss
+    row: dict[str, Any] = {"out_of_memory": None}
+    with capped(found.budget.gpu_bytes):
+        network = build(model)
+        built = psutil.Process().memory_info().rss
+        engine = None
+        try:
+            engine = Engine(network, found, torch.optim.AdamW(network.parameters(), lr=1e-4), max_grad_norm=1.0)
+            seconds = []
+            batches = [
+                {k: v.cuda() for k, v in model.batch(found.micro_batch_size).items()}
+                for _ in range(found.gradient_accumulation_steps)
+            ]
+            for _ in range(steps):
+                begun = time.perf_counter()
+                for batch in batches:
+                    loss = engine(**batch).loss
+                    engine.backward(loss)
+                    engine.step()
+                loss.item()
+                seconds.append(time.perf_counter() - begun)
+            held = engine.meter.peak_bytes()
+            row |= {
+                "seconds": statistics.median(seconds[WARM_UP:]),
+                "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
+                "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
+                "host_bytes": held.get("host", 0),
+                "host_grown_bytes": psutil.Process().memory_info().rss - before,
+                "model_built_bytes": built - before,
+                "nvme_bytes": held.get("nvme", 0),
+                "overflow_slots": engine.overflow_count,
+            }
+        except torch.OutOfMemoryError as error:
+            row["out_of_memory"] = str(error).splitlines()[0]
+        except Exception as error:  # noqa: BLE001 - one failure must not end the others
+            row["out_of_memory" if "memory" in str(error) else "failed"] = f"{type(error).__name__}: {error}"[:200]
+        finally:
+            if engine is not None:
+                engine.close()
+            del engine, network
+    return row
+
+
+def predicted(found: Plan) -> dict[str, Any]:
+    """What the plan says, in short."""
+    p = found.prediction
+    tiers = {
+        tier: sum(tier in (x.parameters, x.gradients, x.optimizer) for x in found.placements)
+        for tier in ("host", "nvme")
+    }
+    return {
+        "gpu_peak_bytes": p.gpu_peak_bytes,
+        "gpu_upper_bytes": p.gpu_upper_bytes,
+        "host_bytes": p.host_bytes,
+        "nvme_bytes": p.nvme_bytes,
+        "seconds": p.step_seconds,
+        "bottleneck": p.bottleneck,
+        "lanes": p.lane_seconds,
+        "micro_batch": found.micro_batch_size,
+        "recompute": len(found.recompute),
+        "loss_chunks": found.loss_chunks,
+        "units_on": tiers,
+    }
+
+
+def fits(profile: ModelProfile, machine: Machine, rates: Rates, found: Plan, micro_batch: int) -> bool:
+    """Whether the planner thinks that these placements allow this micro-batch."""
+    problem = problem_of(profile, machine, rates, micro_batch, None)
+    way = Way(micro_batch, len(found.recompute), found.checkpoints, found.loss_chunks)
+    family = Family(Sharding(0, 1), way, 1)
+    held = FamilySearch(problem, family, found.buckets)
+    state = found.prediction.phases["gpu"]["attach"]
+    return state + held.upper_bytes <= machine.gpu_bytes
+
+
+def largest_batch(model: Model, found: Plan, most: int) -> int:
+    """The largest micro-batch that really runs with these placements, by bisection."""
+    with capped(found.budget.gpu_bytes):
+        network = build(model)
+        engine = Engine(network, replace(found, gradient_accumulation_steps=1), max_grad_norm=1.0)
+        try:
+            low, high = found.micro_batch_size, most
+            if not _runs(engine, model, low):
+                return 0
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if _runs(engine, model, middle) else (low, middle)
+        finally:
+            engine.close()
+            del engine, network
+    return low
+
+
+def _runs(engine: Engine, model: Model, size: int) -> bool:
+    try:
+        for _ in range(2):
+            engine.backward(engine(**{k: v.cuda() for k, v in model.batch(size).items()}).loss)
+            engine.step()
+        torch.cuda.synchronize()
+    except Exception as error:
+        if "memory" not in str(error):
+            raise
+        print(f"    {model.name}, batch {size}: {str(error)[:300]}", flush=True)
+        engine.zero_grad()
+        gc.collect()
+        torch.cuda.empty_cache()
+        return False
+    return True
+
+
+def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
+    """Every model and budget: planned, trained, compared."""
+    rows = []
+    base = detect(args.nvme)
+    for model in models():
+        if args.models and not any(name in model.name for name in args.models):
+            continue
+        begun = time.perf_counter()
+        network = build(model)
+        profile = profile_model(
+            network, model.batch(model.batch_size), precision="bf16", device="H200", calibration=rates.kernels
+        )
+        del network
+        profiled = time.perf_counter() - begun
+        resident = plan(profile, replace(base, nvme_dir=None, nvme_bytes=0), rates, batch_size=model.batch_size)
+        for name, machine in machines(base, resident, base.host_bytes):
+            row: dict[str, Any] = {"model": model.name, "budget": name, "gpu_budget_bytes": machine.gpu_bytes}
+            try:
+                found = plan(profile, machine, rates, batch_size=model.batch_size)
+            except NothingFits as error:
+                rows.append({**row, "refused": str(error)})
+                print(f"{model.name:16} {name:28} refused: {error}", flush=True)
+                continue
+            row["predicted"] = predicted(found)
+            row["measured"] = run_plan(model, found)
+            if args.batches and row["measured"]["out_of_memory"] is None:
+                row["batches"] = batches_row(model, machine, rates, found, args.most)
+            rows.append(row)
+            print(line(row), flush=True)
+        print(f"  {model.name}: profiled in {profiled:.1f} s, all {time.perf_counter() - begun:.0f} s", flush=True)
+    return rows
+
+
+def batches_row(model: Model, machine: Machine, rates: Rates, found: Plan, most: int) -> dict[str, Any]:
+    """The largest batch that runs and the largest that the planner allows, from a profile of larger batches."""
+    network = build(model)
+    larger = profile_model(network, model.batch(most), precision="bf16", device="H200", calibration=rates.kernels)
+    del network
+    real = largest_batch(model, found, most)
+    allowed = max((b for b in range(1, most + 1) if fits(larger, machine, rates, found, b)), default=0)
+    return {"largest_that_runs": real, "largest_allowed": allowed, "most": most}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    p, m = row["predicted"], row["measured"]
+    head = f"{row['model']:16} {row['budget']:28}"
+    if m.get("seconds") is None:
+        return f"{head} {m}"
+    gpu = 100 * (p["gpu_peak_bytes"] / m["gpu_peak_bytes"] - 1)
+    step = 100 * (p["seconds"] / m["seconds"] - 1)
+    batches = row.get("batches", {})
+    tiers = " ".join(f"{t} {m[f'{t}_bytes'] / GIB:.2f} ({p[f'{t}_bytes'] / GIB:.2f})" for t in ("host", "nvme"))
+    sizes = [m["gpu_reserved_bytes"], row["gpu_budget_bytes"], p["gpu_upper_bytes"], m["host_grown_bytes"]]
+    reserved, budget, upper, grown = (f"{size / GIB:.2f}" for size in sizes)
+    how = f"b{p['micro_batch']} r{p['recompute']} c{p['loss_chunks']} {p['units_on']} {batches or ''}"
+    return (
+        f"{head} gpu {m['gpu_peak_bytes'] / GIB:6.2f} ({gpu:+.1f} %) reserved {reserved} of {budget} upper {upper}  "
+        f"{tiers} rss {grown}  step {m['seconds']:.3f} ({step:+.0f} %) {p['bottleneck']} {how}"
+    )
+
+
+def neighbours_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
+    """The chosen candidate and those ranked next, all trained."""
+    rows = []
+    base = detect(args.nvme)
+    for model in models():
+        if args.models and not any(name in model.name for name in args.models):
+            continue
+        network = build(model)
+        profile = profile_model(
+            network, model.batch(model.batch_size), precision="bf16", device="H200", calibration=rates.kernels
+        )
+        del network
+        resident = plan(profile, base, rates, batch_size=model.batch_size)
+        machine = replace(base, gpu_bytes=int(resident.prediction.gpu_upper_bytes * 0.5))
+        problem = problem_of(profile, machine, rates, model.batch_size, None)
+        found = search(problem)
+        size = found[0].buckets.update_elements
+        others = [best_of(problem, family, size) for family in problem.families()]
+        ranked = sorted((c for c in others if c is not None), key=lambda c: c.rank)[: args.neighbours + 1]
+        for place, candidate in enumerate(ranked):
+            measured = run_plan(model, plan_of(problem, candidate, machine))
+            rows.append(
+                {"model": model.name, "rank": place, "predicted_seconds": candidate.seconds, "measured": measured}
+            )
+            print(
+                f"{model.name} rank {place}: {candidate.seconds:.3f} {measured.get('seconds')} {candidate.family.way}"
+            )
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the whole."""
+    done = [r for r in rows if r.get("measured", {}).get("seconds") is not None]
+    found: dict[str, Any] = {
+        "plans": len([r for r in rows if "measured" in r]),
+        "out_of_memory": len([r for r in rows if r.get("measured", {}).get("out_of_memory")]),
+    }
+    for name in ("gpu_peak_bytes", "host_bytes", "nvme_bytes", "seconds"):
+        errors = [r["predicted"][name] / r["measured"][name] - 1 for r in done if r["measured"][name]]
+        if errors:
+            found[name] = dict(zip(("median", "p95", "worst"), (round(e, 4) for e in spread(errors)), strict=True))
+    batches = [r["batches"] for r in done if "batches" in r]
+    if batches:
+        refused = sum(min(2 * b["largest_that_runs"], b["most"]) - b["largest_allowed"] for b in batches)
+        wrong = sum(max(0, b["largest_that_runs"] - b["largest_allowed"]) for b in batches)
+        found["batches"] = {
+            "refused": refused,
+            "wrongly": wrong,
+            "allowed_wrongly": sum(b["largest_allowed"] > b["largest_that_runs"] for b in batches),
+        }
+    return found
+
+
+def main() -> None:
+    """Run the parts, print lines, save the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--nvme", type=Path)
+    parser.add_argument("--models", nargs="*", default=[])
+    parser.add_argument("--batches", action="store_true", help="find the largest batch of every plan, too")
+    parser.add_argument("--most", type=int, default=128, help="the largest batch to try")
+    parser.add_argument("--neighbours", type=int, default=0, help="train so many candidates beside the chosen one")
+    args = parser.parse_args()
+    rates = Rates.load(args.calibration)
+    if args.neighbours:
+        rows = neighbours_part(args, rates)
+        print(save("planner-neighbours", rows))
+        return
+    rows = plans_part(args, rates)
+    print(summary(rows))
+    print(save("planner", rows, summary=summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

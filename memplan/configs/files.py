@@ -1,0 +1,47 @@
+"""All configuration files of a plan: {filename: text}."""
+
+import json
+from collections.abc import Sequence
+
+from memplan.configs.accelerate import accelerate_deepspeed, accelerate_fsdp2
+from memplan.configs.deepspeed import ds_config
+from memplan.configs.huggingface import huggingface_deepspeed, huggingface_fsdp2
+from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
+from memplan.configs.torchrun import launch_script
+from memplan.configs.torchtitan import torchtitan_module
+from offload.plan import Plan, Target
+from profiler.profile import ModelProfile
+
+NOTES = "NOTES.md"
+HEAD = "What these files can not say of the plan, or say otherwise. Other files have it in comments of their own.\n"
+
+
+def configurations(plan: Plan, block_classes: Sequence[str] = ()) -> dict[str, str]:
+    """For a plan of memplan's own engine everything, translated; for another engine's plan the files of that engine.
+
+    What a target can not express stands in a comment in its file, or where JSON has none in ``NOTES.md``.
+    ``block_classes`` are the class names of the model's blocks (``block_classes_of``), which FSDP2 asks for; a model of
+    transformers is known without.
+    """
+    files, notes = {"launch.sh": launch_script(plan)}, {}
+    if plan.target is not Target.FSDP2:
+        config, notes["ds_config.json"] = ds_config(plan)
+        files["ds_config.json"] = json.dumps(config, indent=2) + "\n"
+        files["accelerate-deepspeed.yaml"] = accelerate_deepspeed(plan, config)
+        name = "huggingface-deepspeed.json"
+        files[name], notes[name] = huggingface_deepspeed(plan, config)
+        files["lightning_deepspeed.py"] = lightning_deepspeed(plan, config)
+    if plan.target is not Target.DEEPSPEED:
+        files["accelerate-fsdp2.yaml"] = accelerate_fsdp2(plan, block_classes)
+        name = "huggingface-fsdp2.json"
+        files[name], notes[name] = huggingface_fsdp2(plan, block_classes)
+        files["lightning_fsdp2.py"] = lightning_fsdp2(plan)
+        files["torchtitan_config.py"] = torchtitan_module(plan)
+    sections = (f"\n## {name}\n\n" + "".join(f"- {n}\n" for n in said) for name, said in notes.items() if said)
+    return files | {NOTES: HEAD + "".join(sections)}
+
+
+def block_classes_of(profile: ModelProfile) -> tuple[str, ...]:
+    """Class names of the profile's blocks, each once."""
+    types = {layer.path: layer.type for layer in profile.layers}
+    return tuple(dict.fromkeys(types[path] for path in profile.blocks if path in types))

@@ -1,0 +1,168 @@
+"""``memplan plan``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from memplan import show
+from memplan.api import plan as make_plan
+from memplan.api import profile_for
+from memplan.configs.files import NOTES, block_classes_of, configurations
+from memplan.described import find_machine
+from memplan.errors import PlanningError
+from memplan.explanation import explanation_of
+from memplan.from_config import GivenConfig, Verdict, judge
+from memplan.inputs import saved_profile
+from memplan.machine import Machine
+from memplan.options import (
+    DEFAULT_BATCH_SIZE,
+    DESCRIBED,
+    SHOWN,
+    File,
+    GpuMemory,
+    Gpus,
+    HostMemory,
+    MachineName,
+    Nodes,
+    Nvme,
+    PrecisionOption,
+    Seq,
+)
+from memplan.quick_rates import rates_of
+from memplan.rates import Rates
+from memplan.show_timeline import timeline_view
+from memplan.show_verdict import verdict_tables
+from memplan.timeline_page import write_timeline_page
+from memplan.train import default_precision
+from offload.plan import Plan, Precision, Target
+from profiler.contract import ModelSource
+from profiler.profile import ModelProfile
+from profiler.source import load_source
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what it was made with."""
+
+    plan: Plan
+    profile: ModelProfile
+    machine: Machine
+    rates: Rates
+
+
+def plan(
+    file: File,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step; 8 if not given.")
+    ] = None,
+    seq: Seq = None,
+    engine: Annotated[Target, typer.Option(help="Who will train: the plan is priced for it.")] = Target.MEMPLAN,
+    machine: MachineName = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    gpu_memory: GpuMemory = None,
+    host_memory: HostMemory = None,
+    nvme: Nvme = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Rates that `memplan calibrate` measured, here or elsewhere.", **DESCRIBED)
+    ] = None,
+    precision: PrecisionOption = None,
+    given: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="DS_CONFIG", help="Price a ds_config.json of yours, and say what to change."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where plan.json and the engines' files go.")] = Path(),
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print a step as a timeline, and what would make it faster.", **SHOWN)
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the timeline here.", **SHOWN)] = None,
+) -> None:
+    """What to do about it on this machine, or on one you describe."""
+    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme}
+    there = find_machine(machine, gpus=gpus, nodes=nodes, **limits)
+    remark(there)
+    rates = Rates.load(calibration) if calibration is not None else None
+    source = saved_profile(file) or load_source(file, seq)
+    out.mkdir(parents=True, exist_ok=True)
+    if given is not None:
+        verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
+        console.print(verdict_tables(given.name, verdict))
+        if verdict.better is None:
+            return
+    else:
+        found = planned_for(source, there, batch_size, precision, engine, rates)
+        console.print(show.plan_tables(found.plan))
+    if explain or html is not None:
+        shown = explanation_of(found.profile, found.machine, found.rates, found.plan)
+        if explain:
+            console.print(timeline_view(shown, console.width), highlight=False)
+        if html is not None:
+            write_timeline_page(shown, html)
+            console.print(f"written: {html}", highlight=False)
+    _write(found, out)
+
+
+def planned_for(
+    source: ModelSource | ModelProfile,
+    machine: Machine,
+    batch_size: int | None,
+    precision: Precision | None,
+    target: Target = Target.MEMPLAN,
+    rates: Rates | None = None,
+) -> Planned:
+    """The plan of a model file, or of a profile, for a machine."""
+    if isinstance(source, ModelProfile):
+        if precision is not None and precision != source.precision:
+            raise PlanningError(
+                f"the profile is in {source.precision}; leave --precision out, or profile again with --precision "
+                f"{precision}"
+            )
+        size = batch_size or source.batch_size * machine.gpus
+        rates = rates or rates_of(machine, Precision(source.precision))
+        return Planned(make_plan(source, machine, size, rates, target), source, machine, rates)
+    precision, size = precision or default_precision(machine.device), batch_size or DEFAULT_BATCH_SIZE
+    rates = rates or rates_of(machine, precision)
+    profile = profile_for(source, machine, rates, size, precision)
+    return Planned(make_plan(profile, machine, size, rates, target), profile, machine, rates)
+
+
+def remark(machine: Machine) -> None:
+    """Say what a person should know of the machine beside the plan."""
+    for sentence in machine.remarks:
+        errors.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def _judged(
+    source: ModelSource | ModelProfile,
+    machine: Machine,
+    rates: Rates | None,
+    config: GivenConfig,
+    batch_size: int | None,
+    precision: Precision | None,
+) -> tuple[Verdict, Planned]:
+    """What is to be said of a configuration, and the better one as a plan."""
+    for option, wish in (("--batch-size", batch_size), ("--precision", precision)):
+        if wish is not None:
+            raise PlanningError(f"{option} is in the configuration already; leave it out beside --from")
+    rates = rates or rates_of(machine, config.precision)
+    if isinstance(source, ModelSource):
+        source = profile_for(source, machine, rates, config.batch_size(machine), config.precision)
+    verdict = judge(source, machine, rates, config)
+    return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates)
+
+
+def _write(found: Planned, out: Path) -> None:
+    """plan.json, and what the engines read."""
+    found.plan.save(out / "plan.json")
+    written = ["plan.json"]
+    for name, text in configurations(found.plan, block_classes_of(found.profile)).items():
+        (out / name).write_text(text)
+        written.append(name)
+    console.print(f"written into {out.resolve()}: {', '.join(written)}", highlight=False, soft_wrap=True)
+    console.print(f"What they can not say of the plan is in {NOTES} and in their comments.", highlight=False)

@@ -1,0 +1,55 @@
+"""The inputs of recomputed blocks: what they hold, and a step in which they wait for backward on the host.
+
+On the host, an input leaves the device when the next block begins, and comes back when that block runs again in
+backward, one block ahead of its use. The last one stays.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from profiler.events import BACKWARD, FORWARD, Alloc, Event, Free, Op, Save
+
+
+def checkpoint_bytes(events: Sequence[Event]) -> int:
+    """Bytes that autograd keeps as inputs of recomputed blocks, each input once a block."""
+    sizes = {e.id: e.bytes for e in events if isinstance(e, Alloc)}
+    return sum(sizes[e.id] for e in events if isinstance(e, Save) and e.checkpoint)
+
+
+def checkpoints_on_host(events: Sequence[Event]) -> list[Event] | None:
+    """The same step with the inputs on the host; None where blocks do not run once each, one after the other.
+
+    An input that something else keeps for backward too stays on the device.
+    """
+    saves = [(i, e) for i, e in enumerate(events) if isinstance(e, Save) and e.checkpoint]
+    blocks = [e.module for _, e in saves]
+    again = _second_runs(events, set(blocks))
+    if len(set(blocks)) < len(blocks) or any(block not in again for block in blocks):
+        return None
+    keepers = Counter(e.id for e in events if isinstance(e, Save))
+    made = {e.id: e for e in events if isinstance(e, Alloc)}
+    ends = {e.id: i for i, e in enumerate(events) if isinstance(e, Free)}
+    inserted: list[tuple[int, Event]] = []
+    for (_, kept), (at, following) in pairwise(saves):
+        back = again[following.module]
+        if keepers[kept.id] == 1 and ends.get(kept.id, len(events)) > back > at:
+            inserted += [(at, Free(kept.id, FORWARD)), (back, made[kept.id]._replace(phase=BACKWARD))]
+    out, done = list[Event](), 0
+    for at, event in sorted(inserted, key=lambda item: item[0]):
+        out += [*events[done:at], event]
+        done = at
+    return [*out, *events[done:]]
+
+
+def _second_runs(events: Sequence[Event], blocks: set[str]) -> dict[str, int]:
+    """Where in backward each block begins to run again: the first operation of its recompute."""
+    found: dict[str, int] = {}
+    for i, e in enumerate(events):
+        if isinstance(e, Op) and e.recompute and e.phase == BACKWARD:
+            path = e.module
+            while path and path not in blocks:
+                path = path.rpartition(".")[0]
+            if path:
+                found.setdefault(path, i)
+    return found
