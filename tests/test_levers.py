@@ -12,7 +12,7 @@ from memplan.floor import floor_seconds
 from memplan.levers import LEAST_SPEEDUP, MOST_LEVERS, Lever, buyable, fastest_seconds, levers
 from memplan.planned import counts_of, family_of, timeline_of
 from memplan.search import plan, problem_of
-from offload.plan import Buckets
+from offload.plan import Buckets, Target
 from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=80)
@@ -97,6 +97,17 @@ def _more_host(said):
     """The larger of the additions: it needs no disk."""
     changes = [change for change in said if change.endswith("host memory")]
     return min(changes, key=lambda change: said[change].step_seconds)
+
+
+@pytest.mark.parametrize("target", [Target.DEEPSPEED, Target.FSDP2])
+def test_levers_of_another_engine_are_plans_for_that_engine(target):
+    profile = transformer(6, block_elements=50_000_000, batch_size=2)
+    machine = machine_of(2_500_000_000, 1 << 36, device="cuda", gpus=2)
+    found = plan(profile, machine, RATES, batch_size=8, target=target)
+    said = {lever.change: lever for lever in levers(profile, machine, RATES, found)}
+    direct = plan(profile, replace(machine, gpus=4), RATES, batch_size=8, target=target).prediction.step_seconds
+    assert said["4 GPUs"].step_seconds == pytest.approx(direct)
+    assert said["4 GPUs"].speedup == pytest.approx(found.prediction.step_seconds / direct)
 
 
 def test_levers_come_best_first_and_only_where_they_gain():
