@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memplan.candidates import FamilySearch, best_of, least_of
+from memplan.engines.plans import ENGINES
+from memplan.engines.whole import price_all, search_setups
 from memplan.explain import RESIDENT
 from memplan.floor import floor_seconds
 from memplan.formatting import format_bytes, format_seconds
@@ -14,7 +16,7 @@ from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.search import problem_of
 from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
-from offload.plan import Buckets, Plan
+from offload.plan import Buckets, Plan, Target
 from profiler.profile import ActivationPoint, ModelProfile
 
 LEAST_SPEEDUP = 1.03
@@ -54,11 +56,12 @@ class _Case:
     machine: Machine
     rates: Rates
     batch_size: int
+    target: Target
 
     @property
     def problem(self) -> Problem:
         """What is to be searched: a new one each time, since what a problem knows depends on all of this."""
-        return problem_of(self.profile, self.machine, self.rates, self.batch_size, None)
+        return problem_of(self.profile, self.machine, self.rates, self.batch_size, None, self.target)
 
     def on(self, **machine: Any) -> "_Case":
         """The same on a machine that differs in these."""
@@ -78,7 +81,7 @@ def levers(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) ->
     if before is None:
         return ()
     found = []
-    for trials in _kinds(_Case(profile, machine, rates, size), plan):
+    for trials in _kinds(_Case(profile, machine, rates, size, plan.target), plan):
         sample_seconds = before / size
         for change, case in trials:
             limit = sample_seconds / LEAST_SPEEDUP * case.batch_size
@@ -90,7 +93,13 @@ def levers(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) ->
 
 
 def fastest_seconds(problem: Problem, update_elements: int, limit: float = float("inf")) -> float | None:
-    """Seconds of the best candidate's step; ``None`` where none stays below ``limit``."""
+    """Seconds of the best candidate's step; ``None`` where none stays below ``limit``.
+
+    ``update_elements`` is the chunk of an update, which memplan's engine alone is searched with.
+    """
+    if problem.target is not Target.MEMPLAN:
+        setups = search_setups(problem, ENGINES[problem.target])
+        return setups[0].timeline.seconds if setups and setups[0].timeline.seconds < limit else None
     floors = {
         family: floor_seconds(FamilySearch(problem, family, Buckets(update_elements=update_elements)))
         for family in problem.families()
@@ -126,10 +135,17 @@ def _kinds(case: _Case, plan: Plan) -> Iterator[Trials]:
 def _more_gpu_memory(case: _Case, plan: Plan) -> Trials:
     """A little more, and as much as keeps everything on the GPU where that is at most twice of what is there."""
     have = case.machine.gpu_bytes
-    search = FamilySearch(case.problem, family_of(plan), plan.buckets)
-    short = search.gpu_upper_bytes(RESIDENT) - have
+    short = _resident_bytes(case.problem, plan) - have
     sizes = {min(MORE_GPU_BYTES, buyable(have // 4)), *((buyable(short),) if 0 < short <= have else ())}
     return [(_more(n, "gpu", case), case.on(gpu_bytes=have + n)) for n in sorted(sizes)]
+
+
+def _resident_bytes(problem: Problem, plan: Plan) -> int:
+    """What a GPU must have for nothing to be anywhere else."""
+    if problem.target is Target.MEMPLAN:
+        return FamilySearch(problem, family_of(plan), plan.buckets).gpu_upper_bytes(RESIDENT)
+    setups = price_all(problem, ENGINES[problem.target])
+    return min(priced.gpu_upper_bytes for priced in setups if not priced.setup.depth)
 
 
 def _more_host_memory(case: _Case, plan: Plan) -> Trials:
@@ -158,7 +174,8 @@ def _faster_parts(case: _Case, plan: Plan) -> Iterator[tuple[str, ModelProfile, 
         yield "a GPU that computes twice as fast", _twice_as_fast(profile), replace(r, compute_flops_per_second=doubled)
         links = {name: getattr(r, name).scaled(2) for name in ("host_to_device", "device_to_host")}
         yield "a link to the GPU twice as fast", profile, replace(r, **links)
-        yield "an update on the CPU twice as fast", profile, replace(r, cpu_update_seconds=halved)
+        if case.target is Target.MEMPLAN:  # the others' own updates are constants of theirs
+            yield "an update on the CPU twice as fast", profile, replace(r, cpu_update_seconds=halved)
     if plan.prediction.nvme_bytes:
         read, write = 2 * r.nvme_read_bytes_per_second, 2 * r.nvme_write_bytes_per_second
         rates = replace(r, nvme_read_bytes_per_second=read, nvme_write_bytes_per_second=write)

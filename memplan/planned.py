@@ -1,14 +1,16 @@
 """A finished plan as the candidate that it stands for, and its step as events."""
 
 from memplan.activations import Way
+from memplan.engines.plans import ENGINES
+from memplan.engines.whole import Setup, price
 from memplan.machine import Machine
 from memplan.memory import Counts
 from memplan.pipeline import Timeline, timeline
-from memplan.problem import Family
+from memplan.problem import Family, Problem
 from memplan.rates import Rates
 from memplan.search import problem_of
 from memplan.sharding import Sharding
-from offload.plan import Plan, Tier
+from offload.plan import Plan, Target, Tier
 from profiler.profile import ModelProfile
 
 
@@ -42,5 +44,15 @@ def timeline_of(profile: ModelProfile, machine: Machine, rates: Rates, plan: Pla
     """One step of the plan as events; ``None`` where the CPU computes, since its lanes share the cores."""
     if plan.device == "cpu":
         return None
-    problem = problem_of(profile, machine, rates, batch_size_of(plan), plan.precision)
+    problem = problem_of(profile, machine, rates, batch_size_of(plan), plan.precision, plan.target)
+    if plan.target is not Target.MEMPLAN:
+        return _whole_timeline(problem, plan)
     return timeline(problem.work(family_of(plan), plan.buckets), counts_of(plan))
+
+
+def _whole_timeline(problem: Problem, plan: Plan) -> Timeline:
+    """Of an engine that moves whole tiers: all units are placed alike."""
+    engine, placement = ENGINES[plan.target], plan.placements[0]
+    setup = Setup(family_of(plan), plan.buckets, placement.parameters, placement.optimizer, plan.gpu_update_share)
+    held, traffic = engine.held(problem, setup), engine.traffic(problem, setup)
+    return price(problem, setup, held, traffic, engine.update_seconds).timeline

@@ -159,7 +159,8 @@ def _title(shown: Explanation) -> Text:
 def _legend(timeline: Timeline, width: int) -> list[Text]:
     """The colours of what there is, in as many lines as needed."""
     lines = [Text()]
-    for kind in (kind for kind in COLOURS if kind in {kind_of(span) for span in timeline.spans}):
+    there = {kind_of(span) for span in timeline.spans}
+    for kind in (kind for kind in COLOURS if kind in there):
         if lines[-1] and len(lines[-1]) + len(kind) + 2 > width:
             lines.append(Text())
         lines[-1].append("■ ", COLOURS[kind]).append(f"{kind}  ", "dim")

@@ -1,7 +1,8 @@
 """What a step's timeline says, for the terminal and the page: kinds of work, phases, who waits for whom, sentences."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from functools import cache
+from itertools import groupby, islice, pairwise
 from typing import NamedTuple
 
 from memplan.explanation import Explanation
@@ -36,7 +37,10 @@ ENDINGS = {
     " gather": "gather",
     " reduce": "reduce",
 }
-"""The kind of a span by how its label ends, longer endings first; a label that is only a unit's name is its weights."""
+"""The kind of a span by how its label ends, longer endings first.
+
+A label that is only a unit's name is its weights, one that is only a kind is of no unit.
+"""
 SHARED_CORES = "Where the CPU computes, the lanes share its cores and add up; only the disk works beside them."
 Interval = tuple[float, float]
 """Start and end, in seconds."""
@@ -57,13 +61,21 @@ def lane_name(lane: str) -> str:
 
 def kind_of(span: Span) -> str:
     """What kind of work it is."""
-    return next((kind for ending, kind in ENDINGS.items() if span.label.endswith(ending)), "weights to the GPU")
+    return _parts(span.label)[1]
 
 
 def unit_of(span: Span) -> str:
     """The unit that it is done for; "" where there is none."""
-    ending = next((ending for ending in ENDINGS if span.label.endswith(ending)), "")
-    return span.label.removesuffix(ending)
+    return _parts(span.label)[0]
+
+
+@cache
+def _parts(label: str) -> tuple[str, str]:
+    """Unit and kind."""
+    if label in COLOURS:
+        return "", label
+    ending = next((ending for ending in ENDINGS if label.endswith(ending)), "")
+    return label.removesuffix(ending), ENDINGS.get(ending, "weights to the GPU")
 
 
 def within_step(timeline: Timeline) -> list[Span]:
@@ -83,14 +95,15 @@ def within_step(timeline: Timeline) -> list[Span]:
 
 
 def phases(timeline: Timeline) -> list[Phase]:
-    """Forward, backward and update as the GPU goes through them; a wait belongs to what comes after it."""
+    """Forward, backward and update as the GPU begins with each of them; an update made elsewhere after that too."""
     computed = [span for span in timeline.spans if span.lane == "compute"]
-    found: list[Phase] = []
-    for kind, run in groupby(computed, key=kind_of):
-        found.append(Phase(kind, found[-1].end_seconds if found else 0.0, list(run)[-1].end_seconds))
-    if found:
-        found[-1] = found[-1]._replace(end_seconds=timeline.seconds)
-    return found
+    begun = [(kind, next(run).start_seconds) for kind, run in groupby(computed, key=kind_of)]
+    if begun and begun[-1][0] != "update":
+        done = computed[-1].end_seconds
+        after = (s.start_seconds for s in timeline.spans if kind_of(s) == "update" and s.start_seconds >= done)
+        begun += [("update", start) for start in islice(after, 1)]
+    turns = [0.0, *(start for _, start in begun[1:]), timeline.seconds]
+    return [Phase(kind, *interval) for (kind, _), interval in zip(begun, pairwise(turns), strict=False)]
 
 
 def idle(spans: Iterable[Span], seconds: float) -> Iterator[Interval]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
@@ -141,13 +141,20 @@ def step_chart(shown: Explanation, timeline: Timeline) -> go.Figure:
     )
     figure.update_xaxes(range=[0, timeline.seconds / scale], ticksuffix=f" {unit}", zeroline=False)
     _lane_axis(figure, shown, lanes)
+    return figure.update_layout(**_shades(timeline, scale))
+
+
+def _shades(timeline: Timeline, scale: float) -> dict[str, list[dict[str, Any]]]:
+    """The phases behind the lanes, with their names above; all at once, as there may be hundreds."""
+    shapes, names = [], []
     for phase in phases(timeline):
         start, end = phase.start_seconds / scale, phase.end_seconds / scale
-        figure.add_vrect(start, end, fillcolor=COLOURS[phase.kind], opacity=0.1, line_width=0, layer="below")
+        shade = {"fillcolor": COLOURS[phase.kind], "opacity": 0.1, "line": {"width": 0}, "layer": "below"}
+        shapes.append({"type": "rect", "x0": start, "x1": end, "yref": "paper", "y0": 0, "y1": 1, **shade})
         if phase.end_seconds - phase.start_seconds >= NAMED_FROM * timeline.seconds:
             where = {"x": (start + end) / 2, "y": 1, "yref": "paper", "yanchor": "bottom"}
-            figure.add_annotation(text=phase.kind, showarrow=False, **where)
-    return figure
+            names.append({"text": phase.kind, "showarrow": False, **where})
+    return {"shapes": shapes, "annotations": names}
 
 
 def _trace(kind: str, colour: str, bars: Sequence[Bar], lanes: Sequence[str], seconds: float) -> go.Bar:
@@ -223,7 +230,8 @@ def _scale(seconds: float) -> tuple[float, str]:
 def _made(plan: Plan) -> str:
     recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
     batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
-    return f"{plan.gpus} x {plan.device}, {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
+    where = f"for {plan.target} on {plan.gpus} x {plan.device}"
+    return f"{where}: {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
 
 
 def _lanes(shown: Explanation) -> str:

@@ -3,19 +3,19 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.candidates import FamilySearch, best_of, search, update_sizes
+from memplan.candidates import SMALLEST_UPDATE, FamilySearch, best_of, search, update_sizes
 from memplan.explanation import explanation_of
 from memplan.floor import floor_seconds
 from memplan.levers import LEAST_SPEEDUP, MOST_LEVERS, Lever, buyable, fastest_seconds, levers
 from memplan.planned import counts_of, family_of, timeline_of
 from memplan.search import plan, problem_of
-from offload.plan import Buckets
+from offload.plan import Buckets, Target
 from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
-SLOW = settings(deadline=None, max_examples=25)
+SLOW = settings(deadline=None, max_examples=80)
 TIE = 1 + 2**-7
 """Candidates whose seconds agree to a quarter of a percent are a tie, decided by other things."""
 MARGIN = 64 << 20
@@ -28,12 +28,6 @@ def on_disk(gpus=1):
     found = plan(profile, machine, RATES, batch_size=4)
     assert found.prediction.nvme_bytes > 0
     return profile, machine, found
-
-
-def found_by_search(problem):
-    found = search(problem)
-    assume(found)
-    return found[0]
 
 
 @SLOW
@@ -54,7 +48,10 @@ def test_no_candidate_of_a_family_goes_below_its_floor(case):
 def test_the_fastest_is_what_the_search_finds(case):
     profile, machine = case
     problem = problem_of(profile, machine, RATES, profile.batch_size * 2, None)
-    best = found_by_search(problem)
+    best = next(iter(search(problem)), None)
+    if best is None:
+        assert fastest_seconds(problem, SMALLEST_UPDATE) is None
+        return
     seconds = fastest_seconds(problem, best.buckets.update_elements)
     assert best.seconds / TIE <= seconds <= best.seconds * TIE
 
@@ -64,10 +61,11 @@ def test_the_fastest_is_what_the_search_finds(case):
 def test_more_memory_is_never_slower(case, more_gpu, more_host):
     profile, machine = case
     problem = problem_of(profile, machine, RATES, profile.batch_size, None)
-    best = found_by_search(problem)
+    best = next(iter(search(problem)), None)
     larger = replace(machine, gpu_bytes=machine.gpu_bytes + more_gpu, host_bytes=machine.host_bytes + more_host)
     changed = problem_of(profile, larger, RATES, profile.batch_size, None)
-    assert fastest_seconds(changed, best.buckets.update_elements) <= best.seconds * TIE
+    if best is not None:
+        assert fastest_seconds(changed, best.buckets.update_elements) <= best.seconds * TIE
 
 
 def test_what_is_no_faster_than_the_limit_is_not_found():
@@ -99,6 +97,17 @@ def _more_host(said):
     """The larger of the additions: it needs no disk."""
     changes = [change for change in said if change.endswith("host memory")]
     return min(changes, key=lambda change: said[change].step_seconds)
+
+
+@pytest.mark.parametrize("target", [Target.DEEPSPEED, Target.FSDP2])
+def test_levers_of_another_engine_are_plans_for_that_engine(target):
+    profile = transformer(6, block_elements=50_000_000, batch_size=2)
+    machine = machine_of(2_500_000_000, 1 << 36, device="cuda", gpus=2)
+    found = plan(profile, machine, RATES, batch_size=8, target=target)
+    said = {lever.change: lever for lever in levers(profile, machine, RATES, found)}
+    direct = plan(profile, replace(machine, gpus=4), RATES, batch_size=8, target=target).prediction.step_seconds
+    assert said["4 GPUs"].step_seconds == pytest.approx(direct)
+    assert said["4 GPUs"].speedup == pytest.approx(found.prediction.step_seconds / direct)
 
 
 def test_levers_come_best_first_and_only_where_they_gain():
@@ -151,8 +160,7 @@ def test_a_lever_is_a_sentence(lever, sentence):
 def test_memory_comes_in_powers_of_two_and_three_halves_of_them(size):
     found = buyable(size)
     assert size <= found <= max(1, 1.5 * size)
-    assert found.bit_count() <= 2
-    assert bin(found).lstrip("0b").startswith(("1", "11"))
+    assert found // (found & -found) in (1, 3)
 
 
 @SLOW
@@ -160,7 +168,9 @@ def test_memory_comes_in_powers_of_two_and_three_halves_of_them(size):
 def test_a_plan_stands_for_the_candidate_that_it_was_made_from(case):
     profile, machine = case
     problem = problem_of(profile, machine, RATES, profile.batch_size, None)
-    best = found_by_search(problem)
+    best = next(iter(search(problem)), None)
+    if best is None:
+        return
     found = plan(profile, machine, RATES, batch_size=profile.batch_size)
     assert counts_of(found) == best.counts
     assert family_of(found) == best.family

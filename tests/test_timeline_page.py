@@ -12,9 +12,12 @@ from memplan.formatting import format_bytes
 from memplan.pipeline import Span, Timeline
 from memplan.step_words import sentences
 from memplan.timeline_page import FINEST, bars_of, timeline_page, write_timeline_page
+from offload.plan import Target
 from tests.browser import drawn_charts, drawn_values, needs_browser
 from tests.shown_steps import shown_step
 from tests.test_profile_page import Outline
+
+WHICH = (("cuda", 1), ("cuda", 2, Target.DEEPSPEED), ("cpu", 1))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +81,9 @@ def test_short_spans_are_drawn_together_and_nothing_is_lost(pieces):
 
 
 @needs_browser
-@pytest.mark.parametrize("which", [("cuda", 1), ("cuda", 2), ("cpu", 1)], ids=["gpu", "gpus", "cpu"])
+@pytest.mark.parametrize(
+    "which", [("cuda", 1), ("cuda", 2, Target.DEEPSPEED), ("cpu", 1)], ids=["gpu", "deepspeed", "cpu"]
+)
 def test_a_browser_draws_the_step_without_an_error(tmp_path, which):
     write_timeline_page(shown_step(*which), tmp_path / "page.html")
     (chart,) = drawn_charts(tmp_path / "page.html")

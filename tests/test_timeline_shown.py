@@ -25,10 +25,14 @@ from memplan.step_words import (
     unit_of,
     within_step,
 )
+from offload.plan import Target
 from tests.shown_steps import shown_step
 
 GPU, GPUS, CPU = ("cuda", 1), ("cuda", 2), ("cpu", 1)
-STEPS = pytest.mark.parametrize("which", [GPU, GPUS, CPU], ids=["gpu", "gpus", "cpu"])
+DEEPSPEED, FSDP2 = (("cuda", 2, target) for target in (Target.DEEPSPEED, Target.FSDP2))
+STEPS = pytest.mark.parametrize(
+    "which", [GPU, GPUS, CPU, DEEPSPEED, FSDP2], ids=["gpu", "gpus", "cpu", "deepspeed", "fsdp2"]
+)
 
 
 def printed(shown, width):
@@ -139,6 +143,14 @@ def test_phases_follow_each_other_through_the_whole_step():
     assert found[0].start_seconds == 0
     assert found[-1].end_seconds == timeline.seconds
     assert all(a.end_seconds == b.start_seconds for a, b in pairwise(found))
+
+
+@pytest.mark.parametrize("which", [DEEPSPEED, FSDP2], ids=["deepspeed", "fsdp2"])
+def test_other_engines_have_their_own_step_and_its_phases(which):
+    shown = shown_step(*which)
+    assert shown.seconds == pytest.approx(shown.plan.prediction.step_seconds)
+    assert shown.busy_seconds == pytest.approx(shown.plan.prediction.lane_seconds)
+    assert [phase.kind for phase in phases(shown.timeline)] == ["forward", "backward", "update"]
 
 
 @pytest.mark.parametrize("which", [GPU, GPUS], ids=["gpu", "gpus"])
