@@ -39,7 +39,9 @@ from profiler.run import profile_model
 
 GIB = 1 << 30
 STEPS, WARM_UP = 7, 3
-SHARES = (1.05, 0.6, 0.4, 0.25)
+SHARES = (1.05, 0.75, 0.55, 0.4, 0.25)
+BATCHES_AT = (1.05, 0.4)
+"""Of them, where the largest batch is looked for."""
 """GPU budgets, of what the plan with everything on the GPU takes."""
 
 
@@ -110,13 +112,14 @@ def capped(gpu_bytes: int) -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def machines(base: Machine, resident: Plan, host_bytes: int) -> Iterator[tuple[str, Machine]]:
+def machines(base: Machine, resident: Plan, host_bytes: int) -> Iterator[tuple[float, str, Machine]]:
     """The base machine with less of everything, step by step; with the tightest GPU the host is short too."""
     peak = resident.prediction.gpu_upper_bytes
     for share in SHARES:
         tight = share == SHARES[-1] and base.nvme_dir is not None
         host = int(resident.prediction.gpu_upper_bytes * 0.3) if tight else host_bytes
         yield (
+            share,
             f"{share} of resident" + (", little host" if tight else ""),
             replace(base, gpu_bytes=int(peak * share), host_bytes=host, nvme_bytes=base.nvme_bytes if tight else 0),
         )
@@ -249,8 +252,10 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
         )
         del network
         profiled = time.perf_counter() - begun
+        if args.keep:
+            profile.save(args.keep / f"{model.name.split()[0]}-profile.json")
         resident = plan(profile, replace(base, nvme_dir=None, nvme_bytes=0), rates, batch_size=model.batch_size)
-        for name, machine in machines(base, resident, base.host_bytes):
+        for share, name, machine in machines(base, resident, base.host_bytes):
             row: dict[str, Any] = {"model": model.name, "budget": name, "gpu_budget_bytes": machine.gpu_bytes}
             try:
                 found = plan(profile, machine, rates, batch_size=model.batch_size)
@@ -260,7 +265,9 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
                 continue
             row["predicted"] = predicted(found)
             row["measured"] = run_plan(model, found)
-            if args.batches and row["measured"]["out_of_memory"] is None:
+            if args.keep:
+                found.save(args.keep / f"{model.name.split()[0]}-{share}-plan.json")
+            if args.batches and share in BATCHES_AT and row["measured"]["out_of_memory"] is None:
                 row["batches"] = batches_row(model, machine, rates, found, args.most)
             rows.append(row)
             print(line(row), flush=True)
@@ -358,6 +365,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--batches", action="store_true", help="find the largest batch of every plan, too")
     parser.add_argument("--most", type=int, default=128, help="the largest batch to try")
+    parser.add_argument("--keep", type=Path, help="a directory for the profiles and plans")
     parser.add_argument("--neighbours", type=int, default=0, help="train so many candidates beside the chosen one")
     args = parser.parse_args()
     rates = Rates.load(args.calibration)

@@ -125,8 +125,8 @@ class Engine:
             unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
             send_away(state, nan)  # so that the model's own copy goes unit by unit
 
-        # Fetches wait for updates and for slots. What returns to the device, updated weights that live there and partial
-        # sums of gradients, must not wait behind them.
+        # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
+        # that live there, and partial sums of gradients.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
