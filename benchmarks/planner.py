@@ -102,6 +102,7 @@ def build(model: Model) -> nn.Module:
 def capped(gpu_bytes: int) -> Iterator[None]:
     """The allocator may hold no more than this."""
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()  # what the run before left in cycles
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_bytes / total))
     try:
@@ -131,6 +132,7 @@ def run_plan(model: Model, found: Plan, steps: int = STEPS) -> dict[str, Any]:
     before = psutil.Process().memory_info().rss
     row: dict[str, Any] = {"out_of_memory": None}
     with capped(found.budget.gpu_bytes):
+        row["gpu_before_bytes"] = torch.cuda.memory_allocated()
         network = build(model)
         built = psutil.Process().memory_info().rss
         engine = None

@@ -1,5 +1,6 @@
 """What is searched: one model on one machine for one batch, and the families of candidates that there are."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ from memplan.memory import ChainTables, chain_order
 from memplan.passes import PassSeconds, pass_seconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
+from memplan.units import owner
 from memplan.work import StepWork
 from offload.plan import Buckets, Budget, Precision, Target, Tier
 from offload.residency import UnitShape
@@ -90,7 +92,14 @@ class Problem:
             self.passes(family.way),
             family.micro_batches,
             self.rates,
+            self.once("trained", self._trained),
         )
+
+    def _trained(self) -> tuple[int, ...]:
+        """Number of trainable parameters of each unit."""
+        paths = [s.name for s in self.shapes if s.name]
+        counts = Counter(owner((p.name, *p.aliases), paths) for p in self.profile.parameters if p.trainable)
+        return tuple(counts[s.name] for s in self.shapes)
 
     def micro_batch_sizes(self) -> list[int]:
         """Divisors of a GPU's batch that the profile knows about."""

@@ -8,16 +8,21 @@ from functools import cached_property
 import numpy as np
 
 from memplan.memory import ChainTables, chain_order, extent_bytes
-from memplan.passes import BACKWARD, BACKWARD_ISSUE, PassSeconds
+from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD_ISSUE, PassSeconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
+from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets, Precision
 from offload.residency import UnitShape, state_bytes
 
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
-UNIT_ISSUE_SECONDS = 0.0
-STEP_ISSUE_SECONDS = 0.0
+PASS_ISSUE_FACTOR = 1.3
+"""How much longer the CPU takes to issue a pass in the engine than alone: each saved tensor goes through a hook."""
+GRADIENT_ISSUE_SECONDS = 60e-6
+"""Of the CPU, for one parameter's gradient in one micro-batch: taken away, gathered."""
+PIECE_ISSUE_SECONDS = 150e-6
+"""Of the CPU, for one piece of an update on the GPU."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class StepWork:
     """Rows as ``shapes``."""
     micro_batches: int
     rates: Rates
+    trained: tuple[int, ...]
+    """Number of trainable parameters of each unit."""
 
     @property
     def units(self) -> int:
@@ -149,13 +156,15 @@ class StepWork:
         rows = self.passes.by_unit.copy()
         gathered = np.array([s.trainable_elements for s in self.shapes]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
-        rows[:, BACKWARD_ISSUE] += UNIT_ISSUE_SECONDS
+        rows[:, [FORWARD_ISSUE, BACKWARD_ISSUE]] *= PASS_ISSUE_FACTOR
+        rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_ISSUE_SECONDS
         return rows
 
     @property
     def rest(self) -> np.ndarray:
         """The same of what belongs to no unit."""
-        return self.passes.rest
+        issue = np.array([1.0, PASS_ISSUE_FACTOR, 1.0, PASS_ISSUE_FACTOR])
+        return self.passes.rest * issue
 
     @cached_property
     def gpu_update_seconds(self) -> float:
@@ -163,12 +172,13 @@ class StepWork:
 
         So a plan never gains by moving away what fits.
         """
-        return sum(self.state_elements) * self.rates.gpu_update_seconds[self.precision]
+        return max(self.step_issue_seconds, sum(self.state_elements) * self.rates.gpu_update_seconds[self.precision])
 
     @property
     def step_issue_seconds(self) -> float:
-        """Of the CPU in ``step``."""
-        return STEP_ISSUE_SECONDS
+        """Of the CPU in ``step``, if all state is on the GPU."""
+        pieces = sum(-(-n // DEVICE_ELEMENTS) for n in self.state_elements)
+        return pieces * PIECE_ISSUE_SECONDS
 
     @property
     def cpu_update_seconds(self) -> float:

@@ -34,13 +34,16 @@ class Hyperparameters:
     def begin_update(self, unit: Unit, present: set[str]) -> tuple[Segment, ...]:
         """How the unit's elements are updated now, and count it; parameters without gradient are left out."""
         segments: list[Segment] = []
+        updated: Field | None = None
         for field in unit.trainable:
+            before, updated = updated, None  # the field ahead of this one, where it was updated
             if field.name not in present or field.parameter not in self._group_of or not field.shape.numel():
                 continue
             self.steps[field.name] = self.steps.get(field.name, 0) + 1
             how = self._how(field)
+            updated = field
             # Neighbours are updated in one piece; the gap between them is padding, which nobody reads.
-            if segments and segments[-1].how == how and self._adjacent(unit, segments[-1], field):
+            if before is not None and segments[-1].how == how:
                 segments[-1] = Segment(segments[-1].start, field.stop, how)
             else:
                 segments.append(Segment(field.start, field.stop, how))
@@ -57,7 +60,3 @@ class Hyperparameters:
             weight_decay=float(group["weight_decay"]),
             step=self.steps[field.name],
         )
-
-    @staticmethod
-    def _adjacent(unit: Unit, segment: Segment, field: Field) -> bool:
-        return not any(segment.stop <= other.start < field.start for other in unit.trainable)

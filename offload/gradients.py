@@ -32,6 +32,15 @@ class _Gathering:
     """The device buffer being gathered into; ``None`` outside of a backward pass."""
     landed: Done | None = None
     square_norm: torch.Tensor | None = None
+    views: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """By the address of a buffer, the parameters' places in it: making them anew for every gradient takes time."""
+
+    def views_in(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The trainable parameters' places in a buffer that gathers this unit's gradients."""
+        address = buffer.data_ptr()
+        if address not in self.views:
+            self.views[address] = {f.name: f.view(buffer) for f in self.state.unit.trainable}
+        return self.views[address]
 
 
 class GradientCollector:
@@ -112,7 +121,7 @@ class GradientCollector:
         def take(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
-                target = field.view(self._target(gathering))
+                target = gathering.views_in(self._target(gathering))[field.name]
                 if field.name in gathering.present:
                     target.add_(gradient)
                 else:
@@ -160,8 +169,8 @@ class GradientCollector:
         state = gathering.state
         buffer = self._target(gathering)
         if self._last_micro_batch:
-            views = [f.view(buffer) for f in state.unit.trainable if f.name in gathering.present]
-            norms = [torch.linalg.vector_norm(view, dtype=torch.float32) for view in views]
+            views = [view for name, view in gathering.views_in(buffer).items() if name in gathering.present]
+            norms = torch._foreach_norm(views, dtype=torch.float32)
             gathering.square_norm = torch.stack(norms).square().sum()
         gathering.landed = Done.now(self._device)
         if state.host_gradients is not None:
