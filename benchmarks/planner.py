@@ -38,7 +38,7 @@ from profiler.profile import ModelProfile
 from profiler.run import profile_model
 
 GIB = 1 << 30
-STEPS, WARM_UP = 7, 3
+STEPS, WARM_UP = 6, 3
 SHARES = (1.05, 0.75, 0.55, 0.4, 0.25)
 BATCHES_AT = (1.05, 0.4)
 """Of them, where the largest batch is looked for."""

@@ -17,12 +17,16 @@ from offload.residency import UnitShape, state_bytes
 
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
-PASS_ISSUE_FACTOR = 1.3
-"""How much longer the CPU takes to issue a pass in the engine than alone: each saved tensor goes through a hook."""
-GRADIENT_ISSUE_SECONDS = 60e-6
-"""Of the CPU, for one parameter's gradient in one micro-batch: taken away, gathered."""
-PIECE_ISSUE_SECONDS = 150e-6
-"""Of the CPU, for one piece of an update on the GPU."""
+# What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
+# follows the machine. Fitted to steps measured on one H200 (benchmarks/planner.py).
+PASS_ISSUE_FACTOR = 1.4
+"""How much longer it takes to issue a pass in the engine than alone: each saved tensor goes through a hook."""
+GRADIENT_CALLS = 0.8
+"""For one parameter's gradient in one micro-batch: taken away, gathered."""
+PIECE_CALLS = 0.5
+"""For one piece of an update on the GPU."""
+CHECKPOINT_CALLS = 3.0
+"""For one recomputed block, beside what running it again takes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class StepWork:
     rates: Rates
     trained: tuple[int, ...]
     """Number of trainable parameters of each unit."""
+    recomputed: tuple[int, ...]
+    """Number of recomputed blocks in each unit."""
 
     @property
     def units(self) -> int:
@@ -157,7 +163,9 @@ class StepWork:
         gathered = np.array([s.trainable_elements for s in self.shapes]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
         rows[:, [FORWARD_ISSUE, BACKWARD_ISSUE]] *= PASS_ISSUE_FACTOR
-        rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_ISSUE_SECONDS
+        call = self.rates.call_seconds
+        rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_CALLS * call
+        rows[:, BACKWARD_ISSUE] += np.array(self.recomputed) * CHECKPOINT_CALLS * call
         return rows
 
     @property
@@ -178,7 +186,7 @@ class StepWork:
     def step_issue_seconds(self) -> float:
         """Of the CPU in ``step``, if all state is on the GPU."""
         pieces = sum(-(-n // DEVICE_ELEMENTS) for n in self.state_elements)
-        return pieces * PIECE_ISSUE_SECONDS
+        return pieces * PIECE_CALLS * self.rates.call_seconds
 
     @property
     def cpu_update_seconds(self) -> float:

@@ -39,7 +39,18 @@ def work_of(
 ) -> StepWork:
     tables = ChainTables([shapes[i] for i in chain_order(shapes)], buckets, precision, sharding)
     passes = PassSeconds(seconds, rest)
-    return StepWork(tuple(shapes), tables, sharding, buckets, precision, passes, micro_batches, rates)
+    return StepWork(
+        tuple(shapes),
+        tables,
+        sharding,
+        buckets,
+        precision,
+        passes,
+        micro_batches,
+        rates,
+        (1,) * len(shapes),
+        (0,) * len(shapes),
+    )
 
 
 def counts_for(r: random.Random, units: int) -> Counts:
