@@ -8,7 +8,7 @@ from memplan.engines.deepspeed_setup import ADAM_TENSORS, DeepSpeedSetup, param_
 from memplan.engines.deepspeed_traffic import deepspeed_traffic
 from memplan.engines.held import Held
 from memplan.engines.traffic import Traffic
-from memplan.engines.whole import Setup
+from memplan.engines.whole import Setup, families_of
 from memplan.problem import Problem
 from offload.plan import Buckets, Tier
 
@@ -41,7 +41,7 @@ class DeepSpeed:
 
     def setups(self, problem: Problem) -> Iterator[Setup]:
         """All of them; on one GPU a stage only matters for what it can offload."""
-        for family in problem.families():
+        for family in families_of(problem):
             for stage in (0, 1, 3) if problem.gpus == 1 else (family.sharding.zero_stage,):
                 staged = replace(family, sharding=replace(family.sharding, zero_stage=stage))
                 if staged.sharding.shard_gpus and stage != 3:

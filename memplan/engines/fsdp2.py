@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from memplan.engines.fsdp2_memory import FSDP2Setup, fsdp2_held, fsdp2_traffic
 from memplan.engines.held import Held
 from memplan.engines.traffic import Traffic
-from memplan.engines.whole import Setup
+from memplan.engines.whole import Setup, families_of
 from memplan.problem import Problem
 from offload.plan import Buckets, Tier
 
@@ -19,7 +19,7 @@ class FSDP2:
 
     def setups(self, problem: Problem) -> Iterator[Setup]:
         """All of them."""
-        for family in problem.families():
+        for family in families_of(problem):
             # One GPU has nothing to shard: fully_shard then only offloads.
             if family.sharding.zero_stage < 2 and problem.gpus > 1:
                 continue

@@ -103,6 +103,15 @@ class Priced:
         return self.held.host_peak_bytes + waiting
 
 
+def families_of(problem: Problem) -> Iterator[Family]:
+    """What these engines' users can say in a configuration: all blocks are recomputed or none, the loss is whole."""
+    for family in problem.families():
+        way = family.way
+        whole = way.recomputed_blocks in (0, len(problem.profile.blocks))
+        if whole and way.loss_chunks == 1 and way.checkpoints is Tier.GPU:
+            yield family
+
+
 def search_setups(problem: Problem, engine: WholeEngine) -> list[Priced]:
     """All setups that fit, best first."""
     return sorted((p for p in price_all(problem, engine) if not p.shortage(problem)), key=lambda p: p.rank)
