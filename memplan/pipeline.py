@@ -33,10 +33,11 @@ from offload.residency import UPDATE_RING
 LANES = ("compute", "host_to_device", "device_to_host", "nvme", "cpu_update", "collective")
 WARM_STEPS = 2
 """Steps before the one that is timed: the second fills what the first left empty, on disk too."""
-WARM_MICRO_BATCHES = 2
-"""Of those steps: the first, and one that stands for all others."""
-TIMED_MICRO_BATCHES = 4
-"""Of the last: the first, one in which lanes find their rhythm, one that stands for all others, and the last."""
+MICRO_BATCHES_SIMULATED = 4
+"""The first, one in which lanes find their rhythm, one that stands for all others, and the last.
+
+As many in every step: what the disk still has to do at the end of one step would else differ from that of the next.
+"""
 
 Times = np.ndarray
 
@@ -138,9 +139,9 @@ class _Pipeline:
         count = self.work.micro_batches
         self.log = None
         for _ in range(WARM_STEPS):
-            self._step(min(count, WARM_MICRO_BATCHES))
+            self._step(min(count, MICRO_BATCHES_SIMULATED))
         self.log, self.begun = self._keep, self.cpu
-        self._step(count if self._keep is not None else min(count, TIMED_MICRO_BATCHES))
+        self._step(count if self._keep is not None else min(count, MICRO_BATCHES_SIMULATED))
         return self.cpu - self.begun
 
     def _step(self, simulated: int) -> None:
@@ -150,7 +151,7 @@ class _Pipeline:
             before = self.gpu
             self._forward(first=number == 0)
             self._backward(first=number == 0, last=number == simulated - 1)
-            if number == max(1, simulated - 2) and simulated < count:
+            if number == simulated - 2 and simulated < count:
                 self._shift((self.gpu - before) * (count - simulated))
         self._end_step()
 
