@@ -19,11 +19,18 @@ SAFETY = 1 - 1e-9
 def least_seconds(work: StepWork, counts: Counts) -> Times:
     """A lower bound of ``pipeline.step_seconds`` for each candidate."""
     lanes = _lanes(work, counts)
+    # Beside weights that stream an update is slower.
+    streaming = np.asarray(counts.parameters) > 0
+    lanes["cpu_update"] = lanes["cpu_update"] * np.where(streaming, work.rates.cpu_update_beside_links, 1.0)
     columns = work.by_unit.sum(axis=0) + work.rest
     kernels = work.micro_batches * float(columns[FORWARD] + columns[BACKWARD])
     issue = work.micro_batches * float(columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE])
     beside = float(columns[FORWARD]) + work.gpu_update_seconds
-    behind = kernels - float(columns[FORWARD]) + np.maximum(beside, lanes["cpu_update"])
+    # What comes after the last unit that waits for its update can not be beside it.
+    left = _forward_left(work)
+    updated = lanes["cpu_update"] + left[np.asarray(counts.state)]
+    streamed = _streamed_seconds(work, counts) + left[np.asarray(counts.nvme_state)]
+    behind = kernels - float(columns[FORWARD]) + np.maximum(beside, np.maximum(updated, streamed))
     longest = np.maximum(issue, behind)
     for seconds in lanes.values():
         longest = np.maximum(longest, seconds)
@@ -83,3 +90,25 @@ def _lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
         "collective": collective,
     }
     return {lane: np.broadcast_to(seconds, np.shape(counts.state)) for lane, seconds in found.items()}
+
+
+def _streamed_seconds(work: StepWork, counts: Counts) -> Times:
+    """Of the disk until the last chunk has been read: by then all is written but the last two chunks."""
+    t = work.tables
+    moved = t.nvme_state[counts.nvme_state] + t.nvme_parameters[counts.nvme_parameters]
+    whole = zip(work.nvme_state_bytes, work.nvme_weight_bytes, work.update_chunks, strict=True)
+    chunk = max(((state + weights) / chunks for state, weights, chunks in whole), default=0.0)
+    return np.maximum(0.0, moved / work.read_rate + (moved - 2 * chunk) / work.write_rate)
+
+
+def _forward_left(work: StepWork) -> np.ndarray:
+    """Seconds of forward from the last unit on that waits for its update, by how many units of the chain do."""
+    seconds = work.by_unit[:, FORWARD].copy()
+    after = np.cumsum(seconds[::-1])[::-1] + float(work.rest[FORWARD])
+    left = np.zeros(work.units + 1)
+    last = -1
+    for position, unit in enumerate(work.chain):
+        if work.state_elements[unit]:
+            last = max(last, unit)
+        left[position + 1] = after[last] if last >= 0 else 0.0
+    return left

@@ -34,8 +34,10 @@ LANES = ("compute", "host_to_device", "device_to_host", "nvme", "cpu_update", "c
 WARM_STEPS = 2
 """Steps before the one that is timed: the second fills what the first left empty, on disk too."""
 MICRO_BATCHES_SIMULATED = 4
-"""The first, one that stands for all others, and the last."""
-GRADIENT_SLOTS = 2
+"""The first, one in which lanes find their rhythm, one that stands for all others, and the last.
+
+As many in every step: what the disk still has to do at the end of one step would else differ from that of the next.
+"""
 
 Times = np.ndarray
 
@@ -134,19 +136,17 @@ class _Pipeline:
         """Seconds of writes that the disk is not yet asked for, and those of the last chunk."""
 
     def run(self) -> Times:
-        ends = []
-        for number in range(WARM_STEPS + 1):
-            last = number == WARM_STEPS
-            self.log = self._keep if last else None
-            self.begun = self.cpu
-            self._step(whole=last and self._keep is not None)
-            ends.append(self.cpu)
-        return ends[-1] - ends[-2]
-
-    def _step(self, whole: bool) -> None:
-        """One optimizer step; every micro-batch of it where ``whole``."""
         count = self.work.micro_batches
-        simulated = count if whole else min(count, MICRO_BATCHES_SIMULATED)
+        self.log = None
+        for _ in range(WARM_STEPS):
+            self._step(min(count, MICRO_BATCHES_SIMULATED))
+        self.log, self.begun = self._keep, self.cpu
+        self._step(count if self._keep is not None else min(count, MICRO_BATCHES_SIMULATED))
+        return self.cpu - self.begun
+
+    def _step(self, simulated: int) -> None:
+        """One optimizer step, of which so many micro-batches are simulated."""
+        count = self.work.micro_batches
         for number in range(simulated):
             before = self.gpu
             self._forward(first=number == 0)

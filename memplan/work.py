@@ -67,8 +67,13 @@ class StepWork:
     def rank(self) -> np.ndarray:
         """Each unit's position in the chain in which units leave the GPU."""
         rank = np.empty(self.units, dtype=np.int64)
-        rank[chain_order(self.shapes)] = np.arange(self.units)
+        rank[self.chain] = np.arange(self.units)
         return rank
+
+    @cached_property
+    def chain(self) -> list[int]:
+        """Units in the order in which they leave the GPU."""
+        return chain_order(self.shapes)
 
     @cached_property
     def root(self) -> int | None:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
+
 from memplan.memory import Counts, chain_order, placements_of
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE
 from memplan.work import StepWork
@@ -72,10 +74,6 @@ class _Unit:
     def label(self) -> str:
         return self.shape.name or "(root)"
 
-    @property
-    def off(self) -> bool:
-        return self.place.optimizer is not Tier.GPU and self.shape.trainable_elements > 0
-
 
 @dataclass(eq=False)
 class _Staged:
@@ -92,6 +90,7 @@ class _Staged:
 class _Engine:
     def __init__(self, work: StepWork, counts: Counts, first_gradient: float) -> None:
         self.work, self.first_gradient = work, first_gradient
+        self._weight_bytes, self._state_bytes = work.precision.weight_bytes, state_bytes(work.precision)
         shapes = work.shapes
         places = placements_of(shapes, chain_order(shapes), counts)
         self.units = [_Unit(i, s, p) for i, (s, p) in enumerate(zip(shapes, places, strict=True))]
@@ -157,26 +156,24 @@ class _Engine:
             yield from self._use("")
         for u in self._named():
             yield from self._begin_use(u.shape.name)
-            yield from self._issue(u.index, FORWARD, FORWARD_ISSUE, 1.0, f"{u.label} forward")
+            yield from self._issue(self.work.by_unit[u.index], FORWARD, FORWARD_ISSUE, f"{u.label} forward")
             self.in_use.discard(u.shape.name)
-        rest = self.work.rest
-        yield from self._issue_seconds(rest[FORWARD], rest[FORWARD_ISSUE], "rest forward")
+        yield from self._issue(self.work.rest, FORWARD, FORWARD_ISSUE, "rest forward")
 
     def _backward(self, first: bool) -> Process:
         self.backward = True
         if "" in self.by_name:
             yield from self._use("")
-        rest = self.work.rest
-        yield from self._issue_seconds(rest[BACKWARD], rest[BACKWARD_ISSUE], "rest backward")
+        yield from self._issue(self.work.rest, BACKWARD, BACKWARD_ISSUE, "rest backward")
         root = self.by_name.get("")
         for i, u in enumerate(reversed(self._named())):
             yield from self._begin_use(u.shape.name)
-            share = self.first_gradient
-            yield from self._issue(u.index, BACKWARD, BACKWARD_ISSUE, share, f"{u.label} backward")
+            row, share = self.work.by_unit[u.index], self.first_gradient
+            yield from self._issue(row * share, BACKWARD, BACKWARD_ISSUE, f"{u.label} backward")
             yield from self._target(u, first)
             if i == 0 and root is not None:  # a norm behind the blocks, or the head that shares its weight
                 yield from self._target(root, first)
-            yield from self._issue(u.index, BACKWARD, BACKWARD_ISSUE, 1 - share, f"{u.label} backward")
+            yield from self._issue(row * (1 - share), BACKWARD, BACKWARD_ISSUE, f"{u.label} backward")
             self._land(u)
             self.in_use.discard(u.shape.name)
         if root is not None:
@@ -190,14 +187,12 @@ class _Engine:
     def _step(self) -> Process:
         norm_known = self.compute.last
         begun = Done(self.compute.last, enqueued=True)
-        changed = [u for u in self.units if u.off]
-        for u in changed:
-            u.promise = Done()
+        changed = [u for u in self.units if u.place.optimizer is not Tier.GPU and u.shape.trainable_elements]
         if changed:
             self.update.submit(self._update(changed, norm_known, begun))
         self.compute.give(self.work.gpu_update_seconds, "update on the GPU")
         for u in changed:
-            self.updated[u.shape.name] = u.promise
+            self.updated[u.shape.name] = u.promise = Done()
             if (slot := self.slot_of.get(u.shape.name)) is not None:
                 self._vacate(slot)
         yield from self._pay()
@@ -209,14 +204,10 @@ class _Engine:
     def _named(self) -> list[_Unit]:
         return [u for u in self.units if u.shape.name]
 
-    def _issue(self, index: int, kernels: int, issue: int, share: float, label: str) -> Process:
-        row = self.work.by_unit[index] * share
-        yield from self._issue_seconds(row[kernels], row[issue], label)
-
-    def _issue_seconds(self, kernels: float, issue: float, label: str) -> Process:
+    def _issue(self, row: np.ndarray, kernels: int, issue: int, label: str) -> Process:
         issued = Signal()
-        self.compute.give(float(kernels), label, ends_after=issued)
-        yield float(issue)
+        self.compute.give(float(row[kernels]), label, ends_after=issued)
+        yield float(row[issue])
         self.clock.tell(issued)
 
     # Weights
@@ -355,11 +346,11 @@ class _Engine:
         if unit.place.gradients is Tier.GPU:
             seconds = (stop - start) * self._weight_bytes / self.work.down_rate
             gradients = self.down.copy(seconds, f"{unit.label} gradient", [unit.landed])
-        reads = []
-        if unit.place.optimizer is Tier.NVME:
-            reads.append(self._read(stop - start, self._state_bytes, f"{unit.label} state read"))
-        if unit.place.parameters is Tier.NVME:
-            reads.append(self._read(stop - start, self._weight_bytes, f"{unit.label} weights read"))
+        reads = [
+            self._read(stop - start, size, f"{unit.label} {what} read")
+            for tier, size, what in self._kept(unit.place)
+            if tier is Tier.NVME
+        ]
         return _Staged(unit, stop - start, stop, place, reads, gradients)
 
     def _apply(self, chunk: _Staged, begun: Done) -> Process:
@@ -371,10 +362,9 @@ class _Engine:
         seconds = chunk.elements * self.work.cpu_update_seconds * self.update_factor
         yield self.cores.give(seconds, f"{unit.label} update")
         writes = self.staging[chunk.ring]
-        if place.optimizer is Tier.NVME:
-            writes.append(self._write(chunk.elements, self._state_bytes, f"{unit.label} state written"))
-        if place.parameters is Tier.NVME:
-            writes.append(self._write(chunk.elements, self._weight_bytes, f"{unit.label} weights written"))
+        for tier, size, what in self._kept(place):
+            if tier is Tier.NVME:
+                writes.append(self._write(chunk.elements, size, f"{unit.label} {what} written"))
         if chunk.stop == unit.shape.trainable_elements:
             self._keep_promise(unit, begun)
 
@@ -396,13 +386,8 @@ class _Engine:
 
     # Bytes
 
-    @property
-    def _weight_bytes(self) -> int:
-        return self.work.precision.weight_bytes
-
-    @property
-    def _state_bytes(self) -> int:
-        return state_bytes(self.work.precision)
+    def _kept(self, place: Placement) -> list[tuple[Tier, int, str]]:
+        return [(place.optimizer, self._state_bytes, "state"), (place.parameters, self._weight_bytes, "weights")]
 
     def _gradient_bytes(self, unit: _Unit) -> int:
         return unit.shape.trainable_elements * self._weight_bytes

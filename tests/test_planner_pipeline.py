@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.bounds import least_seconds
 from memplan.memory import ChainTables, Counts, chain_order
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE, PassSeconds
 from memplan.pipeline import step_seconds, timeline
@@ -285,3 +286,10 @@ def test_the_collective_lane_moves_what_each_stage_of_zero_moves(stage, micro_ba
     }[stage]
     for counts in (Counts(0, 0, 0), Counts(5, 5, 5), Counts(4, 2, 1, 3)):
         assert timeline(work, counts).busy_seconds["collective"] == pytest.approx(expected)
+
+
+@given(small_cases)
+@SLOW
+def test_no_step_is_shorter_than_what_its_lanes_have_to_do(case):
+    work, counts = case
+    assert least_seconds(work, arrays(counts))[0] <= price(work, counts)
