@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from memplan.audit import audit
-from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
 from memplan.quick_rates import rates_of
 from memplan.rates import Rates
 from memplan.search import plan as search_plan
+from memplan.search import precision_of
 from memplan.units import units_of
 from offload.chunked_loss import in_chunks
 from offload.engine import Engine
@@ -47,10 +47,7 @@ def plan(
     precision that the engine does not train in.
     """
     machine = machine or detect()
-    if profile.precision not in {*Precision}:
-        known = ", ".join(Precision)
-        raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
-    precision = Precision(profile.precision)
+    precision = precision_of(profile)
     size = profile.batch_size * machine.gpus if batch_size is None else batch_size
     rates = rates or rates_of(machine, precision)
     found = search_plan(profile, machine, rates, batch_size=size, precision=precision, target=target)

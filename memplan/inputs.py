@@ -1,10 +1,11 @@
 """What a person may name as the model: a file that makes it, or a profile that was made of it."""
 
+import re
 from pathlib import Path
 
 from profiler.profile import ModelProfile
 
-PROFILE_MARK = '"schema": "memplan.profile/'
+PROFILE_MARK = re.compile(r'"schema"\s*:\s*"memplan\.profile/')
 
 
 def saved_profile(path: Path) -> ModelProfile | None:
@@ -13,4 +14,4 @@ def saved_profile(path: Path) -> ModelProfile | None:
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
         begins = file.read(200)
-    return ModelProfile.load(path) if PROFILE_MARK in begins else None
+    return ModelProfile.load(path) if PROFILE_MARK.search(begins) else None

@@ -33,6 +33,7 @@ from memplan.options import (
 )
 from memplan.quick_rates import rates_of
 from memplan.rates import Rates
+from memplan.search import check_wishes, precision_of
 from memplan.show_timeline import timeline_view
 from memplan.show_verdict import verdict_tables
 from memplan.timeline_page import write_timeline_page
@@ -89,8 +90,12 @@ def plan(
     remark(there)
     rates = Rates.load(calibration) if calibration is not None else None
     source = saved_profile(file) or load_source(file, seq)
+    if isinstance(source, ModelProfile) and seq is not None:
+        raise PlanningError(f"{file} is a profile, whose sequences have their length already; leave --seq out")
     out.mkdir(parents=True, exist_ok=True)
     if given is not None:
+        if engine is Target.FSDP2:
+            raise PlanningError("--from reads a configuration of DeepSpeed; leave --engine fsdp2 out")
         verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
         console.print(verdict_tables(given.name, verdict))
         if verdict.better is None:
@@ -124,9 +129,11 @@ def planned_for(
                 f"{precision}"
             )
         size = batch_size or source.batch_size * machine.gpus
-        rates = rates or rates_of(machine, Precision(source.precision))
+        check_wishes(machine, size, target)
+        rates = rates or rates_of(machine, precision_of(source))
         return Planned(make_plan(source, machine, size, rates, target), source, machine, rates)
     precision, size = precision or default_precision(machine.device), batch_size or DEFAULT_BATCH_SIZE
+    check_wishes(machine, size, target)
     rates = rates or rates_of(machine, precision)
     profile = profile_for(source, machine, rates, size, precision)
     return Planned(make_plan(profile, machine, size, rates, target), profile, machine, rates)
@@ -150,9 +157,11 @@ def _judged(
     for option, wish in (("--batch-size", batch_size), ("--precision", precision)):
         if wish is not None:
             raise PlanningError(f"{option} is in the configuration already; leave it out beside --from")
+    size = config.batch_size(machine)
+    check_wishes(machine, size, Target.DEEPSPEED)
     rates = rates or rates_of(machine, config.precision)
     if isinstance(source, ModelSource):
-        source = profile_for(source, machine, rates, config.batch_size(machine), config.precision)
+        source = profile_for(source, machine, rates, size, config.precision)
     verdict = judge(source, machine, rates, config)
     return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates)
 

@@ -124,19 +124,14 @@ def problem_of(
     target: Target = Target.MEMPLAN,
 ) -> Problem:
     """What is to be searched; raises PlanningError where profile and wishes contradict each other."""
-    profiled = Precision(profile.precision)
+    profiled = precision_of(profile)
     if precision is not None and precision is not profiled:
         raise PlanningError(
             f"the profile was made in {profiled.value}; profile again with --precision {precision.value} to plan for it"
         )
     if profiled not in rates.compute_flops_per_second or profiled not in rates.cpu_update_seconds:
         raise PlanningError(f"the rates say nothing about {profiled.value}; measure them in that precision")
-    if batch_size < 1:
-        raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
-    if batch_size % machine.gpus:
-        raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
-    if target is not Target.MEMPLAN and machine.device == "cpu":
-        raise PlanningError(f"{target} is planned for GPUs only: describe a machine that has some, --machine h100-80gb")
+    check_wishes(machine, batch_size, target)
     if not profile.activations:
         raise PlanningError("the profile says nothing about activations; make it again with this version")
     shapes: Sequence[UnitShape] = units_of(profile)
@@ -154,6 +149,24 @@ def problem_of(
         gpu_batch_size=batch_size // machine.gpus,
         target=target,
     )
+
+
+def check_wishes(machine: Machine, batch_size: int, target: Target) -> None:
+    """What can be refused before anything is measured or profiled; raises PlanningError."""
+    if batch_size < 1:
+        raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
+    if batch_size % machine.gpus:
+        raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
+    if target is not Target.MEMPLAN and machine.device == "cpu":
+        raise PlanningError(f"{target} is planned for GPUs only: describe a machine that has some, --machine h100-80gb")
+
+
+def precision_of(profile: ModelProfile) -> Precision:
+    """The profile's, of those that are planned for; raises PlanningError."""
+    if profile.precision not in {*Precision}:
+        known = ", ".join(Precision)
+        raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
+    return Precision(profile.precision)
 
 
 def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:

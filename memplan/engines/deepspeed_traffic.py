@@ -41,6 +41,7 @@ def deepspeed_traffic(
         nvme_read_bytes=read,
         nvme_write_bytes=written,
         cpu_update_elements=part - on_gpu if offloaded else 0,
+        gpu_update_elements=on_gpu if offloaded else part,
         gather_bytes=_gathered(s, trainable_elements, total_elements, micro_batches),
         reduce_bytes=_reduced(s, trainable_elements, micro_batches),
     )

@@ -129,6 +129,7 @@ def fsdp2_traffic(units: Sequence[UnitShape], parameters: Sequence[ParameterProf
         nvme_read_bytes=0,
         nvme_write_bytes=0,
         cpu_update_elements=trained if setup.offload else 0,
+        gpu_update_elements=0 if setup.offload else trained,
         gather_bytes=micro * others * (shards + again) * setup.compute_bytes,
         reduce_bytes=micro * (others * trained + all_reduced) * STORED_BYTES,
     )

@@ -19,6 +19,8 @@ class Traffic:
     nvme_write_bytes: int
     cpu_update_elements: int
     """Parameters that the CPU updates."""
+    gpu_update_elements: int
+    """Parameters that the GPU updates."""
     gather_bytes: int
     """That this rank receives from other ranks in all-gathers."""
     reduce_bytes: int

@@ -172,10 +172,8 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
     }
     read = traffic.nvme_read_bytes * ranks / rates.nvme_read_bytes_per_second
     written = traffic.nvme_write_bytes * ranks / rates.nvme_write_bytes_per_second
-    on_gpu = sum(s.trainable_elements for s in problem.shapes) // max(1, family.sharding.group)
-    resident = setup.optimizer is Tier.GPU
     update = {
-        "compute": on_gpu * rates.gpu_update_seconds[problem.precision] if resident else 0.0,
+        "compute": traffic.gpu_update_elements * rates.gpu_update_seconds[problem.precision],
         "nvme": read + written,
         "cpu_update": traffic.cpu_update_elements * update_seconds * ranks,
         "device_to_host": traffic.d2h_step_bytes / down,
