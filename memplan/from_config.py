@@ -85,8 +85,8 @@ class GivenConfig:
 def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenConfig) -> Verdict:
     """Price a configuration and plan anew beside it.
 
-    The profile must be in the configuration's precision and know its micro-batch. Whether blocks are recomputed is
-    not in the file: the one that fits is taken, without recompute first.
+    The profile must be in the configuration's precision and know its micro-batch. Whether blocks are recomputed, and
+    whether the model is built under ``deepspeed.zero.Init``, is not in the file: the plainest way that fits is taken.
     """
     batch, micro, steps = given.values.batch_sizes(machine.gpus)
     problem = problem_of(profile, machine, rates, batch, given.precision, Target.DEEPSPEED)
@@ -95,18 +95,25 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
             f"the profile knows micro-batches up to {largest_batch(profile)} and the configuration has {micro}: profile"
             f" the model with --batch-size {micro}"
         )
-    priced = [_priced(problem, given.values, Way(micro, blocks), steps) for blocks in _recomputed(problem)]
-    theirs = next((p for p in priced if not p.shortage(problem)), priced[-1])
+    tried = [
+        (_priced(problem, given.values, Way(micro, blocks), steps, zero_init), zero_init)
+        for blocks in _recomputed(problem)
+        for zero_init in ((False, True) if given.values.stage == 3 else (False,))
+    ]
+    theirs, zero_init = min(tried, key=lambda t: sum(t[0].shortage(problem).values()))
+    shortages = tuple(_shortages(problem, theirs))
     mine = plan_of_setup(problem, theirs, machine)
     if given.values.offload_optimizer.nvme_path:
         mine = replace(mine, nvme_dir=given.values.offload_optimizer.nvme_path)
     better = _best(profile, machine, rates, batch, Target.DEEPSPEED)
+    if not shortages and (better is None or _seconds(mine) < _seconds(better)):
+        better = mine  # sizes of buckets between those that are searched
     return Verdict(
         theirs=mine,
-        shortages=tuple(_shortages(problem, theirs)),
-        remarks=tuple(_remarks(problem, given.values, theirs)),
+        shortages=shortages,
+        remarks=tuple(_remarks(problem, given.values, theirs, zero_init)),
         better=better,
-        changes=tuple(_changes(given.document, better)) if better else (),
+        changes=tuple(_changes(given.document, better)) if better not in (None, mine) else (),
         own=_best(profile, machine, rates, batch, Target.MEMPLAN),
     )
 
@@ -116,7 +123,7 @@ def _recomputed(problem: Problem) -> list[int]:
     return [0, len(problem.profile.blocks)] if True in known and problem.profile.blocks else [0]
 
 
-def _priced(problem: Problem, c: DsConfig, way: Way, steps: int) -> Priced:
+def _priced(problem: Problem, c: DsConfig, way: Way, steps: int, zero_init: bool) -> Priced:
     hierarchical = c.hpz_partition_size > 1 and c.hpz_partition_size == problem.gpus_per_node
     sharding = Sharding(c.stage, problem.gpus, problem.nodes, problem.gpus_per_node if hierarchical else 0)
     setup = Setup(
@@ -140,7 +147,7 @@ def _priced(problem: Problem, c: DsConfig, way: Way, steps: int) -> Priced:
         param_buffer_elements=c.offload_param_buffer_elements,
         optimizer_buffer_count=c.offload_optimizer.buffer_count,
         pin_memory=c.offload_optimizer.pin_memory or c.offload_param.pin_memory,
-        zero_init=False,
+        zero_init=zero_init,
     )
     parameters, profile = problem.profile.parameters, problem.profile
     held = deepspeed_held(parameters, details, steps)
@@ -155,6 +162,10 @@ def _best(profile: ModelProfile, machine: Machine, rates: Rates, batch: int, tar
         return None
 
 
+def _seconds(plan: Plan) -> float:
+    return float("inf") if plan.prediction.step_seconds is None else plan.prediction.step_seconds
+
+
 def _shortages(problem: Problem, priced: Priced) -> Iterator[str]:
     for tier, size in priced.shortage(problem).items():
         has = getattr(problem.budget, f"{tier}_bytes")
@@ -162,15 +173,20 @@ def _shortages(problem: Problem, priced: Priced) -> Iterator[str]:
         yield f"It does not fit: the {tier} tier needs {needs} of {format_bytes(has)}, short {format_bytes(size)}."
 
 
-def _remarks(problem: Problem, c: DsConfig, priced: Priced) -> Iterator[str]:
+def _remarks(problem: Problem, c: DsConfig, priced: Priced, zero_init: bool) -> Iterator[str]:
+    otherwise = "be short of more" if priced.shortage(problem) else "not fit"
     if priced.setup.family.way.recomputed_blocks:
         yield (
-            "Without gradient checkpointing it would not fit; the figures are with all "
+            f"Without gradient checkpointing it would {otherwise}; the figures are with all "
             f"{len(problem.profile.blocks)} blocks recomputed (model.gradient_checkpointing_enable())."
         )
     else:
         yield "The figures are without gradient checkpointing, which the file does not tell of."
-    if c.stage == 3:
+    if zero_init:
+        yield (
+            f"Attaching is counted under deepspeed.zero.Init; with the whole model on every rank it would {otherwise}."
+        )
+    elif c.stage == 3:
         yield "Attaching is counted with the whole model on every rank; deepspeed.zero.Init avoids that."
     if c.precision == "fp16":
         yield "fp16 is counted as bf16: the same bytes."

@@ -243,7 +243,7 @@ def test_a_saved_profile_is_told_from_other_files(tmp_path: Path) -> None:
     assert saved_profile(tmp_path) is None
     assert saved_profile(tmp_path / "gone.json") is None
     (tmp_path / "cut.json").write_text('{"schema": "memplan.profile/2", "model":')
-    with pytest.raises(ProfileError, match="cut.json is not a profile"):
+    with pytest.raises(ProfileError, match=r"cut\.json is not a profile"):
         saved_profile(tmp_path / "cut.json")
 
 

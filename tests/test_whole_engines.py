@@ -106,9 +106,7 @@ def test_what_is_kept_between_setups_changes_no_price(case):
     for priced in price_all(problem, engine)[::17]:
         setup = priced.setup
         alone = replace(problem, _known={})
-        again = price(
-            alone, setup, engine.held(alone, setup), engine.traffic(alone, setup), engine.update_seconds
-        )
+        again = price(alone, setup, engine.held(alone, setup), engine.traffic(alone, setup), engine.update_seconds)
         assert again == priced
 
 

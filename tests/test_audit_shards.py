@@ -1,0 +1,97 @@
+"""The audit of plans for several GPUs: it adds up what a sound plan predicts, and finds a figure that was changed."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan.activations import Way
+from memplan.audit import audit
+from memplan.candidates import Candidate
+from memplan.memory import Counts
+from memplan.problem import Family, Problem
+from memplan.search import plan_of, problem_of
+from memplan.sharding import Sharding
+from offload.plan import Buckets, Plan, Tier
+from tests.synthetic_profiles import RATES, machine_of, transformer
+
+STAGES = (0, 1, 2, 3)
+LAYOUTS = [(2, 1, 0), (4, 1, 0), (4, 2, 0), (4, 2, 2)]
+"""GPUs, nodes, and GPUs that share a copy."""
+PARTLY_AWAY = Counts(state=4, gradients=3, parameters=2, nvme_state=2, nvme_parameters=1)
+
+
+def planned(stage: int, layout: tuple[int, int, int], counts: Counts, precision: str = "bf16") -> tuple[Plan, Problem]:
+    gpus, nodes, group = layout
+    machine = replace(machine_of(1 << 40, 1 << 40, 1 << 40, device="cuda", gpus=gpus), nodes=nodes)
+    problem = problem_of(transformer(4, precision=precision), machine, RATES, gpus, None)
+    family = Family(Sharding(stage, gpus, nodes, group), Way(1), 1)
+    candidate = Candidate(family, Buckets(update_elements=3_000), counts, 1.0, 0)
+    return plan_of(problem, candidate, machine), problem
+
+
+def predicting(plan: Plan, **figures: int) -> Plan:
+    return replace(plan, prediction=replace(plan.prediction, **figures))
+
+
+@st.composite
+def all_counts(draw: st.DrawFn) -> Counts:
+    state = draw(st.integers(0, 6))
+    gradients, parameters = draw(st.integers(0, state)), draw(st.integers(0, state))
+    nvme_state = draw(st.integers(0, state))
+    least = parameters if nvme_state == state else 0
+    return Counts(state, gradients, parameters, nvme_state, draw(st.integers(0, least)))
+
+
+@given(st.sampled_from(STAGES), st.sampled_from(LAYOUTS), all_counts(), st.sampled_from(["fp32", "amp", "bf16"]))
+@settings(deadline=None, max_examples=60)
+def test_what_is_predicted_for_shards_adds_up(stage, layout, counts, precision):
+    plan, problem = planned(stage, layout, counts, precision)
+    assert audit(plan, problem.shapes) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_changed_figure_is_found(stage, layout):
+    plan, problem = planned(stage, layout, Counts(4, 3, 2, 2))
+    assert audit(plan, problem.shapes) == []
+    p = plan.prediction
+    assert p.host_bytes
+    assert p.nvme_bytes
+    for off in (-1, 1, 4096):
+        (found,) = audit(predicting(plan, host_bytes=p.host_bytes + off), problem.shapes)
+        assert found.startswith("the host tier")
+        (found,) = audit(predicting(plan, nvme_bytes=p.nvme_bytes + off), problem.shapes)
+        assert found.startswith("the nvme tier")
+
+
+@given(st.sampled_from(STAGES), st.sampled_from(LAYOUTS), all_counts())
+@settings(deadline=None, max_examples=60)
+def test_model_state_on_the_gpu_is_counted_to_the_byte(stage, layout, counts):
+    plan, problem = planned(stage, layout, counts)
+    state = plan.prediction.phases["gpu"]["attach"]
+    assert audit(predicting(plan, gpu_peak_bytes=state), problem.shapes) == []
+    (found,) = audit(predicting(plan, gpu_peak_bytes=state - 1), problem.shapes)
+    assert found.startswith("model state on the gpu")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_stage_than_the_bytes_were_counted_for_is_found(stage):
+    plan, problem = planned(stage, (4, 1, 0), PARTLY_AWAY if stage == 3 else Counts(4, 3, 2, 2))
+    for other in STAGES:
+        found = audit(replace(plan, zero_stage=other), problem.shapes)
+        # A higher stage keeps less: only its host and disk bytes can tell.
+        assert (other == stage) == (found == []), (stage, other, found)
+
+
+@pytest.mark.parametrize("tier", list(Tier))
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_over_its_budget_is_found(stage, tier):
+    plan, problem = planned(stage, (4, 2, 0), Counts(4, 3, 2, 2))
+    p = plan.prediction
+    holds = {Tier.GPU: max(p.gpu_peak_bytes, p.gpu_upper_bytes), Tier.HOST: p.host_bytes, Tier.NVME: p.nvme_bytes}
+    key = f"{tier}_bytes"
+    assert audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier]})), problem.shapes) == []
+    (found,) = audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier] - 1})), problem.shapes)
+    assert found.startswith(f"the {tier} tier holds")
