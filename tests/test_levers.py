@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memplan.activations import FIXED_MARGIN_BYTES
 from memplan.candidates import SMALLEST_UPDATE, FamilySearch, best_of, search, update_sizes
 from memplan.explanation import explanation_of
 from memplan.floor import floor_seconds
@@ -18,7 +19,7 @@ from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 SLOW = settings(deadline=None, max_examples=80)
 TIE = 1 + 2**-7
 """Candidates whose seconds agree to a quarter of a percent are a tie, decided by other things."""
-MARGIN = 64 << 20
+MARGIN = FIXED_MARGIN_BYTES["cuda"]
 
 
 def on_disk(gpus=1):
