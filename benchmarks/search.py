@@ -33,7 +33,7 @@ from profiler.source import load_source
 GPU_BYTES = (80 << 30) - 790_000_000
 SEQUENCE = 2048
 PRICED_AT_ONCE = 100_000
-REPEATS = 3
+REPEATS = 2
 SHAPES = {
     # hidden, layers, heads, key-value heads, ffn, vocabulary
     "llama 70b": (8192, 80, 64, 8, 28672, 128256),
@@ -143,8 +143,8 @@ def _price(profile: ModelProfile) -> dict[str, Any]:
         drawn.append((state, r.randint(0, state), r.randint(0, state), r.randint(0, state), 0))
     columns = np.array(drawn).T
     start = time.perf_counter()
-    for first in range(0, PRICED_AT_ONCE, candidates.BATCH):
-        step_seconds(work, Counts(*(column[first : first + candidates.BATCH] for column in columns)))
+    for first in range(0, PRICED_AT_ONCE, candidates.LARGEST_BATCH):
+        step_seconds(work, Counts(*(column[first : first + candidates.LARGEST_BATCH] for column in columns)))
     seconds = time.perf_counter() - start
     print(f"{PRICED_AT_ONCE} candidates of {n} units priced one and all: {seconds:.2f} s", flush=True)
     return {"model": "llama 70b", "priced": PRICED_AT_ONCE, "units": n, "seconds": round(seconds, 3)}

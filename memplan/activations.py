@@ -126,5 +126,7 @@ def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -
     # The libraries' workspaces and the kernels' scratch memory are CUDA's.
     low, high = (p.on_cpu_bytes if device == "cpu" else p.allocated_bytes for p in (below, above))
     phases = {name: between(below.phase_bytes.get(name, 0), size) for name, size in above.phase_bytes.items()}
+    if device == "cpu":
+        phases = {name: min(size, between(low, high)) for name, size in phases.items()}
     host = between(below.checkpoint_bytes, above.checkpoint_bytes) if above.checkpoints_on_host else 0
     return _End(between(low, high), phases, host)

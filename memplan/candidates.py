@@ -8,6 +8,7 @@ Exact over this space: bounds (``memplan.bounds``) only leave out what can not b
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -29,8 +30,8 @@ RANK_BITS = 8
 """Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
 UPDATE_COPIES = 5
 """fp32 tensors of one span that ``offload.optimizer.update_span`` holds at once on a device."""
-BATCH = 512
-"""Candidates priced at a time: enough to keep NumPy busy, few enough not to price what a bound would have left out."""
+FIRST_BATCH, LARGEST_BATCH = 256, 4096
+"""Candidates priced at a time: at first few, not to price what a bound would leave out, then what keeps NumPy busy."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,20 @@ def search(problem: Problem) -> list[Candidate]:
     """The best candidate of each family that could hold the best of all, best first; empty where nothing fits."""
     if not feasible(problem):
         return []
+    families = list(problem.families())
     for size in update_sizes(problem):
         found: list[Candidate] = []
         best = float("inf")
-        for family in sorted(problem.families(), key=lambda f: least_of(problem, f)):
-            if rounded(least_of(problem, family)) > best:
+        # The most promising family first; what it must move off the GPU is worked out only when its turn comes.
+        waiting = [(least_of(problem, family), i, False) for i, family in enumerate(families)]
+        heapify(waiting)
+        while waiting:
+            floor, i, known = heappop(waiting)
+            if rounded(floor) > best:
                 break
-            if (candidate := best_of(problem, family, size)) is not None:
+            if not known:
+                heappush(waiting, (max(floor, floor_of(problem, families[i], size)), i, True))
+            elif (candidate := best_of(problem, families[i], size)) is not None:
                 found.append(candidate)
                 best = min(best, candidate.rank[0])
         if found:
@@ -103,6 +111,14 @@ def least_of(problem: Problem, family: Family) -> float:
     work = problem.work(family, Buckets())
     nothing = Counts(*(np.zeros(1, dtype=np.int64) for _ in range(3)))
     return float((cpu_step_seconds if problem.device == "cpu" else least_seconds)(work, nothing)[0])
+
+
+def floor_of(problem: Problem, family: Family, update_elements: int) -> float:
+    """Seconds that no candidate of a family that fits can go below; infinite where none fits."""
+    return min(
+        FamilySearch(problem, family, Buckets(prefetch_units=depth, update_elements=update_elements)).floor()
+        for depth in PREFETCH_DEPTHS
+    )
 
 
 def feasible(problem: Problem) -> bool:
@@ -168,14 +184,21 @@ class FamilySearch:
         offloaded = self.tables.offloaded_bytes(counts)
         order = np.lexsort((offloaded, floor))
         best: Candidate | None = None
-        for start in range(0, len(order), BATCH):
-            rows = order[start : start + BATCH]
+        start, size = 0, FIRST_BATCH
+        while start < len(order):
+            rows = order[start : start + size]
+            start, size = start + size, min(2 * size, LARGEST_BATCH)
             if best is not None and (float(floor[rows[0]]), int(offloaded[rows[0]])) >= best.rank[:2]:
                 break
             fitted = [fit for i in rows if (fit := self._fitted(_at(counts, i), int(excess[i]))) is not None]
             if fitted:
                 best = min((b for b in (best, self._cheapest(fitted)) if b is not None), key=lambda c: c.rank)
         return best
+
+    def floor(self) -> float:
+        """Seconds that no candidate that fits can go below; infinite where none fits."""
+        pairs = self._pairs()
+        return float(self._least(*pairs).min()) if pairs is not None else float("inf")
 
     def fits(self) -> bool:
         """Whether any candidate does."""

@@ -14,6 +14,8 @@ from memplan.problem import Family, Problem
 from offload.plan import Alternative, Tier
 
 RESIDENT = Counts(0, 0, 0)
+MASTER_BYTES = 4
+"""Of one parameter while the model is taken over: models are built in fp32."""
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
 
@@ -49,6 +51,12 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
         said.append(
             f"{format_bytes(pinned)} of host memory will be pinned, over this user's memory-lock limit of "
             f"{format_bytes(machine.memlock_bytes)}; if pinning is refused, raise it (ulimit -l unlimited)."
+        )
+    model = sum(p.elements for p in problem.profile.parameters) * MASTER_BYTES * problem.gpus_per_node
+    if problem.device == "cuda" and model > problem.budget.host_bytes:
+        said.append(
+            f"Building the model in fp32 takes {format_bytes(model)} of a node's memory for a moment, over the "
+            f"{format_bytes(problem.budget.host_bytes)} that training may hold there."
         )
     if not problem.profile.optimizer.startswith("adam"):
         said.append(f"The profile was made with {problem.profile.optimizer}; the runtime trains with AdamW.")

@@ -196,12 +196,19 @@ def _changes(document: Document, better: Plan) -> Iterator[Change]:
     config, _ = ds_config(better)
     theirs, mine = View(document), View(parse_document(dumps(config)))
     for dotted in _leaves(config):
-        if dotted.split(".")[0] not in PLANNED:
+        if dotted.split(".")[0] not in PLANNED or _idle(dotted, mine):
             continue
         has, wants = theirs.value(dotted), mine.value(dotted)
         if has != wants:
             note = "" if theirs.written(dotted) else " (default)"
             yield Change(dotted, f"{_text(has)}{note}", _text(wants))
+
+
+def _idle(dotted: str, view: View) -> bool:
+    """Whether a key is about offloading that does not take place."""
+    section = dotted.split(".")[1] if dotted.count(".") == 2 else ""
+    what = {"offload_param": view.device("offload_param"), "offload_optimizer": view.device("offload_optimizer")}
+    return what.get(section) == "none" and not dotted.endswith(".device")
 
 
 def _leaves(config: dict[str, Any], above: str = "") -> Iterator[str]:

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memplan.candidates import FamilySearch, best_of, least_of
+from memplan.candidates import FamilySearch, best_of, floor_of, least_of
 from memplan.engines.plans import ENGINES
 from memplan.engines.whole import price_all, search_setups
 from memplan.explain import RESIDENT
-from memplan.floor import floor_seconds
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
 from memplan.planned import batch_size_of, family_of
@@ -16,7 +15,7 @@ from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.search import problem_of
 from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
-from offload.plan import Buckets, Plan, Target
+from offload.plan import Plan, Target
 from profiler.profile import ActivationPoint, ModelProfile
 
 LEAST_SPEEDUP = 1.03
@@ -101,7 +100,7 @@ def fastest_seconds(problem: Problem, update_elements: int, limit: float = float
         setups = search_setups(problem, ENGINES[problem.target])
         return setups[0].timeline.seconds if setups and setups[0].timeline.seconds < limit else None
     floors = {
-        family: floor_seconds(FamilySearch(problem, family, Buckets(update_elements=update_elements)))
+        family: floor_of(problem, family, update_elements)
         for family in problem.families()
         if least_of(problem, family) < limit
     }

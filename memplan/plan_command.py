@@ -43,6 +43,7 @@ from profiler.contract import ModelSource
 from profiler.profile import ModelProfile
 from profiler.source import load_source
 
+RATES_MARK = '"schema": "memplan.rates/'
 console = Console()
 errors = Console(stderr=True)
 
@@ -88,7 +89,9 @@ def plan(
     limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme}
     there = find_machine(machine, gpus=gpus, nodes=nodes, **limits)
     remark(there)
-    rates = Rates.load(calibration) if calibration is not None else None
+    if given is not None and (out / "ds_config.json").resolve() == given.resolve():
+        raise PlanningError(f"the better configuration would be written over {given}; name another directory by --out")
+    rates = rates_in(calibration, machine)
     source = saved_profile(file) or load_source(file, seq)
     if isinstance(source, ModelProfile) and seq is not None:
         raise PlanningError(f"{file} is a profile, whose sequences have their length already; leave --seq out")
@@ -137,6 +140,15 @@ def planned_for(
     rates = rates or rates_of(machine, precision)
     profile = profile_for(source, machine, rates, size, precision)
     return Planned(make_plan(profile, machine, size, rates, target), profile, machine, rates)
+
+
+def rates_in(calibration: Path | None, machine: str | None) -> Rates | None:
+    """Those of a calibration, which may also be the file that the machine is from; ``None`` where there is none."""
+    if calibration is not None:
+        return Rates.load(calibration)
+    if machine is not None and machine.endswith(".json") and RATES_MARK in Path(machine).read_text():
+        return Rates.load(Path(machine))
+    return None
 
 
 def remark(machine: Machine) -> None:

@@ -47,8 +47,8 @@ class Problem:
     precision: Precision
     gpu_batch_size: int
     target: Target = Target.MEMPLAN
-    _known: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
-    """What was worked out once: many families share it."""
+    _known: dict[object, object] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """What was worked out once: many families share it, and so do other budgets."""
 
     @property
     def gpus_per_node(self) -> int:
@@ -62,7 +62,9 @@ class Problem:
 
     def with_budget(self, tier: Tier, size: int) -> "Problem":
         """The same with another budget in one tier."""
-        return replace(self, budget=replace(self.budget, **{f"{tier.value}_bytes": size}))
+        changed = replace(self, budget=replace(self.budget, **{f"{tier.value}_bytes": size}))
+        object.__setattr__(changed, "_known", self._known)
+        return changed
 
     def tables(self, sharding: Sharding, buckets: Buckets) -> ChainTables:
         """Bytes of every candidate of these."""

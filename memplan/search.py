@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from memplan.candidates import Candidate, FamilySearch, feasible, search
 from memplan.engines.plans import plan_whole
 from memplan.errors import NothingFits, PlanningError
-from memplan.explain import alternatives_to, busy_seconds, reasons_for
+from memplan.explain import MASTER_BYTES, alternatives_to, busy_seconds, reasons_for
 from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
@@ -16,8 +16,6 @@ from offload.plan import Alternative, Budget, Plan, Precision, Prediction, Targe
 from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
-MASTER_BYTES = 4
-"""Of one parameter while the model is taken over: models are built in fp32."""
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
 
 

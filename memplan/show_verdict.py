@@ -12,7 +12,7 @@ from offload.plan import Plan
 
 def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
     """What it costs, whether it fits, what to change, and what memplan's own engine would do."""
-    parts: list[RenderableType] = [Text(f"{name} on this machine", style="bold"), _costs(name, verdict)]
+    parts: list[RenderableType] = [Text(f"{name} on {_machine(verdict.theirs)}", style="bold"), _costs(name, verdict)]
     if verdict.shortages:
         parts.append(Text("\n".join(verdict.shortages), style="bold red"))
     else:
@@ -25,6 +25,10 @@ def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
     else:
         parts.append(Text("There is nothing to change."))
     return Group(*parts)
+
+
+def _machine(plan: Plan) -> str:
+    return f"{plan.gpus} x {plan.device}" + (f" on {plan.nodes} nodes" if plan.nodes > 1 else "")
 
 
 def _costs(name: str, verdict: Verdict) -> Table:

@@ -16,19 +16,27 @@ from offload.residency import BLOCK_BYTES, aligned
 
 def page_aligned(size_bytes: int) -> torch.Tensor:
     """A uint8 tensor of its own on zeroed, page-aligned memory, in huge pages where the system has them."""
+    # Every page is touched now, so that running out of memory is seen here and not in step 40.
+    return _mapped(size_bytes).zero_()
+
+
+def _mapped(size_bytes: int) -> torch.Tensor:
+    """The same, not yet touched: it takes no memory until then."""
     memory = mmap.mmap(-1, max(size_bytes, BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    # Every page is touched now, so that running out of memory is seen here and not in step 40.
-    return torch.frombuffer(memory, dtype=torch.uint8).zero_()
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Arena:
-    """A fixed number of bytes, handed out in page-aligned pieces; all of them pinned when the device is a GPU."""
+    """A fixed number of bytes, handed out in page-aligned pieces, and pinned when the device is a GPU.
 
-    def __init__(self, capacity_bytes: int, device: torch.device) -> None:
-        available = psutil.virtual_memory().available
+    Memory is taken with the pieces, so that what goes into them may leave other memory meanwhile: ``coming_bytes``.
+    """
+
+    def __init__(self, capacity_bytes: int, device: torch.device, coming_bytes: int = 0) -> None:
+        available = psutil.virtual_memory().available + coming_bytes
         if capacity_bytes > available:
             raise TierError(
                 f"the host tier needs {capacity_bytes} bytes but only {available} are available; "
@@ -37,11 +45,14 @@ class Arena:
         self.capacity_bytes = capacity_bytes
         self.taken_bytes = 0
         self._pinned = False
-        self._bytes = page_aligned(aligned(capacity_bytes, BLOCK_BYTES))
-        if device.type == "cuda" and capacity_bytes:
-            self._pin()
+        self._device = device
+        self._bytes = _mapped(aligned(capacity_bytes, BLOCK_BYTES))
 
-    def _pin(self) -> None:
+    def pin(self) -> None:
+        """Touch what was not taken yet, and register all of it with the driver of a GPU; raises TierError."""
+        self._bytes[self.taken_bytes :].zero_()
+        if self._device.type != "cuda" or not self.capacity_bytes:
+            return
         status = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), self._bytes.numel(), 0)
         if int(status) != 0:
             raise TierError(
@@ -55,7 +66,7 @@ class Arena:
         start = self.taken_bytes
         self.taken_bytes += aligned(size_bytes, BLOCK_BYTES)
         assert self.taken_bytes <= self._bytes.numel(), "the arena was sized for less than is taken from it"
-        return self._bytes[start : start + size_bytes]
+        return self._bytes[start : start + size_bytes].zero_()
 
     def close(self) -> None:
         """Unpin; the memory itself goes when the last tensor on it does."""

@@ -113,7 +113,9 @@ class BlockInputs:
         arena = Arena(checkpoint_host_bytes(1, size_bytes), self._device)
         self._arenas.append(arena)
         self.host_bytes += arena.capacity_bytes
-        return arena.take(size_bytes)
+        buffer = arena.take(size_bytes)
+        arena.pin()
+        return buffer
 
     def give_back(self, buffer: torch.Tensor) -> None:
         """Nothing waits in this buffer any more."""

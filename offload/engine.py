@@ -22,6 +22,7 @@ from offload import contents as unit_contents
 from offload import hooks
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
+from offload.attach import host_bytes_of, take_over
 from offload.block_inputs import BlockInputs, WaitingInput
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
@@ -42,12 +43,12 @@ from offload.setup import (
     update_threads,
 )
 from offload.slots import SlotRings
-from offload.state import UnitState, allocate, weight_dtype
+from offload.state import UnitState, weight_dtype
 from offload.store import Store
 from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
 from offload.updater import ClipFactor, UnitUpdate, Updater
-from offload.weights import WeightMover, WeightReference, send_away
+from offload.weights import WeightMover, WeightReference
 
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
@@ -116,14 +117,11 @@ class Engine:
             assert plan.nvme_dir is not None
             self.store = Store(Path(plan.nvme_dir), needed.nvme_bytes, plan.buckets.io_bytes)
             self._closers.append(self.store.close)
-        self.arena = Arena(needed.host_bytes, device)
+        self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
         move_buffers(self.model, device, plan.precision)
-        self.states = allocate(units, plan, device, self.arena, self.store)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
-        for state in self.states:
-            unit_contents.write(state, unit_contents.from_model(state), plan.precision, self.store)
-            send_away(state, nan)  # so that the model's own copy goes unit by unit
+        self.states = take_over(units, plan, device, self.arena, self.store, nan)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
         # that live there, and partial sums of gradients.
@@ -136,6 +134,7 @@ class Engine:
         self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
         self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns, self._complete)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
+        self.arena.pin()
         self._updater = Updater(plan.precision, self._update_lane, self._down, self._returns, self.store, update_ring)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()

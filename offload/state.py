@@ -1,6 +1,5 @@
 """Where a unit's numbers are: its buffers in each tier, made once, before the first step."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,14 +62,8 @@ class UnitState:
     state_extents: list[Extent] | None = None
 
 
-def allocate(
-    units: Sequence[Unit], plan: Plan, device: torch.device, arena: Arena, store: Store | None
-) -> list[UnitState]:
-    """The buffers of every unit, zero, in the tiers of the plan: what ``residency.footprint`` counts."""
-    return [_allocate_unit(unit, plan, device, arena, store) for unit in units]
-
-
-def _allocate_unit(unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: Store | None) -> UnitState:
+def allocate(unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: Store | None) -> UnitState:
+    """The buffers of a unit, zero, in the tiers of the plan: what ``residency.footprint`` counts."""
     place, precision = unit.placement, plan.precision
     dtype, trainable, all_elements = weight_dtype(precision), unit.shape.trainable_elements, unit.shape.elements
 

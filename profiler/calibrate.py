@@ -23,7 +23,7 @@ from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-SECONDS, GRIDS_SECONDS = 46.0, 22.0
+SECONDS, GRIDS_SECONDS = 42.0, 20.0
 """What everything may take; and what the grids may take where the rest, which comes first, left less."""
 IMPORTANT_SECONDS = {"matmul": 3.0, "attention_causal": 8.0, "attention_masked": 4.0, "attention": 4.0}
 """What the grids at the beginning may take, by kind: each kernel of attention takes part of a second to be loaded."""

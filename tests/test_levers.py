@@ -7,13 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan.activations import FIXED_MARGIN_BYTES
-from memplan.candidates import SMALLEST_UPDATE, FamilySearch, best_of, search, update_sizes
+from memplan.candidates import SMALLEST_UPDATE, best_of, floor_of, search, update_sizes
 from memplan.explanation import explanation_of
-from memplan.floor import floor_seconds
 from memplan.levers import LEAST_SPEEDUP, MOST_LEVERS, Lever, buyable, fastest_seconds, levers
 from memplan.planned import counts_of, family_of, timeline_of
 from memplan.search import plan, problem_of
-from offload.plan import Buckets, Target
+from offload.plan import Target
 from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=80)
@@ -40,7 +39,7 @@ def test_no_candidate_of_a_family_goes_below_its_floor(case):
     for family in problem.families():
         candidate = best_of(problem, family, size)
         if candidate is not None:
-            floor = floor_seconds(FamilySearch(problem, family, Buckets(update_elements=size)))
+            floor = floor_of(problem, family, size)
             assert floor <= candidate.seconds
 
 

@@ -23,6 +23,7 @@ def pin(size_bytes: int, device: torch.device) -> tuple[Arena, Part]:
     """An arena as the runtime makes it (mapped, touched, registered with the driver), and how fast that went."""
     begun = time.perf_counter()
     arena = Arena(size_bytes, device)
+    arena.pin()
     rate = size_bytes / (time.perf_counter() - begun)
     what = "mapped, touched and pinned" if device.type == "cuda" else "mapped and touched"
     table = (("host memory for the runtime", ""), (what, gigabytes(rate)))

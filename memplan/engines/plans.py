@@ -15,6 +15,7 @@ ENGINES: dict[Target, WholeEngine] = {Target.DEEPSPEED: DeepSpeed(), Target.FSDP
 SPREAD = 0.3
 """How far off a step may be, as a share of it, beside what the rates themselves may be off."""
 ALTERNATIVES = 4
+UPDATE_REMARK = "{}'s own update on the CPU was taken from steps measured on 16 cores: its steps are rough."
 
 
 def plan_whole(problem: Problem, machine: Machine) -> Plan:
@@ -123,7 +124,7 @@ def _reasons(problem: Problem, best: Priced) -> tuple[str, ...]:
         f"{problem.target}'s copies and buffers, {format_bytes(held.pinned_bytes)} of it pinned.",
         f"A step is expected to take {format_seconds(best.timeline.seconds)}; the busiest lane is "
         f"{lane.replace('_', ' ')}, with {format_seconds(busy[lane])}.",
-        f"{problem.target}'s own update on the CPU was taken from steps measured on 16 cores: its steps are rough.",
+        *([UPDATE_REMARK.format(problem.target)] if busy.get("cpu_update") else []),
         problem.rates.source,
     )
 
