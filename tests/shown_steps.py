@@ -2,12 +2,13 @@
 
 from functools import cache
 
+from memplan.activations import FIXED_MARGIN_BYTES
 from memplan.explanation import Explanation, explanation_of
 from memplan.search import plan
 from offload.plan import Target
 from tests.synthetic_profiles import RATES, machine_of, transformer
 
-MARGIN = 64 << 20
+MARGIN = FIXED_MARGIN_BYTES["cuda"]
 
 
 @cache
