@@ -10,92 +10,42 @@ planner ranked next, beside the one that it chose.
 
 import argparse
 import gc
+import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
 
-from benchmarks.building import QuickValues
-from benchmarks.common import llama_config, save, spread
+from benchmarks.common import RESULTS, save, spread
+from benchmarks.planned_models import Model, build, models, profiled
 from memplan.activations import Way
 from memplan.candidates import FamilySearch, best_of, search
 from memplan.errors import NothingFits
 from memplan.machine import Machine, detect
+from memplan.memory import Counts
+from memplan.planned import counts_of
 from memplan.problem import Family
 from memplan.rates import Rates
 from memplan.search import plan, plan_of, problem_of
 from memplan.sharding import Sharding
 from offload.engine import Engine
-from offload.plan import Plan
+from offload.plan import Buckets, Plan, Tier
 from profiler.profile import ModelProfile
-from profiler.run import profile_model
 
 GIB = 1 << 30
 STEPS, WARM_UP = 6, 3
+MACHINE = Machine("cuda", 1, "NVIDIA H200", 140 * GIB, 100 * GIB, None, 0, None, 16)
+"""What predictions are made for where none of it is here."""
 SHARES = (1.05, 0.75, 0.55, 0.4, 0.25)
 BATCHES_AT = (1.05, 0.4)
 """Of them, where the largest batch is looked for."""
 """GPU budgets, of what the plan with everything on the GPU takes."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """One training to plan."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    batch: Callable[[int], dict[str, torch.Tensor]]
-    batch_size: int
-
-
-def _text(length: int, vocabulary: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    def batch(size: int) -> dict[str, torch.Tensor]:
-        ids = torch.randint(0, vocabulary, (size, length))
-        return {"input_ids": ids, "labels": ids}
-
-    return batch
-
-
-def _pictures(size: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    return lambda batch: {"pixel_values": torch.rand(batch, 3, size, size), "labels": torch.randint(0, 1000, (batch,))}
-
-
-def models() -> list[Model]:
-    """Six architectures of transformers of 0.2e9 to 0.6e9 parameters; nothing is downloaded."""
-    import transformers as t
-
-    llama = llama_config((1536, 20, 12, 4, 4096, 32000), use_cache=False, attn_implementation="sdpa")
-    gpt2 = t.GPT2Config(n_embd=1024, n_layer=24, n_head=16, use_cache=False)
-    bert = t.BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    vit = t.ViTConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, num_labels=1000
-    )
-    t5 = t.T5Config(
-        d_model=768, num_layers=12, num_heads=12, d_ff=3072, d_kv=64, use_cache=False, decoder_start_token_id=0
-    )
-    convnext = t.ConvNextConfig(depths=[3, 3, 27, 3], hidden_sizes=[192, 384, 768, 1536], num_labels=1000)
-    return [
-        Model("llama 0.5e9", lambda: t.LlamaForCausalLM(llama), _text(1024, 32000), 8),
-        Model("gpt2 0.35e9", lambda: t.GPT2LMHeadModel(gpt2), _text(512, 50257), 8),
-        Model("bert 0.34e9", lambda: t.BertForMaskedLM(bert), _text(256, 30522), 16),
-        Model("vit 0.3e9", lambda: t.ViTForImageClassification(vit), _pictures(224), 32),
-        Model("t5 0.25e9", lambda: t.T5ForConditionalGeneration(t5), _text(256, 32128), 16),
-        Model("convnext 0.2e9", lambda: t.ConvNextForImageClassification(convnext), _pictures(224), 32),
-    ]
-
-
-def build(model: Model) -> nn.Module:
-    """On the CPU, the same values every time."""
-    torch.manual_seed(0)
-    with QuickValues():
-        return model.build().train()
 
 
 @contextmanager
@@ -173,6 +123,46 @@ def run_plan(model: Model, found: Plan, steps: int = STEPS) -> dict[str, Any]:
     return row
 
 
+def setup_of(found: Plan) -> dict[str, Any]:
+    """What a prediction can be made from again."""
+    return {
+        "counts": list(astuple(counts_of(found))),
+        "micro_batch": found.micro_batch_size,
+        "accumulation": found.gradient_accumulation_steps,
+        "recompute": len(found.recompute),
+        "checkpoints": found.checkpoints.value,
+        "loss_chunks": found.loss_chunks,
+        "buckets": [found.buckets.prefetch_units, found.buckets.update_elements],
+    }
+
+
+def predict_again(rates: Rates) -> None:
+    """The plans that were measured, predicted by today's code: needs no GPU, but the same transformers."""
+    path = RESULTS / "planner.json"
+    data = json.loads(path.read_text())
+    profiles: dict[str, ModelProfile] = {}
+    for row in data["rows"]:
+        model, s = next(m for m in models() if m.name == row["model"]), row["setup"]
+        if model.name not in profiles:
+            profiles[model.name] = profiled(model, rates, model.batch_size)
+        problem = problem_of(profiles[model.name], MACHINE, rates, s["micro_batch"] * s["accumulation"], None)
+        way = Way(s["micro_batch"], s["recompute"], Tier(s["checkpoints"]), s["loss_chunks"])
+        buckets = Buckets(prefetch_units=s["buckets"][0], update_elements=s["buckets"][1])
+        family = FamilySearch(problem, Family(Sharding(0, 1), way, s["accumulation"]), buckets)
+        counts = Counts(*s["counts"])
+        row["predicted"] |= {
+            "gpu_peak_bytes": family.gpu_peak_bytes(counts),
+            "gpu_upper_bytes": family.gpu_upper_bytes(counts),
+            "host_bytes": family.host_bytes(counts),
+            "nvme_bytes": family.nvme_bytes(counts),
+            "seconds": family.seconds_of(counts),
+        }
+        print(line(row), flush=True)
+    data["summary"] = summary(data["rows"])
+    print(data["summary"])
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 def predicted(found: Plan) -> dict[str, Any]:
     """What the plan says, in short."""
     p = found.prediction
@@ -248,12 +238,8 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
         if args.models and not any(name in model.name for name in args.models):
             continue
         begun = time.perf_counter()
-        network = build(model)
-        profile = profile_model(
-            network, model.batch(model.batch_size), precision="bf16", device="H200", calibration=rates.kernels
-        )
-        del network
-        profiled = time.perf_counter() - begun
+        profile = profiled(model, rates, model.batch_size)
+        took = time.perf_counter() - begun
         if args.keep:
             profile.save(args.keep / f"{model.name.split()[0]}-profile.json")
         resident = plan(profile, replace(base, nvme_dir=None, nvme_bytes=0), rates, batch_size=model.batch_size)
@@ -265,7 +251,7 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
                 rows.append({**row, "refused": str(error)})
                 print(f"{model.name:16} {name:28} refused: {error}", flush=True)
                 continue
-            row["predicted"] = predicted(found)
+            row["predicted"], row["setup"] = predicted(found), setup_of(found)
             row["measured"] = run_plan(model, found)
             if args.keep:
                 found.save(args.keep / f"{model.name.split()[0]}-{share}-plan.json")
@@ -273,15 +259,13 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
                 row["batches"] = batches_row(model, machine, rates, found, args.most)
             rows.append(row)
             print(line(row), flush=True)
-        print(f"  {model.name}: profiled in {profiled:.1f} s, all {time.perf_counter() - begun:.0f} s", flush=True)
+        print(f"  {model.name}: profiled in {took:.1f} s, all {time.perf_counter() - begun:.0f} s", flush=True)
     return rows
 
 
 def batches_row(model: Model, machine: Machine, rates: Rates, found: Plan, most: int) -> dict[str, Any]:
     """The largest batch that runs and the largest that the planner allows, from a profile of larger batches."""
-    network = build(model)
-    larger = profile_model(network, model.batch(most), precision="bf16", device="H200", calibration=rates.kernels)
-    del network
+    larger = profiled(model, rates, most)
     real = largest_batch(model, found, most)
     allowed = max((b for b in range(1, most + 1) if fits(larger, machine, rates, found, b)), default=0)
     return {"largest_that_runs": real, "largest_allowed": allowed, "most": most}
@@ -313,11 +297,7 @@ def neighbours_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, An
     for model in models():
         if args.models and not any(name in model.name for name in args.models):
             continue
-        network = build(model)
-        profile = profile_model(
-            network, model.batch(model.batch_size), precision="bf16", device="H200", calibration=rates.kernels
-        )
-        del network
+        profile = profiled(model, rates, model.batch_size)
         resident = plan(profile, base, rates, batch_size=model.batch_size)
         machine = replace(base, gpu_bytes=int(resident.prediction.gpu_upper_bytes * 0.5))
         problem = problem_of(profile, machine, rates, model.batch_size, None)
@@ -368,9 +348,13 @@ def main() -> None:
     parser.add_argument("--batches", action="store_true", help="find the largest batch of every plan, too")
     parser.add_argument("--most", type=int, default=128, help="the largest batch to try")
     parser.add_argument("--keep", type=Path, help="a directory for the profiles and plans")
+    parser.add_argument("--predict", action="store_true", help="predict what was measured again; no GPU")
     parser.add_argument("--neighbours", type=int, default=0, help="train so many candidates beside the chosen one")
     args = parser.parse_args()
     rates = Rates.load(args.calibration)
+    if args.predict:
+        predict_again(rates)
+        return
     if args.neighbours:
         rows = neighbours_part(args, rates)
         print(save("planner-neighbours", rows))

@@ -26,7 +26,6 @@ class _Rank:
     state: int
     whole_weights: int
     whole_trained: int
-    largest: int
 
 
 def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
@@ -75,7 +74,6 @@ def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
         state=ceil(shape.trainable_elements / parts[0]),
         whole_weights=shape.elements,
         whole_trained=shape.trainable_elements,
-        largest=shape.largest_elements,
     )
 
 
@@ -142,7 +140,7 @@ def _nvme_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
 
 
 def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
-    """What stays, the slots through which the others pass, and the largest gradient on its way."""
+    """What stays, and the slots through which the others pass."""
     weight, rest = _sizes(plan.precision)
     elements, ring = 0, plan.buckets.prefetch_units + 1
     for r in ranks:
@@ -156,7 +154,7 @@ def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
         if plan.zero_stage == 3:
             slots += _rings([r.whole_weights for r in ranks if r.name], ring)
             slots += sum(r.whole_weights for r in ranks if not r.name)
-    return elements + weight * (slots + max((r.largest for r in ranks), default=0))
+    return elements + weight * slots
 
 
 def _rings(sizes: Sequence[int], places: int) -> int:

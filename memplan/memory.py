@@ -94,9 +94,7 @@ class ChainTables:
         self.host_state = _prefix([aligned(n * s8, BLOCK_BYTES) for n in state])
         self.nvme_state = _prefix([extent_bytes(n, s8, buckets) for n in state])
         self.nvme_parameters = _prefix([extent_bytes(n, w, buckets) for n in held])
-        self._fixed = max((s.largest_elements for s in shapes), default=0) * w
-        if sharding.gpus > 1:
-            self._fixed += self._gathering(shapes, buckets) * w
+        self._fixed = self._gathering(shapes, buckets) * w if sharding.gpus > 1 else 0
         # What a chunk of a unit brings through the staging ring, by what of it is on NVMe; late gradients add theirs.
         spans = [min(n, buckets.update_elements) for n in state]
         weight = [aligned(min(n, buckets.update_elements) * w, BLOCK_BYTES) for n in held]

@@ -138,8 +138,8 @@ def footprint(
 ) -> Footprint:
     """What the runtime allocates for these units, to the byte.
 
-    ``shapes`` and ``placements`` go in pairs. One parameter's gradient, which autograd holds for the moment before
-    it is gathered, is counted in ``gpu_bytes`` too.
+    ``shapes`` and ``placements`` go in pairs. Gradients that autograd holds for the moment before they are gathered are
+    not in it: they are part of a pass, as activations are.
     """
     w, s8 = precision.weight_bytes, state_bytes(precision)
     gpu = host = nvme = 0
@@ -158,6 +158,5 @@ def footprint(
             nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(s.elements, buckets.update_elements))
     gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets).items())
     gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements).items())
-    gpu += max((s.largest_elements for s in shapes), default=0) * w
     update, weights = staging_bytes(shapes, placements, buckets, precision)
     return Footprint(gpu, host + UPDATE_RING * update + UPDATE_RING * weights, nvme)

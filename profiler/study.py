@@ -13,7 +13,8 @@ from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.checkpoints import checkpoint_bytes, checkpoints_on_host
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
+from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
 from profiler.replay import Loop, Peaks, allocated_peak, replay, training_loop
@@ -49,6 +50,10 @@ class Case(NamedTuple):
 
 
 Traced = dict[Case, tuple[Trace, Loop]]
+
+
+ENGINES_STATE = MODEL_STATE - {Category.GRADIENT}
+"""What an engine keeps elsewhere; a gradient is there until it is taken away."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class Study:
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
         traced, remarks = study._further_traces(batches, {plain: (trace, loop)})
-        points = [study._point(case, *both) for case, both in traced.items()]
+        points = [study._point(case, t) for case, (t, _) in traced.items()]
         points += [point for case, (t, _) in traced.items() if (point := study._point_on_host(case, t)) is not None]
         remarks = [s for t, _ in traced.values() for s in t.assumptions] + remarks
         return study._summed_up(trace, loop, batch, tuple(points), tuple(dict.fromkeys(remarks)))
@@ -111,7 +116,7 @@ class Study:
         with _uncollected():
             case = Case(size, recompute=False)
             trace, loop = self.trace(like, case)
-            return self._summed_up(trace, loop, like, (self._point(case, trace, loop),), trace.assumptions)
+            return self._summed_up(trace, loop, like, (self._point(case, trace),), trace.assumptions)
 
     def _summed_up(
         self, trace: Trace, loop: Loop, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
@@ -141,15 +146,17 @@ class Study:
         )
         return timed(found, self.model, trace, self.target) if self.target else found
 
-    def _point(self, case: Case, trace: Trace, loop: Loop) -> ActivationPoint:
-        _, peaks = replay(loop, CachingAllocator(), leave_out=MODEL_STATE)
+    def _point(self, case: Case, trace: Trace) -> ActivationPoint:
+        taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
+        loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
+        _, peaks = replay(loop, CachingAllocator(), leave_out=ENGINES_STATE)
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
             allocated_bytes=peaks.overall_bytes,
             reserved_bytes=peaks.reserved_bytes,
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
-            on_cpu_bytes=allocated_peak(loop, leave_out=MODEL_STATE | OF_CUDA),
+            on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,
             checkpoint_bytes=checkpoint_bytes(trace.events),
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
@@ -162,8 +169,7 @@ class Study:
         if events is None:
             return None
         moved = replace(trace, events=tuple(events))
-        point = self._point(case, moved, training_loop(moved, self.optimizer, self.clip))
-        return replace(point, checkpoints_on_host=True)
+        return replace(self._point(case, moved), checkpoints_on_host=True)
 
     def _further_traces(self, batches: Batches, known: Traced) -> tuple[Traced, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""

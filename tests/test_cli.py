@@ -169,7 +169,7 @@ def test_plan_explains_its_step_in_the_terminal_and_on_a_page(model: Path, tmp_p
     assert done.returncode == 0, done.stderr
     for text in ("The bottleneck is ", "share its cores", "what would move it", "with a CPU twice as fast: "):
         assert text in done.stdout
-    machine = ("--gpus", 1, "--gpu-memory", "1GiB", "--host-memory", "1GiB")
+    machine = ("--gpus", 1, "--gpu-memory", "2GiB", "--host-memory", "1GiB")
     done = memplan("plan", model, *machine, "--explain", "--html", "step.html", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     for text in ("forward", "╵0 ", "▶ compute", "The bottleneck is compute", "written: step.html"):

@@ -3,7 +3,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memplan.activations import Way, activations_of
+from memplan.activations import FIXED_MARGIN_BYTES, Way, activations_of
 from memplan.memory import ChainTables, Counts, chain_order, placements_of
 from memplan.sharding import Sharding
 from offload.plan import Buckets, Precision
@@ -90,7 +90,7 @@ def test_what_fits_is_decided_by_more_than_what_is_expected():
     profile = profile_with((4, 1 << 30))
     for device in ("cuda", "cpu"):
         found = activations_of(profile, Way(4), device)
-        assert found.upper_bytes > 1.03 * found.peak_bytes
+        assert found.upper_bytes > 1.005 * found.peak_bytes + FIXED_MARGIN_BYTES[device] // 2
 
 
 def test_recompute_of_some_blocks_lies_between_all_and_none():

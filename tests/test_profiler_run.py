@@ -30,8 +30,9 @@ def test_peaks_of_a_small_mlp_are_those_worked_out_by_hand(optimizer):
         profile.peaks.forward_bytes, profile.peaks.backward_bytes, profile.peaks.step_bytes
     )
     assert profile.peaks.reserved_bytes >= profile.peaks.overall_bytes
+    # Of an engine: the end of backward, with the first weight's gradient about to be taken away.
     without_state = profile.activations[0]
-    assert without_state.allocated_bytes == batch + WORKSPACES + 2 * scalar + 3 * hidden
+    assert without_state.allocated_bytes == batch + WORKSPACES + 2 * scalar + hidden + 512 * KIB
 
 
 def test_activation_points_cover_both_batches_with_and_without_recompute():
