@@ -22,8 +22,11 @@ from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.lint.command import lint
 from memplan.options import (
+    BAD_INPUT,
     DEFAULT_BATCH_SIZE,
+    NOTHING_FITS,
     SHOWN,
+    TRAINING_FAILED,
     BatchSize,
     File,
     GpuMemory,
@@ -40,6 +43,7 @@ from memplan.show_profile import profile_tables
 from memplan.show_rates import rates_tables
 from memplan.train import INTERRUPTED, TrainingOptions, prepare_run
 from memplan.train import train as run_training
+from offload.chunked_loss import in_chunks
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan
 from profiler.errors import ProfilerError
@@ -52,8 +56,6 @@ from profiler.source import load_source
 from profiler.trace import PRECISIONS
 from tui import watch as watch_run
 from tui.errors import RunError
-
-TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
 
 app = typer.Typer(
     help="Training models that do not fit: profile, plan, train with offload, watch.",
@@ -96,7 +98,9 @@ def profile(
     source = load_source(file, seq)
     if measure:
         check_measurable()
-    found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration)
+    # Only a planner reads what the loss in pieces takes, and that costs further traces.
+    chunked = in_chunks if json is not None else None
+    found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration, chunked)
     console.print(profile_tables(found, depth))
     writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
     for write, path in writers:

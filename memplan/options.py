@@ -8,6 +8,8 @@ import typer
 from offload.plan import Precision
 
 DEFAULT_BATCH_SIZE = 8
+TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
+"""Exit codes, beside 0 and 130."""
 SHOWN = {"rich_help_panel": "What is shown and written"}
 File = Annotated[Path, typer.Argument(help="A Python file with the model (docs/model-file.md), or a config.json.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step.")]

@@ -20,6 +20,7 @@ from memplan.machine import Machine
 from memplan.options import (
     DEFAULT_BATCH_SIZE,
     DESCRIBED,
+    NOTHING_FITS,
     SHOWN,
     File,
     GpuMemory,
@@ -102,7 +103,7 @@ def plan(
         verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
         console.print(verdict_tables(given.name, verdict))
         if verdict.better is None:
-            return
+            raise typer.Exit(NOTHING_FITS)
     else:
         found = planned_for(source, there, batch_size, precision, engine, rates)
         console.print(show.plan_tables(found.plan))

@@ -58,9 +58,10 @@ class Sharding:
             across = 2 * (whole / n) * (replicas - 1) / replicas / self._rate(whole // n, rates, across=True)
         return scattered * (1 if self.zero_stage >= 1 else 2) + across
 
-    def network_bytes_per_second(self, whole_bytes: int, rates: Rates) -> float:
-        """Of collectives of the group that shares one copy, in tensors of this size."""
-        return self._rate(whole_bytes, rates, across=self.group > self.gpus_per_node)
+    def network_bytes_per_second(self, whole_bytes: int, rates: Rates, *, everywhere: bool) -> float:
+        """Of collectives in tensors of this size: of all GPUs, or only of a group that shares one copy."""
+        ranks = self.gpus if everywhere else self.group
+        return self._rate(whole_bytes, rates, across=ranks > self.gpus_per_node)
 
     def _rate(self, whole_bytes: int, rates: Rates, across: bool) -> float:
         within = rates.collective.at(max(1, whole_bytes))

@@ -71,7 +71,7 @@ def plan_of_setup(
             step_seconds_range=(seconds * (1 - min(0.9, spread)), seconds * (1 + spread)),
             phases={"gpu": dict(priced.gpu_phases), "host": host},
         ),
-        nvme_dir=str(machine.nvme_dir) if Tier.NVME in (setup.parameters, setup.optimizer) else None,
+        nvme_dir=str(machine.nvme_dir or "/mnt/nvme") if Tier.NVME in (setup.parameters, setup.optimizer) else None,
         target=problem.target,
         nodes=problem.nodes,
         shard_gpus=sharding.shard_gpus,

@@ -155,7 +155,11 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
     columns = (passes.by_unit.sum(axis=0) + passes.rest) * family.micro_batches
     up, down = (curve.at(setup.buckets.gather_elements * 2) for curve in (rates.host_to_device, rates.device_to_host))
     duplex = rates.duplex_share if traffic.h2d_backward_bytes and traffic.d2h_backward_bytes else 1.0
-    network = family.sharding.network_bytes_per_second(setup.buckets.reduce_elements * 2, rates)
+    # Shards of a node are gathered there for backward; forward's, and all gradients, come from everywhere.
+    within, network = (
+        family.sharding.network_bytes_per_second(setup.buckets.reduce_elements * 2, rates, everywhere=everywhere)
+        for everywhere in (False, True)
+    )
     gathers = traffic.gather_bytes / network
     again = setup.family.sharding.zero_stage == 3
     ranks = problem.gpus_per_node
@@ -168,7 +172,7 @@ def _timeline(problem: Problem, setup: Setup, traffic: Traffic, update_seconds: 
         "compute": float(max(columns[BACKWARD_COLUMN], columns[BACKWARD_ISSUE])),
         "host_to_device": traffic.h2d_backward_bytes / up / duplex,
         "device_to_host": traffic.d2h_backward_bytes / down / duplex,
-        "collective": (gathers / 2 if again else 0.0) + traffic.reduce_bytes / network,
+        "collective": (traffic.gather_bytes / 2 / within if again else 0.0) + traffic.reduce_bytes / network,
     }
     read = traffic.nvme_read_bytes * ranks / rates.nvme_read_bytes_per_second
     written = traffic.nvme_write_bytes * ranks / rates.nvme_write_bytes_per_second
