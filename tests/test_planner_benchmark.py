@@ -1,0 +1,35 @@
+"""What the planner's benchmark adds up."""
+
+from dataclasses import astuple, replace
+
+from benchmarks.planner import MACHINE, setup_of, summary
+from memplan.planned import counts_of
+from memplan.search import plan
+from tests.synthetic_profiles import RATES, transformer
+
+
+def row(seconds: float | None, predicted: float = 1.0, **more: object) -> dict:
+    sizes = {"gpu_peak_bytes": 100, "host_bytes": 0, "nvme_bytes": 0}
+    measured = {**sizes, "seconds": seconds, "out_of_memory": None if seconds else "out of memory"}
+    return {"predicted": {**sizes, "seconds": predicted}, "measured": measured, **more}
+
+
+def test_errors_are_those_of_plans_that_ran_and_running_out_of_memory_is_counted():
+    found = summary([row(1.0, 1.1), row(2.0, 1.0), row(None)])
+    assert (found["plans"], found["out_of_memory"]) == (3, 1)
+    assert found["seconds"]["worst"] == 0.5
+    assert found["gpu_peak_bytes"]["worst"] == 0
+    assert "host_bytes" not in found, "a tier that nobody uses has no error"
+
+
+def test_refusals_are_counted_up_to_twice_the_largest_batch_that_runs():
+    batches = {"largest_that_runs": 10, "largest_allowed": 8, "most": 128}
+    found = summary([row(1.0, batches=batches)])["batches"]
+    assert found == {"refused": 12, "wrongly": 2, "allowed_wrongly": 0}
+
+
+def test_a_setup_says_what_a_prediction_needs():
+    found = plan(transformer(4, batch_size=4), replace(MACHINE, gpu_bytes=1 << 33), RATES, batch_size=4)
+    setup = setup_of(found)
+    assert setup["counts"] == list(astuple(counts_of(found)))
+    assert setup["micro_batch"] * setup["accumulation"] == 4
