@@ -3,6 +3,7 @@
 The same functions run on the CPU and on a GPU.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,10 @@ def split_master_(master: torch.Tensor, weight: torch.Tensor, remainder: torch.T
     bits = master.view(torch.int32)
     high = bits.add(0x8000).bitwise_right_shift_(16)
     weight.view(torch.int16).copy_(high)
-    weight.masked_fill_(master.isnan(), torch.nan)  # rounding up may have carried a NaN over to zero
+    # Rounding up may have carried a NaN over to zero. On the host a sum tells soon whether there is one;
+    # on a device, asking would mean waiting for the answer.
+    if master.device.type != "cpu" or not math.isfinite(master.sum()):
+        weight.masked_fill_(master.isnan(), torch.nan)
     remainder.copy_(bits)  # bits - (high << 16) is what the low 16 bits are as a signed number
 
 
