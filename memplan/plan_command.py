@@ -10,7 +10,7 @@ from rich.console import Console
 from memplan import show
 from memplan.api import plan as make_plan
 from memplan.api import profile_for
-from memplan.configs.files import NOTES, block_classes_of, configurations
+from memplan.configs.files import NAMES, NOTES, block_classes_of, configurations
 from memplan.described import find_machine
 from memplan.errors import PlanningError
 from memplan.explanation import explanation_of
@@ -44,7 +44,7 @@ from profiler.contract import ModelSource
 from profiler.profile import ModelProfile
 from profiler.source import load_source
 
-RATES_MARK = '"schema": "memplan.rates/'
+RATES_MARK, PLAN_MARK = '"schema": "memplan.rates/', '"schema": "memplan.plan/'
 console = Console()
 errors = Console(stderr=True)
 
@@ -92,6 +92,7 @@ def plan(
     remark(there)
     if given is not None and (out / "ds_config.json").resolve() == given.resolve():
         raise PlanningError(f"the better configuration would be written over {given}; name another directory by --out")
+    check_ours(out)
     rates = rates_in(calibration, machine)
     source = saved_profile(file) or load_source(file, seq)
     if isinstance(source, ModelProfile) and seq is not None:
@@ -150,6 +151,18 @@ def rates_in(calibration: Path | None, machine: str | None) -> Rates | None:
     if machine is not None and machine.endswith(".json") and RATES_MARK in Path(machine).read_text():
         return Rates.load(Path(machine))
     return None
+
+
+def check_ours(out: Path) -> None:
+    """Raise PlanningError where a file would be lost that was not written for a plan: no plan.json of ours is there."""
+    written = out / "plan.json"
+    ours = written.is_file() and PLAN_MARK in written.read_text(encoding="utf-8", errors="replace")[:200]
+    strangers = [name for name in ("plan.json", *NAMES) if (out / name).exists()]
+    if strangers and not ours:
+        raise PlanningError(
+            f"{out.resolve()} holds {strangers[0]}, which was not written for a plan and would be lost; name another "
+            "directory by --out"
+        )
 
 
 def remark(machine: Machine) -> None:

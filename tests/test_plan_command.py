@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from memplan import cli
+from memplan.configs.files import NAMES
 from memplan.inputs import saved_profile
 from offload.plan import Plan, Target, Tier
 from profiler.errors import ProfileError
@@ -261,3 +262,21 @@ def test_a_described_disk_is_named_in_the_plan(memplan: Command, tmp_path: Path)
     plan = Plan.load(Path("plan.json"))
     assert plan.uses(Tier.NVME)
     assert plan.nvme_dir == "/mnt/nvme"
+
+
+def test_a_file_that_no_plan_wrote_is_never_written_over(memplan: Command, saved: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "ds_config.json"
+    mine.write_text('{"train_batch_size": 8}')
+    done = memplan("plan", saved, *TWO_GPUS)
+    assert done.code == 2
+    assert "ds_config.json" in done.err
+    assert "--out" in done.err
+    assert mine.read_text() == '{"train_batch_size": 8}'
+    assert memplan("plan", saved, *TWO_GPUS, "--out", "new").code == 0
+    assert memplan("plan", saved, *TWO_GPUS, "--out", "new").code == 0, "what a plan wrote may be written anew"
+
+
+def test_every_file_that_is_written_is_one_that_is_looked_for(memplan: Command, saved: Path, tmp_path: Path) -> None:
+    for engine in ENGINES_FILES:
+        assert memplan("plan", saved, *TWO_GPUS, "--engine", engine, "--out", engine).code == 0
+        assert {p.name for p in (tmp_path / engine).iterdir()} <= {"plan.json", *NAMES}

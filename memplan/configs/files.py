@@ -13,6 +13,19 @@ from offload.plan import Plan, Target
 from profiler.profile import ModelProfile
 
 NOTES = "NOTES.md"
+NAMES = (
+    "launch.sh",
+    "ds_config.json",
+    "accelerate-deepspeed.yaml",
+    "huggingface-deepspeed.json",
+    "lightning_deepspeed.py",
+    "accelerate-fsdp2.yaml",
+    "huggingface-fsdp2.json",
+    "lightning_fsdp2.py",
+    "torchtitan_config.py",
+    NOTES,
+)
+"""Every file that there may be."""
 HEAD = "What these files can not say of the plan, or say otherwise. Other files have it in comments of their own.\n"
 
 
