@@ -14,7 +14,7 @@ import numpy as np
 
 from memplan.activations import FIXED_MARGIN_BYTES
 from memplan.bounds import cpu_step_seconds, least_seconds
-from memplan.memory import Counts
+from memplan.memory import RESIDENT, Counts
 from memplan.pipeline import Times, step_seconds
 from memplan.problem import Family, Problem
 from memplan.work import StepWork
@@ -113,7 +113,7 @@ def search(problem: Problem) -> list[Candidate]:
 def least_of(problem: Problem, family: Family) -> float:
     """Seconds that no candidate of a family can go below."""
     search = FamilySearch(problem, family, Buckets())
-    return float(search.bound(search.work, _as_arrays([Counts(0, 0, 0)]))[0])
+    return float(search.bound(search.work, _as_arrays([RESIDENT]))[0])
 
 
 def floor_of(problem: Problem, family: Family, update_elements: int) -> float:

@@ -7,11 +7,10 @@ from memplan.activations import activations_of, largest_batch
 from memplan.candidates import Candidate, FamilySearch, best_of
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
-from memplan.memory import Counts
+from memplan.memory import RESIDENT, Counts
 from memplan.problem import Family, Problem
 from offload.plan import Alternative, Prediction, Target, Tier
 
-RESIDENT = Counts(0, 0, 0)
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
 

@@ -1,6 +1,5 @@
 """``plan``: from a profile, a machine and its rates to the plan with the highest predicted throughput that fits."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from memplan.bounds import cpu_lanes
@@ -17,7 +16,6 @@ from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.units import units_of
 from offload.plan import Budget, Plan, Precision, Prediction, Target, Tier
-from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
@@ -125,12 +123,12 @@ def problem_of(
     check_wishes(machine, batch_size, target)
     if not profile.activations:
         raise PlanningError("the profile says nothing about activations; make it again with this version")
-    shapes: Sequence[UnitShape] = units_of(profile)
+    shapes = units_of(profile)
     if not any(s.trainable_elements for s in shapes):
         raise PlanningError(f"{profile.model} has no parameter that is trained")
     return Problem(
         profile=profile,
-        shapes=tuple(shapes),
+        shapes=shapes,
         device=machine.device,
         gpus=machine.gpus,
         nodes=machine.nodes,
