@@ -38,14 +38,12 @@ class UnitShape:
     name: str
     trainable_elements: int
     frozen_elements: int
-    largest_elements: int
-    """Of its largest trainable parameter."""
 
     @classmethod
     def of(cls, name: str, trainable: Iterable[int], frozen: Iterable[int] = ()) -> "UnitShape":
         """From the element counts of its parameters."""
-        trainable = [aligned(n, ALIGN_ELEMENTS) for n in trainable]
-        return cls(name, sum(trainable), sum(aligned(n, ALIGN_ELEMENTS) for n in frozen), max(trainable, default=0))
+        trained, other = (sum(aligned(n, ALIGN_ELEMENTS) for n in counts) for counts in (trainable, frozen))
+        return cls(name, trained, other)
 
     @property
     def elements(self) -> int:
