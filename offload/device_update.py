@@ -4,6 +4,7 @@ So it does not matter which of the two engines updates an element. Importing thi
 builds of PyTorch.
 """
 
+# mypy: disable-error-code="no-untyped-def"
 import torch
 import triton
 import triton.language as tl
@@ -61,9 +62,10 @@ def _fp32_kernel(
 
 
 def update_on_device(
-    weight: torch.Tensor, gradient: torch.Tensor, state: AdamState, how: AdamWStep, clip: torch.Tensor
+    weight: torch.Tensor, gradient: torch.Tensor, state: AdamState, how: AdamWStep, clip: float | torch.Tensor
 ) -> None:
-    """``update_in_torch`` on the current stream of a CUDA device."""
+    """``update_in_torch`` on the current stream of a CUDA device; ``clip`` is a scalar there."""
+    assert isinstance(clip, torch.Tensor), "a clip factor on the device"
     elements = len(weight)
     scalars = (
         1 - how.learning_rate * how.weight_decay,

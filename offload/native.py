@@ -11,23 +11,19 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from offload.optimizer import AdamWStep, UpdateSpan, update_in_torch
-from offload.plan import Precision
-from offload.state import AdamState, carve_state
+from offload.optimizer import AdamWStep
+from offload.state import AdamState
 
 SOURCE = Path(__file__).with_name("native_update.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """Sums and roots stay as IEEE 754 has them: nothing here lets the compiler reorder or approximate."""
 BUILD_SECONDS = 60
-TRIED_ELEMENTS = 1 << 20
-"""Elements of the update by which the faster way is chosen."""
 
 
 class _How(ctypes.Structure):
@@ -86,25 +82,6 @@ def native_update() -> NativeUpdate | None:
     with suppress(OSError, subprocess.SubprocessError):
         return NativeUpdate(_built(compiler, _cache_directory()))
     return None
-
-
-def faster(native: UpdateSpan) -> UpdateSpan:
-    """The compiled update or torch's own, whichever is faster in this thread."""
-    seconds = {update: _seconds(update) for update in (native, update_in_torch)}
-    return min(seconds, key=lambda update: seconds[update])
-
-
-def _seconds(update: UpdateSpan) -> float:
-    """Of the fastest of three updates."""
-    raw = torch.zeros(TRIED_ELEMENTS * 10, dtype=torch.uint8)
-    state = carve_state(raw, TRIED_ELEMENTS, Precision.BF16)
-    weight, gradient = (torch.zeros(TRIED_ELEMENTS, dtype=torch.bfloat16) for _ in range(2))
-    found = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        update(weight, gradient, state, AdamWStep(0.0, 0.9, 0.999, 1e-8, 0.0, 1), 1.0)
-        found.append(time.perf_counter() - begun)
-    return min(found)
 
 
 def _built(compiler: str, directory: Path) -> Path:

@@ -1,4 +1,4 @@
-"""How the update of the host's state is shared between the CPU and the device: from the plan, then from what it took."""
+"""How the update of state on the host is shared by CPU and device: as planned, then by what it took."""
 
 from dataclasses import dataclass
 
