@@ -30,7 +30,7 @@ STAGING_SHARE = 1 / 16
 RANK_BITS = 8
 """Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
 UPDATE_COPIES = 5
-"""fp32 tensors of one span that ``offload.optimizer.update_span`` holds at once on a device."""
+"""fp32 tensors of one span that ``offload.optimizer.update_in_torch`` holds at once on a device."""
 FIRST_BATCH, LARGEST_BATCH = 256, 4096
 """Candidates priced at a time: at first few, not to price what a bound would leave out, then what keeps NumPy busy."""
 
