@@ -21,10 +21,13 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+NOW_SECONDS = 0.1
+"""Shortest time between two ``now`` events."""
 LINKS = ("host_to_device", "device_to_host", "nvme_read", "nvme_write")
 
 
@@ -52,3 +55,18 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class Pulse:
+    """Tells what a run is doing, never more often than NOW_SECONDS."""
+
+    def __init__(self, log: EventLog | None) -> None:
+        self._log = log
+        self._last = 0.0
+
+    def tell(self, step: int, phase: str | None, unit: str, flights: Callable[[], list[dict[str, str]]]) -> None:
+        """A unit begins to compute; ``flights`` are asked for only where they are told."""
+        now = time.monotonic()
+        if self._log is not None and now - self._last >= NOW_SECONDS:
+            self._last = now
+            self._log.write("now", step=step, phase=phase, unit=unit, in_flight=flights())
