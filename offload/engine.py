@@ -41,6 +41,7 @@ from offload.setup import (
     moved,
     update_threads,
 )
+from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
 from offload.store import Store
@@ -146,7 +147,7 @@ class Engine:
         self._watch = Watch(self.model, self.states, self._mover, self._settle)
         used = [u for u in units if u.shape.elements]
         parts = (self._mover, self._prefetcher, self._inputs, self._gradients, self._updater, self._watch, self.meter)
-        self._passes = Passes(plan, any(not u.name for u in used), *parts, self._events, self.zero_grad)
+        self._passes = Passes(any(not u.name for u in used), *parts, self._events, self.zero_grad)
         self._closers.append(self._passes.close)
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
@@ -166,20 +167,22 @@ class Engine:
 
     # The training loop
 
+    @explaining_shortage("forward")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
-        args, kwargs = self.to_device((args, kwargs))
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
             self._forward_step, guard = self.global_step, self._guard
         with self._passes.forward(self.global_step + 1), hooks.saved_tensors(self._passes), autocast, guard:
+            args, kwargs = self.to_device((args, kwargs))
             return self._forward(*args, **kwargs)
 
     def to_device(self, batch: Any) -> Any:
         """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
         return moved(batch, self.device, self.plan.precision)
 
+    @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
         if self._forward_step != self.global_step:
@@ -199,6 +202,7 @@ class Engine:
         self._gradients.discard()
         self._micro_batch = 0
 
+    @explaining_shortage("update")
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
@@ -246,6 +250,11 @@ class Engine:
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
+
+    @property
+    def computing(self) -> str | None:
+        """The unit that computes, or did when a pass failed; None outside of all units."""
+        return self._passes.computing
 
     @property
     def overflow_count(self) -> int:

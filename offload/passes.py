@@ -16,10 +16,8 @@ from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
 from offload.gradients import GradientCollector
 from offload.memory import MemoryMeter
-from offload.plan import Plan
 from offload.prefetch import Prefetcher
 from offload.setup import explained
-from offload.shortage import shortage
 from offload.updater import Updater
 from offload.watch import Watch
 from offload.weights import WeightMover, WeightReference
@@ -33,7 +31,6 @@ class Passes:
 
     def __init__(
         self,
-        plan: Plan,
         has_root: bool,
         mover: WeightMover,
         prefetcher: Prefetcher,
@@ -45,14 +42,14 @@ class Passes:
         events: EventLog | None,
         forget: Callable[[], None],
     ) -> None:
-        self._plan, self._has_root = plan, has_root
+        self._has_root = has_root
         self._mover, self._prefetcher, self._inputs, self._updater = mover, prefetcher, inputs, updater
         self._watch, self._meter, self._pulse, self._forget = watch, meter, Pulse(events), forget
         gradients.on_complete = self.complete
         self._step = 1
         self._phase: str | None = None
-        self._computing: str | None = None
-        """The unit that was the last to begin, while it is in use."""
+        self.computing: str | None = None
+        """The unit that was the last to begin, while it is in use; stays what it was where a pass fails."""
         self._bounded: set[str] = set()
         """Units of this pass whose inputs tell when their backward is over."""
         self._called_alone = False
@@ -83,18 +80,14 @@ class Passes:
     @contextmanager
     def _in_phase(self, phase: str) -> Iterator[None]:
         """What fails in this phase is explained, and leaves nothing in use."""
-        self._phase, self._computing = phase, None
+        self._phase, self.computing = phase, None
         try:
             yield
         except BaseException as error:
             self._mover.unuse_all()
-            if phase == "backward" or isinstance(error, torch.OutOfMemoryError):
+            if phase == "backward":
                 self._forget()
-            sentence: OffloadError | None = explained(error)
-            if isinstance(error, torch.OutOfMemoryError):
-                unit = "outside of all units" if self._computing is None else f"of unit {self._computing}"
-                sentence = shortage(error, self._plan, f"the {phase} {unit}", self._meter.now_bytes()["gpu"])
-            if sentence is not None:
+            if (sentence := explained(error)) is not None:
                 raise sentence from error
             raise
         finally:
@@ -145,7 +138,7 @@ class Passes:
 
     def begin_use(self, name: str) -> None:
         """A unit is about to compute: have its weights, and start the fetches of the schedule."""
-        self._computing = name
+        self.computing = name
         self._mover.use(name)
         if self._prefetcher.used(name):
             self._pulse.tell(self._step, self._phase, name, self._flights)
@@ -195,8 +188,8 @@ class Passes:
 
     def _end_use(self, name: str) -> None:
         self._mover.unuse(name)
-        if self._computing == name:
-            self._computing = None
+        if self.computing == name:
+            self.computing = None
 
     def _flights(self) -> list[dict[str, str]]:
         flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
