@@ -63,7 +63,7 @@ class Passes:
             self._begin_forward()
             yield
         if not torch.is_grad_enabled():
-            self._mover.unuse_all()
+            self._end_inference()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -96,12 +96,17 @@ class Passes:
     def _begin_forward(self) -> None:
         self._updater.check()
         self._watch.check()
-        self._bounded.clear()
-        self._prefetcher.begin_pass()
+        self._prefetcher.begin_pass(training=torch.is_grad_enabled())
         self._mover.begin_pass()
-        self._meter.begin_forward()
-        self._inputs.begin_pass()
+        if torch.is_grad_enabled():  # the backward of a pass before may still come after one without gradients
+            self._bounded.clear()
+            self._meter.begin_forward()
+            self._inputs.begin_pass()
         self._use_root()
+
+    def _end_inference(self) -> None:
+        self._mover.unuse_all()
+        self._prefetcher.end_pass()
 
     def _use_root(self) -> None:
         if self._has_root:
@@ -129,7 +134,7 @@ class Passes:
         """Its forward is over, or has failed."""
         if self._called_alone:
             self._phase, self._called_alone = None, False
-            self._mover.unuse_all()
+            self._end_inference()
 
     def begin_root_use(self) -> None:
         """A module with parameters of the root unit is about to compute: in a pass they are there."""
