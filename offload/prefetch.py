@@ -82,5 +82,8 @@ class Prefetcher:
 
     def _expected(self, order: tuple[str, ...], *, again: bool = False) -> _Pass:
         """A pass that uses units in this order; ``again``: the same one follows, as while a text is generated."""
-        fetches = schedule(order * 2 if again else order, self._ring_of, self._capacity, self._depth)
-        return _Pass(order, fetches[: len(order)])
+        if not again:
+            return _Pass(order, schedule(order, self._ring_of, self._capacity, self._depth))
+        # The one in the middle finds the slots as the one before it leaves them.
+        fetches = schedule(order * 3, self._ring_of, self._capacity, self._depth)
+        return _Pass(order, fetches[len(order) : 2 * len(order)])
