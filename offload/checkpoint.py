@@ -2,7 +2,8 @@
 
 A checkpoint names parameters, not places: it can be loaded under another plan. In ``DIR/step-N/``:
 
-``manifest.json``        schema, step, files{name: {bytes, crc32c}}, optimizer steps of each parameter, scheduler, extra
+``manifest.json``        schema, step, files{name: {bytes, crc32c}}, optimizer steps of each parameter, loss scale (in
+                         fp16), scheduler, extra
 ``unit-K.safetensors``   ``weight/NAME`` (fp32 master), ``exp_avg/NAME``, ``exp_avg_sq/NAME``
 ``rest.safetensors``     ``buffer/NAME``, ``random/cpu``, ``random/cuda``
 """
@@ -57,6 +58,7 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
         "step": engine.global_step,
         "files": {p.name: {"bytes": p.stat().st_size, "crc32c": _checksum(p)} for p in sorted(partial.iterdir())},
         "parameter_steps": engine.hyperparameters.steps,
+        "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
         "scheduler": _plain(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
         "groups": [_plain(_settings(group)) for group in engine.optimizer.param_groups],
         "python_random": random.getstate(),
@@ -111,6 +113,8 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
             buffer.copy_(rest[f"buffer/{name}"])
     engine.global_step = manifest["step"]
     engine.hyperparameters.steps = dict(manifest["parameter_steps"])
+    if engine.loss_scale is not None and manifest.get("loss_scale") is not None:
+        engine.loss_scale.load_state_dict(manifest["loss_scale"])
     for group, saved in zip(engine.optimizer.param_groups, manifest["groups"], strict=True):
         group.update(_restored(saved))
     if engine.lr_scheduler is not None and manifest["scheduler"] is not None:

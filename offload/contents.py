@@ -56,7 +56,7 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
             raw = page_aligned(extent.size_bytes)
             raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(flat[a:b])
             store.write(extent, raw).result()
-    source = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
+    source = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder, _masters(contents, precision))
     for a, b, target, stored in _state_spans(state, precision):
         _copy_state(target, source.span(a, b))
         if stored is not None:
@@ -80,16 +80,21 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
     else:
         assert state.host_weights is not None
         flat.copy_(state.host_weights)
-    target = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
+    contents.weights.copy_(flat)
+    target = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder, _masters(contents, precision))
     for a, b, source, stored in _state_spans(state, precision):
         if stored is not None:
             assert store is not None
             store.read(*stored).result()
         _copy_state(target.span(a, b), source)
-    contents.weights.copy_(flat)
     if remainder is not None:
         contents.weights[:trainable] = join_master(flat[:trainable], remainder)
     return contents
+
+
+def _masters(contents: Contents, precision: Precision) -> torch.Tensor | None:
+    """Those of the trainable weights, where the state has them whole."""
+    return contents.weights[: len(contents.exp_avg)] if precision is Precision.FP16 else None
 
 
 def _state_spans(

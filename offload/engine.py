@@ -27,6 +27,7 @@ from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
+from offload.loss_scale import loss_scale
 from offload.memory import MemoryMeter
 from offload.passes import Passes
 from offload.plan import Plan, Precision
@@ -44,18 +45,18 @@ from offload.setup import (
 from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
+from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
-from offload.unit_update import ClipFactor, UnitUpdate
 from offload.updater import Updater
 from offload.watch import Watch
 from offload.weights import WeightMover
 
 HOLDERS = (
     *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
-    *("_guard", "_watch", "_passes"),
+    *("_guard", "_watch", "_passes", "_steps"),
 )
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
@@ -65,8 +66,10 @@ class Engine:
 
     ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
     state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError where plan and
-    model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. In fp16 the loss is scaled by the
+    rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its defaults): a step whose gradients are not finite
+    changes nothing, and schedulers are stepped when the next step knows that it was made. Raises PlanError where plan
+    and model do not belong together, and TierError, before anything is allocated, where a tier is too small.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Engine:
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
@@ -89,12 +93,13 @@ class Engine:
             self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
         self.device = torch.device(plan.device, 0) if plan.device != "cpu" else torch.device("cpu")
+        self.loss_scale = loss_scale(grad_scaler, plan.precision, self.device)
         self.global_step = 0
+        """Steps so far, those that were skipped too."""
         self._events = events
         self._micro_batch = 0
         self._forward_step = 0
         """Value of ``global_step`` at the last forward pass with gradients."""
-        self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
             self._attach()
@@ -159,6 +164,8 @@ class Engine:
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
+        updating = (self._gradients, self._updater, self._mover, self.loss_scale)
+        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers)
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
@@ -176,7 +183,7 @@ class Engine:
 
     @explaining_shortage("forward")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
+        """Forward. Tensors go to the device, and floating-point ones to bf16 or fp16 where the weights are."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
@@ -186,7 +193,7 @@ class Engine:
             return self._forward(*args, **kwargs)
 
     def to_device(self, batch: Any) -> Any:
-        """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+        """The batch with its tensors on the device; in bf16 and fp16 the floating-point ones in that type."""
         return moved(batch, self.device, self.plan.precision)
 
     @explaining_shortage("backward")
@@ -196,11 +203,12 @@ class Engine:
             raise OffloadError(
                 "step() was called between this loss's forward pass and its backward; call it after both"
             )
-        accumulation = self.plan.gradient_accumulation_steps
+        accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
         self._micro_batch += 1
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         with self._passes.backward(), self._guard:
-            (loss / accumulation if accumulation > 1 else loss).backward()
+            loss = loss / accumulation if accumulation > 1 else loss
+            (loss if scale is None else scale.scaled(loss)).backward()
             self._gradients.end_backward()
         self._guard = nullcontext()
 
@@ -217,24 +225,15 @@ class Engine:
         self._watch.check_none_lent()
         check_trainable(state.unit for state in self.states)
         self._micro_batch = 0
-        self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
-        updates = []
-        for state in self.states:
-            name, landed = state.unit.name, self._gradients.landed(state.unit.name)
-            segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
-            if segments and landed is not None:
-                updates.append(UnitUpdate(state, segments, landed))
-        self._updater.begin(updates, self._clip)
-        for update in updates:
-            if update.state.device_state is None:
-                self._mover.will_change(update.state.unit.name, update.promise)
-        self._gradients.clear()
+        self._steps.begin(self.max_grad_norm)
         self.global_step += 1
+        self._prefetcher.prefetch_first()
+
+    def _step_schedulers(self) -> None:
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
         self.optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._prefetcher.prefetch_first()
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
@@ -247,7 +246,12 @@ class Engine:
     @property
     def gradient_norm(self) -> float | None:
         """Global norm of the last step's gradients before clipping; waits for it."""
-        return self._clip.norm() if self._clip is not None else None
+        return self._steps.gradient_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients were not finite in fp16, so that nothing was updated; waits for the last one."""
+        return self._steps.skipped_count
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
@@ -276,6 +280,7 @@ class Engine:
     def finish(self) -> None:
         """Wait until the last update has reached its tiers; raises what went wrong in it, or was changed since."""
         self._watch.check_none_lent()
+        self._steps.conclude()
         self._settle()
         self._watch.check()
 

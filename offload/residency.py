@@ -2,14 +2,17 @@
 
 Bytes an element of optimizer state and weights (Adam, fp32 moments):
 
-==========  ======  =========  =======  =======
-precision   weight  remainder  moments  gradient
-==========  ======  =========  =======  =======
-fp32, amp   4       0          8        4
-bf16        2       2          8        2
-==========  ======  =========  =======  =======
+==========  ======  ======  =======  ========
+precision   weight  master  moments  gradient
+==========  ======  ======  =======  ========
+fp32, amp   4       0       8        4
+bf16        2       2       8        2
+fp16        2       4       8        2
+==========  ======  ======  =======  ========
 
-In bf16 weight and remainder together are the exact fp32 master, so state on the host is 12 bytes a parameter.
+In bf16 weight and a remainder together are the exact fp32 master, so state on the host is 12 bytes a parameter. In fp16
+the master is there as a whole: fp16 has fewer exponents than fp32, so a weight that overflows or vanishes in it would
+leave more to a remainder than 16 bits hold.
 """
 
 from collections import Counter
@@ -52,8 +55,8 @@ class UnitShape:
 
 
 def state_bytes(precision: Precision) -> int:
-    """Bytes of optimizer state an element beside its weight: remainder (bf16 only) and two fp32 moments."""
-    return 10 if precision is Precision.BF16 else 8
+    """Bytes of optimizer state an element beside its weight: two fp32 moments, and what its master needs more."""
+    return 8 + {Precision.BF16: 2, Precision.FP16: 4}.get(precision, 0)
 
 
 def chunks(elements: int, update_elements: int) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
+from offload.state import weight_dtype
 
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
@@ -77,11 +78,11 @@ def explained(error: BaseException) -> OffloadError | None:
 
 
 def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
-    """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+    """The batch with its tensors on the device; in bf16 and fp16 the floating-point ones in that type."""
+    half = weight_dtype(precision) if precision.weight_bytes == 2 else None
 
     def move(leaf: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if precision is Precision.BF16 and leaf.is_floating_point() else None
-        return leaf.to(device=device, dtype=dtype, non_blocking=True)
+        return leaf.to(device=device, dtype=half if leaf.is_floating_point() else None, non_blocking=True)
 
     return tree_map_only(torch.Tensor, move, batch)
 
@@ -89,13 +90,14 @@ def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
 def move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Buffers, and parameters that no unit owns, to the device.
 
-    In bf16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's must;
-    those of other modules (rotary tables, masks) keep their precision.
+    In bf16 and fp16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's
+    must; those of other modules (rotary tables, masks) keep their precision.
     """
+    half = weight_dtype(precision) if precision.weight_bytes == 2 else None
     for module in model.modules():
-        follows = precision is Precision.BF16 and any(p.is_floating_point() for p in module.parameters(recurse=False))
+        follows = any(p.is_floating_point() for p in module.parameters(recurse=False))
         for name, buffer in module.named_buffers(recurse=False):
-            dtype = torch.bfloat16 if follows and buffer.is_floating_point() else None
+            dtype = half if follows and buffer.is_floating_point() else None
             persistent = name not in module._non_persistent_buffers_set
             module.register_buffer(name, buffer.to(device=device, dtype=dtype), persistent=persistent)
         for parameter in module.parameters(recurse=False):

@@ -13,30 +13,33 @@ from offload.unit import Unit
 
 
 class AdamState(NamedTuple):
-    """Optimizer state of a span of elements; the remainder exists in bf16 only."""
+    """Optimizer state of a span of elements; the remainder exists in bf16 only, the master in fp16 only."""
 
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
     remainder: torch.Tensor | None
+    master: torch.Tensor | None = None
 
     def span(self, start: int, stop: int) -> "AdamState":
         """A part of it."""
-        remainder = None if self.remainder is None else self.remainder[start:stop]
-        return AdamState(self.exp_avg[start:stop], self.exp_avg_sq[start:stop], remainder)
+        rest = (None if t is None else t[start:stop] for t in (self.remainder, self.master))
+        return AdamState(self.exp_avg[start:stop], self.exp_avg_sq[start:stop], *rest)
 
 
 def carve_state(buffer: torch.Tensor, elements: int, precision: Precision) -> AdamState:
-    """The state of ``elements`` in a uint8 buffer: first moments, second moments, remainders."""
+    """The state of ``elements`` in a uint8 buffer: first moments, second moments, remainders or masters."""
     moments = buffer[: elements * 8].view(torch.float32)
-    remainder = None
+    remainder = master = None
     if precision is Precision.BF16:
         remainder = buffer[elements * 8 : elements * 10].view(torch.int16)
-    return AdamState(moments[:elements], moments[elements:], remainder)
+    if precision is Precision.FP16:
+        master = buffer[elements * 8 : elements * 12].view(torch.float32)
+    return AdamState(moments[:elements], moments[elements:], remainder, master)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
     """Of weights and gradients."""
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}.get(precision, torch.float32)
 
 
 @dataclass(eq=False)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from offload.arithmetic import device_update
+from offload.masters import over_masters
 from offload.optimizer import AdamWStep
 from offload.plan import Precision
 from offload.residency import UPDATE_RING, chunks, streamed_slot_bytes
@@ -68,7 +69,7 @@ class StreamedUpdate:
         """``elements``: of one piece. ``lane``'s stream is the one on which pieces arrive."""
         self._split = UpdateSplit(device_share)
         self._device, self._elements, self._lane = device, elements, lane
-        self._update = device_update(device)
+        self._update = over_masters(device_update(device))
         self._computing, self._leaving = (torch.Stream(device) if device.type != "cpu" else None for _ in range(2))
         size, dtype = streamed_slot_bytes(elements, precision), weight_dtype(precision)
         raw = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(UPDATE_RING)]
@@ -114,6 +115,10 @@ class StreamedUpdate:
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
         try:
+            if clip.skipped():
+                for update in updates:
+                    update.promise.finish(None)
+                return
             elements = sum(update.elements for update in updates)
             clock = self._clock = _Clock(elements) if self._computing is not None else None
             with _on(self._computing):

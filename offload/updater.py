@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from offload.arithmetic import device_update, host_update
+from offload.masters import over_masters, unless
 from offload.plan import Precision
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
 from offload.split import Took
@@ -75,7 +76,7 @@ class Updater:
         self._ring = [_StagingSlot(buffer) for buffer in ring]
         self._streamed = streamed
         self._device = device
-        self._update_on_host, self._update_on_device = host_update(device), device_update(device)
+        self._update_on_host, self._update_on_device = map(over_masters, (host_update(device), device_update(device)))
         self._last: Done | None = None
         self._reading: set[str] = set()
         self._took: Took | None = None
@@ -118,16 +119,22 @@ class Updater:
         assert state.device_weights is not None
         assert state.device_gradients is not None
         assert state.device_state is not None
+        make = self._update_on_device if clip.skip is None else unless(clip.skip, self._update_on_device)
         for s in update.segments:
             part, moments = slice(s.start, s.stop), state.device_state.span(s.start, s.stop)
             weights, gradients = state.device_weights[part], state.device_gradients[part]
-            self._update_on_device(weights, gradients, moments, s.how, clip.on_device)
+            make(weights, gradients, moments, s.how, clip.on_device)
         update.promise.finish(None)
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
         try:
             self._finish_writes()  # of the step before: its extents are read again now
             factor = clip.on_host()
+            if clip.skipped():
+                for update in updates:
+                    update.promise.finish(None)
+                self._took = None
+                return
             started = time.perf_counter()
             window: deque[_Chunk] = deque()
             staged = 0
