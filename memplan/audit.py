@@ -90,7 +90,7 @@ def _differs(tier: str, counted: int, predicted: int) -> list[str]:
 
 def _sizes(precision: Precision) -> tuple[int, int]:
     """Bytes an element of a weight (and a gradient), and of the rest of the optimizer's state."""
-    return (2, 2 + 4 + 4) if precision is Precision.BF16 else (4, 4 + 4)
+    return {Precision.BF16: (2, 2 + 4 + 4), Precision.FP16: (2, 4 + 4 + 4)}.get(precision, (4, 4 + 4))
 
 
 def _pages(size: int) -> int:

@@ -199,6 +199,7 @@ class _Run:
                 "loss": loss,
                 "gradient_norm": norm,
                 "nonfinite_steps": self.nonfinite_steps,
+                "skipped_steps": self.engine.skipped_steps,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
                 "tokens": sum(token_count(batch) for batch in micro_batches),
@@ -218,7 +219,8 @@ class _Run:
         self.nonfinite_steps += 1
         if self.nonfinite_steps == 1:
             step = self.engine.global_step
-            message = f"the gradients of step {step} are not finite (their norm is {norm}); more such steps are counted"
+            then = "; in fp16 it is skipped and the loss scale lowered" if self.engine.loss_scale is not None else ""
+            message = f"the gradients of step {step} are not finite (their norm is {norm}){then}; more are counted"
             self.events.write("note", message=message)
 
     def save(self) -> Path:

@@ -11,7 +11,8 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 ``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
                 null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
 ``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), nonfinite_steps (of
-                this run so far, with NaN or infinite gradients), learning_rate, seconds, tokens,
+                this run so far, with NaN or infinite gradients), skipped_steps (those of them that fp16's loss
+                scale skipped), learning_rate, seconds, tokens,
                 memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far,
                 traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step
 ``checkpoint``  step, path, seconds, bytes

@@ -1,22 +1,29 @@
 """Training in fp16 is the loop with fp32 masters and ``torch.amp.GradScaler``, its skipped steps too."""
 
 import copy
+import io
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
+from memplan.train import TrainingOptions, prepare_run, train
 from offload import checkpoint, contents
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Precision
+from profiler.source import load_source
 from tests.models import GPT, FrozenGPT, LoopingGPT, SkippingGPT, TiedGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for
 from tests.slow import slow_down
 from tests.test_engine_equals_pytorch import assert_same, distance, optimizer_of, scheduler_of
+from tests.test_engine_nonfinite import MODEL
 
 STEPS, POISONED = 20, (3, 7)
 LARGE = 2.0**24
@@ -262,3 +269,24 @@ def test_on_a_gpu_steps_are_skipped_and_made_as_by_a_gradscaler(placements: tupl
     expected = {n: p.detach().cpu() for n, p in plain.masters.named_parameters()}
     # Matrix products of other shapes may round otherwise.
     assert distance(*(torch.cat([t[n].flatten() for n in expected]) for t in (found, expected))) <= 1e-3
+
+
+def test_a_run_goes_on_after_a_bad_batch_and_counts_the_skipped_step(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    source = load_source(tmp_path / "net.py", None)
+    model = source.build()
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    plan = replace(plan_for(GPT(), (RESIDENT,), None, Precision.FP16), parameter_shapes=shapes)
+    plan = replace(plan, placements=plan.placements[:1])
+    plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30))
+    prepare_run(tmp_path / "run", resume=False)
+    options = TrainingOptions(4, 1e-2, 1.0, 0, resume=False, dashboard=False)
+    assert train(source, plan, tmp_path / "run", options, Console(file=io.StringIO())) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "step"]
+    # This loss is in fp16 itself, which has no number as large as the first scale. The third batch is infinite.
+    assert [e["skipped_steps"] for e in steps] == [1, 1, 2, 2]
+    assert math.isfinite(steps[3]["loss"])
+    assert math.isfinite(steps[3]["gradient_norm"])
+    notes = [e["message"] for e in events if e["event"] == "note"]
+    assert any("step 1 are not finite" in note and "skipped" in note for note in notes)
