@@ -36,6 +36,7 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
 
     The checkpoint appears complete and durable, or not at all. Earlier ones stay.
     """
+    engine.check_whole()
     engine.finish()
     target = directory / f"step-{engine.global_step}"
     partial = directory / f".{target.name}.partial"
@@ -107,6 +108,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
             for what, tensor in parts.items():
                 _read_into(tensor, places, f"{what}/{name}")
         engine.replace(state, whole)
+    engine.restored()
     rest = load_file(path / "rest.safetensors")
     with torch.no_grad():
         for name, buffer in engine.model.named_buffers():

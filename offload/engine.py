@@ -68,8 +68,15 @@ class Engine:
     state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
     it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. In fp16 the loss is scaled by the
     rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its defaults): a step whose gradients are not finite
-    changes nothing, and schedulers are stepped when the next step knows that it was made. Raises PlanError where plan
-    and model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    changes nothing, and schedulers are stepped when the next step knows that it was made.
+
+    With ``update_in_backward`` units are updated as their gradients land in the backward of a step's last micro-batch,
+    and ``step`` updates what is left; not with clipping or fp16, which need all gradients first. Learning rates are
+    then read in backward; and after a failure inside of it, or ``zero_grad`` behind it, some units are a step ahead of
+    others: whatever computes with them or saves them raises OffloadError until a checkpoint is loaded.
+
+    Raises PlanError where plan and model do not belong together, and TierError, before anything is allocated, where a
+    tier is too small.
     """
 
     def __init__(
@@ -81,9 +88,15 @@ class Engine:
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        *,
+        update_in_backward: bool = False,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
+        if update_in_backward and (max_grad_norm is not None or plan.precision is Precision.FP16):
+            why = "clipping" if max_grad_norm is not None else "the loss scale of fp16"
+            raise OffloadError(f"{why} needs all gradients before the first update: leave update_in_backward out")
+        self._update_in_backward = update_in_backward
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, optimizer)
@@ -165,7 +178,9 @@ class Engine:
             self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
         updating = (self._gradients, self._updater, self._mover, self.loss_scale)
-        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers)
+        early = self._update_in_backward
+        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers, in_backward=early)
+        self._passes.early = self._steps.early
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
@@ -203,8 +218,11 @@ class Engine:
             raise OffloadError(
                 "step() was called between this loss's forward pass and its backward; call it after both"
             )
+        self.check_whole()
         accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
         self._micro_batch += 1
+        if self._update_in_backward and self._micro_batch >= accumulation:
+            self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         with self._passes.backward(), self._guard:
             loss = loss / accumulation if accumulation > 1 else loss
@@ -216,18 +234,40 @@ class Engine:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
         self._micro_batch = 0
+        if self._steps.early is not None:
+            self._steps.early.forget()
 
     @explaining_shortage("update")
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
-        self._watch.check_none_lent()
-        check_trainable(state.unit for state in self.states)
+        self._check_can_update()
         self._micro_batch = 0
         self._steps.begin(self.max_grad_norm)
         self.global_step += 1
         self._prefetcher.prefetch_first()
+
+    def _check_can_update(self) -> None:
+        self._watch.check_none_lent()
+        check_trainable(state.unit for state in self.states)
+        if self._update_in_backward and self.max_grad_norm is not None:
+            raise OffloadError("max_grad_norm was set, but with update_in_backward nothing can be clipped")
+
+    def check_whole(self) -> None:
+        """Raise OffloadError where update_in_backward has left some units a step ahead of others."""
+        if self._steps.early is not None:
+            self._steps.early.check()
+
+    @property
+    def half_updated(self) -> bool:
+        """Whether a backward failed that had begun to update, so that only a checkpoint helps."""
+        return self._steps.early is not None and self._steps.early.failed
+
+    def restored(self) -> None:
+        """Whole numbers were put in the place of all that was there."""
+        if self._steps.early is not None:
+            self._steps.early.restored()
 
     def _step_schedulers(self) -> None:
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
@@ -297,10 +337,12 @@ class Engine:
         device as a whole, beside all that the plan puts there, and there is no gradient. What was written to is written
         to the tiers at the end, also after an error; in bf16 such a weight's master becomes the weight. Moments stay.
         """
+        self.check_whole()
         return whole.gathered(self, self._watch, chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
+        self.check_whole()
         return whole.state_dict(self)
 
     def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
@@ -309,6 +351,7 @@ class Engine:
         As with torch, the optimizer's moments and counts stay as they are, and missing or unexpected keys raise
         (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
         """
+        self.check_whole()
         return whole.load_state_dict(self, tensors, strict)
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:

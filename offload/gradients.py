@@ -33,6 +33,8 @@ class _Gathering:
     """The device buffer being gathered into; ``None`` outside of a backward pass."""
     landed: Done | None = None
     square_norm: torch.Tensor | None = None
+    taken: bool = False
+    """Whether an update has begun with it."""
     views: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """By the address of a buffer, the parameters' places in it: making them anew for every gradient takes time."""
 
@@ -56,7 +58,7 @@ class GradientCollector:
         up: Lane,
     ) -> None:
         self._gatherings = {s.unit.name: _Gathering(s) for s in states}
-        self._down, self._up, self._device = down, up, device
+        self._down, self._up, self.device = down, up, device
         self.on_complete: Callable[[str], None] = lambda _: None
         """Told the name of every unit whose gradients are all there."""
         self._last_micro_batch = True
@@ -95,15 +97,22 @@ class GradientCollector:
         """When the unit's gradient is in the buffer of its tier; ``None`` when it has none."""
         return self._gatherings[name].landed
 
+    def taken(self, name: str) -> bool:
+        """Take the unit's gradient for an update, before backward is over; whether it is complete."""
+        gathering = self._gatherings[name]
+        complete = self._last_micro_batch and gathering.awaited == 0 and gathering.landed is not None
+        gathering.taken = complete
+        return complete
+
     def norm(self) -> torch.Tensor:
         """Global norm of all gradients, an fp32 scalar on the device."""
         squares = [g.square_norm for g in self._gatherings.values() if g.square_norm is not None]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self._device)
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self.device)
 
     def clear(self) -> None:
         """Forget the gradients: the optimizer has taken what it needs to know."""
         for gathering in self._gatherings.values():
-            gathering.present = set()
+            gathering.present, gathering.taken = set(), False
             gathering.landed = gathering.square_norm = None
 
     def discard(self) -> None:
@@ -111,7 +120,7 @@ class GradientCollector:
         self._in_backward = False
         for gathering in self._gatherings.values():
             if gathering.target is not None and gathering.state.host_gradients is not None:
-                slot = (gathering.target, Done.now(self._device))
+                slot = (gathering.target, Done.now(self.device))
                 self._idle[gathering.state.unit.shape.trainable_elements].append(slot)
             gathering.target = None
             for f in gathering.state.unit.trainable:
@@ -149,6 +158,11 @@ class GradientCollector:
         if gathering.target is not None:
             return gathering.target
         state = gathering.state
+        if gathering.taken:
+            raise OffloadError(
+                f"unit {state.unit.name!r} got one more gradient when its update had begun (update_in_backward), as "
+                "with reentrant checkpoints: use the other kind (use_reentrant=False), or leave update_in_backward out"
+            )
         if state.device_gradients is not None:
             gathering.target = state.device_gradients
             return gathering.target
@@ -181,7 +195,7 @@ class GradientCollector:
             views = [view for name, view in gathering.views_in(buffer).items() if name in gathering.present]
             norms = torch._foreach_norm(views, dtype=torch.float32)
             gathering.square_norm = torch.stack(norms).square().sum()
-        gathering.landed = Done.now(self._device)
+        gathering.landed = Done.now(self.device)
         if state.host_gradients is not None:
             gathering.landed = self._down.copy(state.host_gradients, buffer, after=[gathering.landed])
             self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))

@@ -9,11 +9,14 @@ a whole forward and backward old, so it only keeps the thread from running ahead
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from offload.adamw import Hyperparameters
 from offload.gradients import GradientCollector
 from offload.loss_scale import LossScale
 from offload.state import UnitState
 from offload.unit_update import ClipFactor, UnitUpdate
+from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
 from offload.weights import WeightMover
 
@@ -30,13 +33,18 @@ class Steps:
         mover: WeightMover,
         loss_scale: LossScale | None,
         updated: Callable[[], None],
+        *,
+        in_backward: bool,
     ) -> None:
         self._states, self._hyperparameters, self._gradients = states, hyperparameters, gradients
         self._updater, self._mover, self._loss_scale, self._updated = updater, mover, loss_scale, updated
+        self.early = UpdateInBackward(states, gradients, self._begin_early) if in_backward else None
         self._clip: ClipFactor | None = None
         self._counts_before: dict[str, int] | None = None
         """Before the last step, until it is known whether that was made."""
         self._skipped = 0
+        self._unclipped: ClipFactor | None = None
+        """Of updates that begin before anybody can know a norm."""
 
     def begin(self, max_norm: float | None) -> None:
         """Begin the update of every unit that has a gradient."""
@@ -45,7 +53,7 @@ class Steps:
         norm = self._gradients.norm()
         scale = self._loss_scale
         self._clip = ClipFactor(norm, max_norm) if scale is None else scale.clip_factor(norm, max_norm)
-        self._begin(self._states, self._clip)
+        self._begin(self._states if self.early is None else self.early.rest(), self._clip)
         self._gradients.clear()
         if scale is None:
             self.conclude()
@@ -73,6 +81,11 @@ class Steps:
         """Of the last step, before clipping; waits for it."""
         self.conclude()
         return self._clip.norm() if self._clip is not None else None
+
+    def _begin_early(self, state: UnitState) -> None:
+        if self._unclipped is None:
+            self._unclipped = ClipFactor(torch.zeros((), device=self._gradients.device), None)
+        self._begin([state], self._unclipped)
 
     def _begin(self, states: Iterable[UnitState], clip: ClipFactor) -> None:
         updates = []

@@ -94,7 +94,8 @@ class Updater:
             if self._took is not None:
                 self._streamed.learn(self._took)
             away, streamed = self._streamed.shared(away)
-            self._streamed.begin(streamed, clip, begun)
+            if streamed:
+                self._streamed.begin(streamed, clip, begun)
         if away:
             self._last = self._lane.submit(lambda: self._run(away, clip, begun))
         for update in updates:
