@@ -72,6 +72,14 @@ class Done:
         """Whether finish or fail was called."""
         return self._enqueued.done() and all(other.settled for other in self._others)
 
+    def check(self) -> None:
+        """Raise what went wrong so far; waits for nothing."""
+        for other in self._others:
+            other.check()
+        for known in (self._enqueued, *self._parts):
+            if known.done():
+                known.result()
+
     def _host_part(self) -> torch.Event | None:
         event = self._enqueued.result()
         for part in self._parts:

@@ -103,9 +103,9 @@ class Updater:
                 self._update_resident(update, clip)
 
     def check(self) -> None:
-        """Raise what went wrong in the last step, if it has ended."""
-        if self._last is not None and self._last.settled:
-            self._last.synchronize()
+        """Raise what went wrong in the last step, if that is known."""
+        if self._last is not None:
+            self._last.check()
 
     def finish(self) -> None:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""
