@@ -7,6 +7,7 @@ import torch
 from offload import contents
 from offload.arena import Arena
 from offload.plan import Plan, Tier
+from offload.ranks import Ranks
 from offload.state import UnitState, allocate
 from offload.store import Store
 from offload.unit import Unit
@@ -19,16 +20,25 @@ def host_bytes_of(units: Sequence[Unit]) -> int:
 
 
 def take_over(
-    units: Sequence[Unit], plan: Plan, device: torch.device, arena: Arena, store: Store | None, nan: torch.Tensor
+    units: Sequence[Unit],
+    plan: Plan,
+    device: torch.device,
+    arena: Arena,
+    store: Store | None,
+    nan: torch.Tensor,
+    ranks: Ranks | None,
 ) -> list[UnitState]:
-    """The units' states, in their order, with the model's numbers in them.
+    """The units' states, in their order, with the model's numbers in them: on all ranks those of the first.
 
     Units that leave host memory come first, those that take more of it last: so the host never holds more than the
     model before, or all of the tiers after.
     """
     found: dict[str, UnitState] = {}
     for unit in sorted(units, key=lambda u: u.placement.optimizer is Tier.HOST):
-        state = found[unit.name] = allocate(unit, plan, device, arena, store)
-        contents.write(state, contents.from_model(state), plan.precision, store)
+        state = found[unit.name] = allocate(unit, plan, device, arena, store, ranks)
+        whole = contents.from_model(state)
+        if ranks is not None:
+            ranks.from_first(whole.weights)
+        contents.write(state, whole, plan.precision, store)
         send_away(state, nan)
     return [found[unit.name] for unit in units]
