@@ -145,12 +145,14 @@ class DividedGradients(GradientCollector):
         home = state.device_gradients if self._each_pass else None
 
         def reduce() -> None:
-            own = ranks.reduce(buffer, everywhere=last)
+            own = ranks.reduce(buffer)
             if adds:
                 own.add_(_brought(home if home is not None else state.host_gradients, buffer, own))
             if last:
-                norms = torch._foreach_norm([own[part] for part in divided.fields], dtype=torch.float32)
-                divided.square.copy_(torch.stack(norms).square().sum() if norms else torch.zeros(()))
+                ranks.sum_over_replicas(own)
+                if divided.fields:  # else this rank's part is padding
+                    norms = torch._foreach_norm([own[part] for part in divided.fields], dtype=torch.float32)
+                    divided.square.copy_(torch.stack(norms).square().sum())
             if home is not None:
                 home.copy_(own)
 

@@ -83,20 +83,19 @@ class Ranks:
 
     # Reductions: by the lane that does nothing else
 
-    def reduce(self, gradients: torch.Tensor, *, everywhere: bool) -> torch.Tensor:
-        """Sum gradients over ranks, in place; returns what this rank has of the sum.
-
-        ``everywhere``: over all ranks, not only those that share a copy.
-        """
+    def reduce(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Sum gradients over the ranks that share a copy, in place; returns what this rank has of the sum."""
         if self.shards.zero_stage == 0:
             dist.all_reduce(gradients, group=self._reducing)
-            own = gradients
-        else:
-            own = self.own(gradients)
-            _reduce_scatter(own, gradients, group=self._reducing)
-        if everywhere and self._replicas is not None:
-            dist.all_reduce(own, group=self._replicas)
+            return gradients
+        own = self.own(gradients)
+        _reduce_scatter(own, gradients, group=self._reducing)
         return own
+
+    def sum_over_replicas(self, own: torch.Tensor) -> None:
+        """Sum what this rank has over the others that have the same, in place."""
+        if self._replicas is not None:
+            dist.all_reduce(own, group=self._replicas)
 
     def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
         """The sum of a scalar over the parts of one copy."""
