@@ -31,7 +31,7 @@ from offload.memory import MemoryMeter
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
-from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
+from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
 from offload.setup import (
     FEEDING_CORES,
     check_can_run,
@@ -45,15 +45,17 @@ from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
 from offload.store import Store
+from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
-from offload.updater import ClipFactor, UnitUpdate, Updater
+from offload.unit_update import ClipFactor, UnitUpdate
+from offload.updater import Updater
 from offload.watch import Watch
 from offload.weights import WeightMover
 
 HOLDERS = (
-    *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_prefetcher", "_inputs", "_guard"),
-    *("_watch", "_passes"),
+    *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
+    *("_guard", "_watch", "_passes"),
 )
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
@@ -110,7 +112,7 @@ class Engine:
         if missing := [path for path in plan.recompute if path not in modules]:
             raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.precision)
+        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share)
         self.store: Store | None = None
         if needed.nvme_bytes:
             assert plan.nvme_dir is not None
@@ -134,7 +136,12 @@ class Engine:
         self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
-        self._updater = Updater(plan.precision, self._update_lane, self._down, self._returns, self.store, update_ring)
+        self._streamed: StreamedUpdate | None = None
+        if streamed_bytes(placements, plan.buckets, plan.precision, plan.gpu_update_share):
+            size, share = plan.buckets.update_elements, plan.gpu_update_share
+            self._streamed = StreamedUpdate(plan.precision, size, share, device, self._lane("streamed", 1))
+        links = self._update_lane, self._down, self._returns
+        self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
@@ -217,7 +224,7 @@ class Engine:
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
                 updates.append(UnitUpdate(state, segments, landed))
-        self._updater.begin(updates, self._clip, self.device)
+        self._updater.begin(updates, self._clip)
         for update in updates:
             if update.state.device_state is None:
                 self._mover.will_change(update.state.unit.name, update.promise)
@@ -244,9 +251,12 @@ class Engine:
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
+        fetched, sent = self._inputs.fetched_bytes, self._inputs.sent_bytes
+        if self._streamed is not None:
+            fetched, sent = fetched + self._streamed.fetched_bytes, sent + self._streamed.sent_bytes
         return {
-            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + self._inputs.fetched_bytes,
-            "device_to_host": self._down.bytes_moved + self._inputs.sent_bytes,
+            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + fetched,
+            "device_to_host": self._down.bytes_moved + sent,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
