@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from offload.arena import page_aligned
-from offload.optimizer import join_master, split_master_
+from offload.optimizer import DEVICE_ELEMENTS, join_master, split_master_
 from offload.plan import Precision, Tier
-from offload.residency import state_bytes
+from offload.residency import chunks, state_bytes
 from offload.state import AdamState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
 
@@ -33,14 +33,13 @@ class Contents:
 
 def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
-    trainable = state.unit.shape.trainable_elements
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
-    if remainder is not None:
-        split_master_(contents.weights[:trainable], flat[:trainable], remainder)
+    trainable, flat, remainder = state.unit.shape.trainable_elements, contents.weights, None
+    if precision is Precision.BF16:
+        flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
+        remainder = torch.zeros(trainable, dtype=torch.int16)
+        for a, b in chunks(trainable, DEVICE_ELEMENTS):  # in pieces: the host may have little room
+            split_master_(contents.weights[a:b], flat[a:b], remainder[a:b])
         flat[trainable:] = contents.weights[trainable:]
-    else:
-        flat.copy_(contents.weights)
     if state.device_weights is not None:
         state.device_weights.copy_(flat)
     if state.host_weights is not None:

@@ -19,3 +19,7 @@ class CorruptionError(OffloadError):
 
 class CheckpointError(OffloadError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model."""
+
+
+class WeightsError(OffloadError):
+    """Files of weights are missing, damaged, or of another model."""
