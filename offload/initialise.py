@@ -64,7 +64,7 @@ class Initialiser:
         """Give values to the buffers that were on meta and have none yet; parameters stay as they are."""
         for module, family in _with_families(self._model, None):
             if any(id(b) in self._unset for b in module.buffers(recurse=False)):
-                with _standing_in(module, list(module._parameters)):
+                with _standing_in([(m, name) for m in module.modules() for name in m._parameters]):
                     self._call(module, family, "a part of the model")
         self._check_rest()
 
@@ -82,7 +82,7 @@ class Initialiser:
         if module in self._abstract and module not in self._done:
             self._done.add(module)
             others = [n for n, p in module._parameters.items() if self._makers.get(id(p), module) is not module]
-            with _standing_in(module, others):
+            with _standing_in([(module, name) for name in others]):
                 self._call(module, family, path)
         if unit is not None:
             self._check(unit)
@@ -209,13 +209,14 @@ def _with_families(module: nn.Module, family: nn.Module | None) -> Iterator[tupl
 
 
 @contextmanager
-def _standing_in(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Parameters of these names are out of reach: others on meta, to which any change is none, stand in for them."""
-    kept = {name: module._parameters[name] for name in names}
-    for name, parameter in kept.items():
+def _standing_in(places: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
+    """Parameters of these modules and names are out of reach: others on meta stand in, which nothing changes."""
+    kept = [(module, name, module._parameters[name]) for module, name in places]
+    for module, name, parameter in kept:
         if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     try:
         yield
     finally:
-        module._parameters.update(kept)
+        for module, name, parameter in kept:
+            module._parameters[name] = parameter
