@@ -7,6 +7,7 @@ from torch import nn
 
 from offload import contents
 from offload.arena import Arena
+from offload.errors import OffloadError
 from offload.initialise import Initialiser
 from offload.plan import Plan, Tier
 from offload.residency import Footprint
@@ -34,6 +35,12 @@ def take_over(
         whole = contents.from_model(state)
         send_away(state, nan)
         contents.write(state, whole, plan.precision, store)
+        del whole  # before there is another one
+    if not nan.isnan():  # filling one that is away raises nothing
+        raise OffloadError(
+            "the model's initialisation changes parameters of one unit from outside of it, when they are away already; "
+            "let each module initialise its own, or build the model for real"
+        )
     return [found[placement.unit] for placement in plan.placements]
 
 

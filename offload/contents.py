@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from offload.arena import page_aligned
-from offload.optimizer import DEVICE_ELEMENTS, join_master, split_master_
+from offload.optimizer import join_master, split_master_
 from offload.plan import Precision, Tier
 from offload.residency import chunks, state_bytes
 from offload.state import AdamState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
+
+SPLIT_ELEMENTS = 1 << 20
+"""Masters that are split at a time: the host may have little room beside the tiers."""
 
 
 @dataclass(eq=False)
@@ -37,7 +40,7 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
     if precision is Precision.BF16:
         flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
         remainder = torch.zeros(trainable, dtype=torch.int16)
-        for a, b in chunks(trainable, DEVICE_ELEMENTS):  # in pieces: the host may have little room
+        for a, b in chunks(trainable, SPLIT_ELEMENTS):
             split_master_(contents.weights[a:b], flat[a:b], remainder[a:b])
         flat[trainable:] = contents.weights[trainable:]
     if state.device_weights is not None:
@@ -109,8 +112,10 @@ def _copy_state(target: AdamState, source: AdamState) -> None:
 
 
 def from_model(state: UnitState) -> Contents:
-    """The numbers that the model's parameters hold now, with no moments yet."""
-    contents = Contents.zeros(state)
+    """The numbers that the model's parameters hold now, with moments that are zero and take no memory."""
+    shape = state.unit.shape
+    nothing = torch.zeros(()).expand(shape.trainable_elements)
+    contents = Contents(torch.zeros(shape.elements), nothing, nothing)
     for field in state.unit.fields:
         field.view(contents.weights).copy_(field.parameter.detach())
     return contents

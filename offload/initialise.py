@@ -81,8 +81,7 @@ class Initialiser:
             yield from self._walk(child, _joined(path, name), units, family)
         if module in self._abstract and module not in self._done:
             self._done.add(module)
-            others = [n for n, p in module._parameters.items() if self._makers.get(id(p), module) is not module]
-            with _standing_in([(module, name) for name in others]):
+            with _standing_in(self._out_of_reach(module)):
                 self._call(module, family, path)
         if unit is not None:
             self._check(unit)
@@ -95,6 +94,11 @@ class Initialiser:
                 self._built_changes[id(parameter)] = parameter._version
                 make_real(parameter, _without_values(parameter, torch.float32, self._device))
                 self._unset[id(parameter)] = (field.name, parameter)
+
+    def _out_of_reach(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """Parameters in it that were real before, and those of its own that another module makes."""
+        places = [(m, name, self._makers.get(id(p))) for m in module.modules() for name, p in m._parameters.items()]
+        return [(m, name) for m, name, maker in places if maker is None or (m is module and maker is not module)]
 
     def _call(self, module: nn.Module, family: nn.Module | None, path: str) -> None:
         """Let the module's own code, and that of the model around it, set what is its own."""

@@ -51,7 +51,7 @@ def make_real(parameter: nn.Parameter, values: torch.Tensor) -> None:
     if not parameter.is_meta:
         parameter.data = values
         return
-    # Assigning to .data can not leave meta.
-    real = nn.Parameter(values, parameter.requires_grad)
-    vars(real).update({name: value for name, value in vars(parameter).items() if name != MAKER})
-    torch.utils.swap_tensors(parameter, real)
+    # Assigning to .data can not leave meta. ``torch.utils.swap_tensors`` does this too, but refuses a parameter that
+    # is known by weak references, as those of recurrent layers and of traced models are.
+    vars(parameter).pop(MAKER, None)
+    torch._C._swap_tensor_impl(parameter, nn.Parameter(values, parameter.requires_grad))
