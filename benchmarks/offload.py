@@ -1,156 +1,157 @@
-"""One training step through the tiers beside plain PyTorch with everything on the device, in one run, in turn.
+"""One training step through the tiers beside plain PyTorch with everything on the device, and beside the peers.
 
-    python -m benchmarks.offload --model 1b --batch 8 --length 2048 --nvme DIR
+    python -m benchmarks.offload --model 3b --systems plain host host-shared deepspeed fsdp2 --nvme DIR
 
-Every system trains the same Llama on the same tokens: bf16 weights, exact fp32 masters, AdamW, clip 1.0, every layer
-recomputed. Each is built, warmed up, timed for some steps and torn down before the next, and the whole round is
-repeated; a row gives the median step and its ratio to plain PyTorch's median.
+Every system trains the same Llama on the same tokens: see ``benchmarks.systems``. Each runs in a process of its own,
+warmed up and timed for some steps, and the whole round is repeated, so that the systems alternate. A row gives the
+median step and its ratio to plain PyTorch's median.
 """
 
 import argparse
-import gc
-import resource
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from benchmarks.common import llama, save
-from offload.engine import Engine
-from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+from benchmarks.common import save
+from benchmarks.systems import SYSTEMS, one_process
 
-WARM_UP = 2
-ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
-G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
-SYSTEMS = {
-    "resident": (G, G, G),
-    "optimizer on host": (G, H, H),
-    "all on host": (H, H, H),
-    "optimizer on nvme": (H, H, N),
-}
-
-Step = Callable[[torch.Tensor], float]
+GB = 1e9
 
 
-def plain(args: argparse.Namespace) -> tuple[Step, Callable[[], None]]:
-    """The loop people write: bf16 weights, fp32 masters, fused AdamW where there is one."""
-    model = llama(args.model)
-    masters = [p.detach().clone() for p in model.parameters()]
-    model.to(torch.bfloat16)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(masters, fused=torch.cuda.is_available(), **ADAMW)
+class HostPeak(threading.Thread):
+    """The most that this process held in host memory."""
 
-    def step(tokens: torch.Tensor) -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for master, weight in zip(masters, weights, strict=True):
-            master.grad = weight.grad.float()
-            weight.grad = None
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, masters)
-        for master in masters:
-            master.grad = None
-        return loss.item()
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.resident_bytes = 0
 
-    return step, lambda: None
+    def run(self) -> None:
+        """Look again and again."""
+        process = psutil.Process()
+        while True:
+            self.resident_bytes = max(self.resident_bytes, process.memory_info().rss)
+            time.sleep(0.02)
 
 
-def through_tiers(args: argparse.Namespace, placement: tuple[Tier, Tier, Tier]) -> tuple[Step, Callable[[], None]]:
-    """The engine with every unit in one placement; the root unit (the tied embedding) too."""
-    model = llama(args.model)
-    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-    plan = Plan(
-        model=args.model,
-        parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
-        precision=Precision.BF16,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        gpus=1,
-        zero_stage=0,
-        placements=tuple(Placement(unit, *placement) for unit in ("", *layers)),
-        buckets=Buckets(prefetch_units=2),
-        micro_batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        recompute=tuple(layers),
-        budget=Budget(0, 0, 0),
-        prediction=Prediction(0, 0, 0, 0, None, None),
-        nvme_dir=str(args.nvme),
-    )
-    engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), **ADAMW), max_grad_norm=1.0)
-
-    def step(tokens: torch.Tensor) -> float:
-        loss = engine(input_ids=tokens, labels=tokens).loss
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return step, engine.close
-
-
-def measure(args: argparse.Namespace, make: Callable[[], tuple[Step, Callable[[], None]]]) -> dict[str, Any]:
-    """Seconds of each timed step, losses, and the device's peak."""
+def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Seconds of each timed step, losses, and the peaks of device and host."""
     cuda = torch.cuda.is_available()
-    step, close = make()
-    generator = torch.Generator().manual_seed(1)
-    shape = (WARM_UP + args.steps, args.batch, args.length)
-    data = torch.randint(0, 1000, shape, generator=generator).to("cuda" if cuda else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    if cuda and args.gpu_gb:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_gb * GB / total))
+    one_process()
+    step = SYSTEMS[name](args)
+    host = HostPeak()
+    host.start()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
+    generator = torch.Generator().manual_seed(1)
+    shape = (args.warm_up + args.steps, args.batch * args.accumulation, args.length)
+    data = torch.randint(0, 1000, shape, generator=generator).to("cuda" if cuda else "cpu")
     seconds, losses = [], []
     for tokens in data:
-        begin = time.perf_counter()
-        losses.append(step(tokens))
-        seconds.append(time.perf_counter() - begin)
-    peak = torch.cuda.max_memory_allocated() if cuda else None
-    close()
-    del step, close
-    gc.collect()
-    if cuda:
-        torch.cuda.empty_cache()
-    return {"seconds": seconds[WARM_UP:], "losses": losses, "gpu_peak_bytes": peak}
+        begun = time.perf_counter()
+        losses.append(round(step(tokens).item(), 4))
+        seconds.append(time.perf_counter() - begun)
+    return {
+        "seconds": [round(s, 4) for s in seconds[args.warm_up :]],
+        "losses": losses,
+        "gpu_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "host_bytes": host.resident_bytes,
+    }
+
+
+def in_child(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """The same in a process of its own: what a peer leaves behind, or fails with, stays there."""
+    with tempfile.TemporaryDirectory() as directory:
+        result, log = Path(directory) / "result.json", Path(directory) / "log"
+        command = [sys.executable, "-m", "benchmarks.offload", *sys.argv[1:], "--child", name, "--result", str(result)]
+        with log.open("wb") as out:
+            try:
+                subprocess.run(command, stdout=out, stderr=out, timeout=args.seconds, check=False)
+            except subprocess.TimeoutExpired:
+                return {"failed": f"took more than {args.seconds} s"}
+        if result.exists():
+            found: dict[str, Any] = json.loads(result.read_text())
+            return found
+        return {"failed": log.read_text(errors="replace")[-300:]}
+
+
+def row_of(name: str, each: list[dict[str, Any]], plain_seconds: float | None) -> dict[str, Any]:
+    """One system over all rounds."""
+    done = [run for run in each if "seconds" in run]
+    if not done:
+        return {"system": name, "failed": each[0].get("failed")}
+    median = statistics.median(s for run in done for s in run["seconds"])
+    return {
+        "system": name,
+        "step_seconds": round(median, 4),
+        "ratio_to_plain": round(median / plain_seconds, 3) if plain_seconds else None,
+        "gpu_peak_bytes": done[0]["gpu_peak_bytes"],
+        "host_bytes": max(run["host_bytes"] for run in done),
+        "losses": done[0]["losses"],
+        "rounds": [run.get("seconds", run.get("failed")) for run in each],
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for people."""
+    if "failed" in row:
+        return f"{row['system']:20} failed: {row['failed']}"
+    gpu = f"GPU {row['gpu_peak_bytes'] / GB:5.1f} GB" if row["gpu_peak_bytes"] else ""
+    ratio = f"{row['ratio_to_plain']:5.2f} x" if row["ratio_to_plain"] else ""
+    host = f"host {row['host_bytes'] / GB:5.1f} GB"
+    return f"{row['system']:20} {row['step_seconds']:7.3f} s {ratio} {gpu} {host} loss {row['losses'][-1]}"
 
 
 def main() -> None:
     """Measure all systems in turn, print a table, save the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--clip", type=float, default=1.0, help="0 for none")
+    parser.add_argument("--gpu-gb", type=float, default=0.0, help="the most that the allocator may hold; 0 for all")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--nvme", type=Path, required=True, help="a directory on the disk to measure")
-    parser.add_argument("--systems", nargs="*", default=list(SYSTEMS))
+    parser.add_argument("--seconds", type=int, default=150, help="after which one system is given up")
+    parser.add_argument("--nvme", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--systems", nargs="*", default=["plain", "resident", "host", "host-shared"], choices=SYSTEMS)
+    parser.add_argument("--name", help="of the result; as the model where none is given")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    makers = {"plain PyTorch": lambda: plain(args)}
-    makers |= {name: (lambda p=SYSTEMS[name]: through_tiers(args, p)) for name in args.systems}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in makers}
+    if args.child is not None:
+        try:
+            found = measure(args, args.child)
+        except Exception as error:  # noqa: BLE001 - it becomes a row
+            found = {"failed": f"{type(error).__name__}: {error}"[:300]}
+        args.result.write_text(json.dumps(found))
+        os._exit(0)  # threads and process groups of peers can hang at an ordinary exit
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.systems}
     for _ in range(args.rounds):
-        for name, make in makers.items():
-            runs[name].append(measure(args, make))
-    medians = {name: statistics.median(s for run in each for s in run["seconds"]) for name, each in runs.items()}
-    rows = []
-    for name, each in runs.items():
-        ratio = medians[name] / medians["plain PyTorch"]
-        peak = each[0]["gpu_peak_bytes"]
-        rows.append(
-            {
-                "system": name,
-                "step_seconds": round(medians[name], 4),
-                "ratio_to_plain": round(ratio, 3),
-                "gpu_peak_bytes": peak,
-                "last_loss": round(each[0]["losses"][-1], 4),
-            }
-        )
-        size = f"{peak / 1e9:6.1f} GB" if peak else ""
-        print(f"{name:20} {medians[name]:8.3f} s  {ratio:6.2f} x  {size}  loss {rows[-1]['last_loss']}", flush=True)
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    shape = {"model": args.model, "batch": args.batch, "length": args.length}
-    print(save(f"offload-{args.model}", rows, **shape, steps=args.steps, rounds=args.rounds, host_peak_bytes=host))
+        for name, each in runs.items():
+            each.append(in_child(args, name))
+            print(f"  {name}: {each[-1].get('seconds', each[-1].get('failed'))}", flush=True)
+    plain_row = row_of("plain", runs["plain"], None) if "plain" in runs else {}
+    rows = [row_of(name, each, plain_row.get("step_seconds")) for name, each in runs.items()]
+    for row in rows:
+        print(line(row))
+    facts = {name: getattr(args, name) for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb")}
+    print(save(f"offload-{args.name or args.model}", rows, **facts, steps=args.steps, rounds=args.rounds))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 Every model is planned for budgets from ample to tight, and every plan is trained for a few steps by the engine with the
 allocator capped at the budget. ``batches`` then finds the largest micro-batch that each plan's placements really allow,
 and compares what the planner said of every batch size up to twice that. ``neighbours`` trains the candidates that the
-planner ranked next, beside the one that it chose.
+planner ranked next, beside the one that it chose. ``--predict`` measures nothing: today's code predicts the plans in
+``results`` again, and says which of their batches it would allow.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.common import RESULTS, save, spread
 from benchmarks.planned_models import Model, build, models, profiled
-from memplan.activations import Way
+from memplan.activations import ACTIVATION_MARGIN, FIXED_MARGIN_BYTES, Way
 from memplan.candidates import FamilySearch, best_of, search
 from memplan.errors import NothingFits
 from memplan.machine import Machine, detect
@@ -43,9 +44,9 @@ STEPS, WARM_UP = 6, 3
 MACHINE = Machine("cuda", 1, "NVIDIA H200", 140 * GIB, 100 * GIB, None, 0, None, 16)
 """What predictions are made for where none of it is here."""
 SHARES = (1.05, 0.75, 0.55, 0.4, 0.25)
+"""GPU budgets, of what the plan with everything on the GPU takes."""
 BATCHES_AT = (1.05, 0.4)
 """Of them, where the largest batch is looked for."""
-"""GPU budgets, of what the plan with everything on the GPU takes."""
 
 
 @contextmanager
@@ -136,20 +137,27 @@ def setup_of(found: Plan) -> dict[str, Any]:
     }
 
 
+def restored(
+    profile: ModelProfile, rates: Rates, setup: dict[str, Any], micro_batch: int, accumulation: int
+) -> tuple[FamilySearch, Counts]:
+    """A setup as the planner prices it today, with any micro-batch."""
+    problem = problem_of(profile, MACHINE, rates, micro_batch * accumulation, None)
+    way = Way(micro_batch, setup["recompute"], Tier(setup["checkpoints"]), setup["loss_chunks"])
+    prefetch_units, update_elements = setup["buckets"]
+    buckets = Buckets(prefetch_units=prefetch_units, update_elements=update_elements)
+    return FamilySearch(problem, Family(Sharding(0, 1), way, accumulation), buckets), Counts(*setup["counts"])
+
+
 def predict_again(rates: Rates) -> None:
     """The plans that were measured, predicted by today's code: needs no GPU, but the same transformers."""
     path = RESULTS / "planner.json"
     data = json.loads(path.read_text())
     profiles: dict[str, ModelProfile] = {}
     for row in data["rows"]:
-        model, s = next(m for m in models() if m.name == row["model"]), row["setup"]
+        model, s = _model(row["model"]), row["setup"]
         if model.name not in profiles:
             profiles[model.name] = profiled(model, rates, model.batch_size)
-        problem = problem_of(profiles[model.name], MACHINE, rates, s["micro_batch"] * s["accumulation"], None)
-        way = Way(s["micro_batch"], s["recompute"], Tier(s["checkpoints"]), s["loss_chunks"])
-        buckets = Buckets(prefetch_units=s["buckets"][0], update_elements=s["buckets"][1])
-        family = FamilySearch(problem, Family(Sharding(0, 1), way, s["accumulation"]), buckets)
-        counts = Counts(*s["counts"])
+        family, counts = restored(profiles[model.name], rates, s, s["micro_batch"], s["accumulation"])
         row["predicted"] |= {
             "gpu_peak_bytes": family.gpu_peak_bytes(counts),
             "gpu_upper_bytes": family.gpu_upper_bytes(counts),
@@ -161,6 +169,33 @@ def predict_again(rates: Rates) -> None:
     data["summary"] = summary(data["rows"])
     print(data["summary"])
     path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def allow_again(rates: Rates) -> None:
+    """Which batches today's predictions and margins allow, of those that were measured; what was said then stays."""
+    path = RESULTS / "planner.json"
+    data = json.loads(path.read_text())
+    profiles: dict[tuple[str, int], ModelProfile] = {}
+    for row in data["rows"]:
+        if "batches" not in row:
+            continue
+        key = row["model"], row["batches"]["most"]
+        if key not in profiles:
+            profiles[key] = profiled(_model(row["model"]), rates, row["batches"]["most"])
+        row["batches"]["largest_allowed_again"] = largest_allowed(
+            profiles[key], rates, row["setup"], row["gpu_budget_bytes"]
+        )
+        print(f"{row['model']:16} {row['budget']:28} {row['batches']}", flush=True)
+    data["summary"]["batches_again"] = refusals(data["rows"], "largest_allowed_again") | {
+        "activation_margin": ACTIVATION_MARGIN,
+        "fixed_margin_bytes": FIXED_MARGIN_BYTES["cuda"],
+    }
+    print(data["summary"]["batches_again"])
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def _model(name: str) -> Model:
+    return next(model for model in models() if model.name == name)
 
 
 def predicted(found: Plan) -> dict[str, Any]:
@@ -185,14 +220,14 @@ def predicted(found: Plan) -> dict[str, Any]:
     }
 
 
-def fits(profile: ModelProfile, machine: Machine, rates: Rates, found: Plan, micro_batch: int) -> bool:
-    """Whether the planner thinks that these placements allow this micro-batch."""
-    problem = problem_of(profile, machine, rates, micro_batch, None)
-    way = Way(micro_batch, len(found.recompute), found.checkpoints, found.loss_chunks)
-    family = Family(Sharding(0, 1), way, 1)
-    held = FamilySearch(problem, family, found.buckets)
-    state = found.prediction.phases["gpu"]["attach"]
-    return state + held.upper_bytes <= machine.gpu_bytes
+def largest_allowed(profile: ModelProfile, rates: Rates, setup: dict[str, Any], gpu_bytes: int) -> int:
+    """The largest micro-batch for which the planner thinks that these placements fit; 0 where none does."""
+
+    def fits(micro_batch: int) -> bool:
+        family, counts = restored(profile, rates, setup, micro_batch, 1)
+        return family.gpu_upper_bytes(counts) <= gpu_bytes
+
+    return max((b for b in range(1, profile.batch_size + 1) if fits(b)), default=0)
 
 
 def largest_batch(model: Model, found: Plan, most: int) -> int:
@@ -256,18 +291,18 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
             if args.keep:
                 found.save(args.keep / f"{model.name.split()[0]}-{share}-plan.json")
             if args.batches and share in BATCHES_AT and row["measured"]["out_of_memory"] is None:
-                row["batches"] = batches_row(model, machine, rates, found, args.most)
+                row["batches"] = batches_row(model, rates, found, args.most)
             rows.append(row)
             print(line(row), flush=True)
         print(f"  {model.name}: profiled in {took:.1f} s, all {time.perf_counter() - begun:.0f} s", flush=True)
     return rows
 
 
-def batches_row(model: Model, machine: Machine, rates: Rates, found: Plan, most: int) -> dict[str, Any]:
+def batches_row(model: Model, rates: Rates, found: Plan, most: int) -> dict[str, Any]:
     """The largest batch that runs and the largest that the planner allows, from a profile of larger batches."""
     larger = profiled(model, rates, most)
     real = largest_batch(model, found, most)
-    allowed = max((b for b in range(1, most + 1) if fits(larger, machine, rates, found, b)), default=0)
+    allowed = largest_allowed(larger, rates, setup_of(found), found.budget.gpu_bytes)
     return {"largest_that_runs": real, "largest_allowed": allowed, "most": most}
 
 
@@ -318,7 +353,7 @@ def neighbours_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, An
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of the whole."""
-    done = [r for r in rows if r.get("measured", {}).get("seconds") is not None]
+    done = _trained(rows)
     found: dict[str, Any] = {
         "plans": len([r for r in rows if "measured" in r]),
         "out_of_memory": len([r for r in rows if r.get("measured", {}).get("out_of_memory")]),
@@ -327,16 +362,23 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         errors = [r["predicted"][name] / r["measured"][name] - 1 for r in done if r["measured"][name]]
         if errors:
             found[name] = dict(zip(("median", "p95", "worst"), (round(e, 4) for e in spread(errors)), strict=True))
-    batches = [r["batches"] for r in done if "batches" in r]
-    if batches:
-        refused = sum(min(2 * b["largest_that_runs"], b["most"]) - b["largest_allowed"] for b in batches)
-        wrong = sum(max(0, b["largest_that_runs"] - b["largest_allowed"]) for b in batches)
-        found["batches"] = {
-            "refused": refused,
-            "wrongly": wrong,
-            "allowed_wrongly": sum(b["largest_allowed"] > b["largest_that_runs"] for b in batches),
-        }
+    if any("batches" in r for r in done):
+        found["batches"] = refusals(rows, "largest_allowed")
     return found
+
+
+def refusals(rows: list[dict[str, Any]], allowed: str) -> dict[str, int]:
+    """Batches up to twice the largest that runs: refused, refused that run, and plans that allow one that does not."""
+    batches = [r["batches"] for r in _trained(rows) if "batches" in r]
+    return {
+        "refused": sum(min(2 * b["largest_that_runs"], b["most"]) - b[allowed] for b in batches),
+        "wrongly": sum(max(0, b["largest_that_runs"] - b[allowed]) for b in batches),
+        "allowed_wrongly": sum(b[allowed] > b["largest_that_runs"] for b in batches),
+    }
+
+
+def _trained(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [r for r in rows if r.get("measured", {}).get("seconds") is not None]
 
 
 def main() -> None:
@@ -354,6 +396,7 @@ def main() -> None:
     rates = Rates.load(args.calibration)
     if args.predict:
         predict_again(rates)
+        allow_again(rates)
         return
     if args.neighbours:
         rows = neighbours_part(args, rates)

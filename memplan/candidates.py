@@ -6,7 +6,7 @@ all optimizer state that left the GPU is there, and weights leave the GPU only w
 Exact over this space: bounds (``memplan.bounds``) only leave out what can not be better.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
@@ -14,9 +14,10 @@ import numpy as np
 
 from memplan.activations import FIXED_MARGIN_BYTES
 from memplan.bounds import cpu_step_seconds, least_seconds
-from memplan.memory import Counts
+from memplan.memory import RESIDENT, Counts
 from memplan.pipeline import Times, step_seconds
 from memplan.problem import Family, Problem
+from memplan.work import StepWork
 from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets
 from offload.residency import state_bytes
@@ -29,9 +30,12 @@ STAGING_SHARE = 1 / 16
 RANK_BITS = 8
 """Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
 UPDATE_COPIES = 5
-"""fp32 tensors of one span that ``offload.optimizer.update_span`` holds at once on a device."""
+"""fp32 tensors of one span that ``offload.optimizer.update_in_torch`` holds at once on a device."""
 FIRST_BATCH, LARGEST_BATCH = 256, 4096
 """Candidates priced at a time: at first few, not to price what a bound would leave out, then what keeps NumPy busy."""
+
+Price = Callable[[StepWork, Counts], Times]
+"""Seconds of one step of each candidate."""
 
 
 @dataclass(frozen=True)
@@ -108,17 +112,13 @@ def search(problem: Problem) -> list[Candidate]:
 
 def least_of(problem: Problem, family: Family) -> float:
     """Seconds that no candidate of a family can go below."""
-    work = problem.work(family, Buckets())
-    nothing = Counts(*(np.zeros(1, dtype=np.int64) for _ in range(3)))
-    return float((cpu_step_seconds if problem.device == "cpu" else least_seconds)(work, nothing)[0])
+    search = FamilySearch(problem, family, Buckets())
+    return float(search.bound(search.work, _as_arrays([RESIDENT]))[0])
 
 
 def floor_of(problem: Problem, family: Family, update_elements: int) -> float:
     """Seconds that no candidate of a family that fits can go below; infinite where none fits."""
-    return min(
-        FamilySearch(problem, family, Buckets(prefetch_units=depth, update_elements=update_elements)).floor()
-        for depth in PREFETCH_DEPTHS
-    )
+    return min(search.floor() for search in _at_every_depth(problem, family, update_elements))
 
 
 def feasible(problem: Problem) -> bool:
@@ -134,14 +134,19 @@ def feasible(problem: Problem) -> bool:
 def best_of(problem: Problem, family: Family, update_elements: int) -> Candidate | None:
     """The best candidate of one family; ``None`` where none fits."""
     best: Candidate | None = None
-    for depth in PREFETCH_DEPTHS:
-        buckets = Buckets(prefetch_units=depth, update_elements=update_elements)
-        candidate = FamilySearch(problem, family, buckets).best()
-        if candidate is not None and (best is None or candidate.rank < best.rank):
-            best = candidate
-        if candidate is not None and candidate.counts.parameters == 0:
+    for search in _at_every_depth(problem, family, update_elements):
+        candidate = search.best()
+        if candidate is None:
+            continue
+        best = candidate if best is None else min(best, candidate, key=lambda c: c.rank)
+        if candidate.counts.parameters == 0:
             break  # nothing is fetched, so nothing is fetched ahead
     return best
+
+
+def _at_every_depth(problem: Problem, family: Family, update_elements: int) -> Iterator["FamilySearch"]:
+    for depth in PREFETCH_DEPTHS:
+        yield FamilySearch(problem, family, Buckets(prefetch_units=depth, update_elements=update_elements))
 
 
 def update_scratch_bytes(problem: Problem) -> int:
@@ -164,11 +169,14 @@ class FamilySearch:
         ranks = problem.gpus_per_node
         self.host_budget = problem.budget.host_bytes // ranks - self.activations.host_bytes
         self.nvme_budget = problem.budget.nvme_bytes // ranks
+        cpu = problem.device == "cpu"
+        self.price: Price = cpu_step_seconds if cpu else step_seconds
+        self.bound: Price = cpu_step_seconds if cpu else least_seconds
+        """Never above the price."""
 
     def seconds(self, counts: Counts) -> Times:
         """Of one step, for arrays of candidates."""
-        price = cpu_step_seconds if self.problem.device == "cpu" else step_seconds
-        return price(self.work, counts)
+        return self.price(self.work, counts)
 
     def seconds_of(self, counts: Counts) -> float:
         """Of one step of one candidate."""
@@ -262,8 +270,7 @@ class FamilySearch:
         state = np.minimum(np.searchsorted(t.host_state, excess), counts.state)
         weights = np.minimum(np.searchsorted(t.host_parameters, excess - t.host_state[state]), counts.parameters)
         least = replace(counts, nvme_state=state, nvme_parameters=np.where(state == counts.state, weights, 0))
-        bound = cpu_step_seconds if self.problem.device == "cpu" else least_seconds
-        return bound(self.work, least)
+        return self.bound(self.work, least)
 
     def _movable_host_bytes(self, counts: Counts) -> np.ndarray:
         """The most that NVMe can take off the host, staging left out: state as far as it has room, then weights."""

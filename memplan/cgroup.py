@@ -23,10 +23,10 @@ def cpu_quota(root: Path = ROOT, membership: Path = MEMBERSHIP) -> float | None:
     """Cores that the groups allow, as a fraction; ``None`` where there is no quota."""
     quotas = []
     for folder in _folders("cpu", root, membership):
-        quota, period = (_text(folder / "cpu.max") or "max 0").split()
+        quota, period = (text_of(folder / "cpu.max") or "max 0").split()
         if quota == "max":
-            quota = _text(folder / "cpu.cfs_quota_us") or "-1"
-            period = _text(folder / "cpu.cfs_period_us") or "0"
+            quota = text_of(folder / "cpu.cfs_quota_us") or "-1"
+            period = text_of(folder / "cpu.cfs_period_us") or "0"
         if int(quota) > 0 and int(period) > 0:
             quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
@@ -39,16 +39,16 @@ def _memory_groups(root: Path, membership: Path) -> Iterator[tuple[int, int]]:
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            limit = _text(folder / limit_file)
+            limit = text_of(folder / limit_file)
             if limit is None or limit == "max" or int(limit) >= UNLIMITED:
                 continue
-            used = int(_text(folder / usage_file) or 0)
+            used = int(text_of(folder / usage_file) or 0)
             yield int(limit), max(0, used - _inactive_file_bytes(folder / "memory.stat"))
 
 
 def _folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
     """This process's group for a controller, and the groups around it."""
-    for line in (_text(membership) or "").splitlines():
+    for line in (text_of(membership) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -63,14 +63,15 @@ def _folders(controller: str, root: Path, membership: Path) -> Iterator[Path]:
 
 
 def _inactive_file_bytes(stat: Path) -> int:
-    for line in (_text(stat) or "").splitlines():
+    for line in (text_of(stat) or "").splitlines():
         key, _, value = line.partition(" ")
         if key in ("inactive_file", "total_inactive_file"):
             return int(value)
     return 0
 
 
-def _text(path: Path) -> str | None:
+def text_of(path: Path) -> str | None:
+    """What the kernel writes in a file; ``None`` where it can not be read."""
     try:
         return path.read_text().strip()
     except OSError:

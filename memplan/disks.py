@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -40,8 +41,16 @@ class Disk:
         return None
 
 
-Mounts = Sequence[tuple[str, str]]
-"""(mount point, file system), in the order in which they were mounted."""
+class Mount(NamedTuple):
+    """A file system, and where it is mounted."""
+
+    point: str
+    kind: str
+    device: str
+
+
+Mounts = Sequence[Mount]
+"""In the order in which they were mounted."""
 
 
 def inspect(directory: Path, mounts: Mounts | None = None) -> Disk:
@@ -59,12 +68,18 @@ def inspect(directory: Path, mounts: Mounts | None = None) -> Disk:
 
 
 def filesystem(directory: Path, mounts: Mounts | None = None) -> str:
-    """Kind of the file system: the last one mounted at the longest mount point that the directory lies under."""
+    """Kind of the file system that the directory lies on."""
+    mount = mount_of(directory, mounts)
+    return mount.kind if mount is not None else "an unknown file system"
+
+
+def mount_of(directory: Path, mounts: Mounts | None = None) -> Mount | None:
+    """The last one mounted at the longest mount point that the directory lies under; ``None`` where none is known."""
     if mounts is None:
-        mounts = [(mount.mountpoint, mount.fstype) for mount in psutil.disk_partitions(all=True)]
+        mounts = [Mount(found.mountpoint, found.fstype, found.device) for found in psutil.disk_partitions(all=True)]
     there = directory.resolve()
-    around = [(len(point), order, kind) for order, (point, kind) in enumerate(mounts) if there.is_relative_to(point)]
-    return max(around)[2] if around else "an unknown file system"
+    around = [mount for mount in reversed(mounts) if there.is_relative_to(mount.point)]
+    return max(around, key=lambda mount: len(mount.point), default=None)
 
 
 def _direct_io(directory: Path) -> bool:

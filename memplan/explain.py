@@ -1,32 +1,27 @@
 """Why a plan is what it is, and why the others were not taken: sentences with numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from memplan.activations import Activations, Way, activations_of, largest_batch
-from memplan.bounds import cpu_lanes
+from memplan.activations import activations_of, largest_batch
 from memplan.candidates import Candidate, FamilySearch, best_of
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
-from memplan.memory import Counts
-from memplan.pipeline import LANES, timeline
+from memplan.memory import RESIDENT, Counts
 from memplan.problem import Family, Problem
-from offload.plan import Alternative, Tier
+from offload.plan import Alternative, Prediction, Target, Tier
 
-RESIDENT = Counts(0, 0, 0)
-MASTER_BYTES = 4
-"""Of one parameter while the model is taken over: models are built in fp32."""
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
 
-def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[str, ...]:
-    """One sentence a decision."""
+def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine: Machine) -> tuple[str, ...]:
+    """One sentence a decision; ``expected`` is the prediction of ``best``."""
     search = FamilySearch(problem, best.family, best.buckets)
-    upper = search.gpu_upper_bytes(best.counts)
     said = [
         _placement_reason(problem, best, search),
-        f"On the GPU tier at most {format_bytes(upper)} are expected, of {format_bytes(problem.budget.gpu_bytes)}: "
-        f"{format_bytes(int(search.tables.gpu_bytes(best.counts)))} of model state, the rest activations and a margin.",
+        f"On the GPU tier at most {format_bytes(expected.gpu_upper_bytes)} are expected, of "
+        f"{format_bytes(problem.budget.gpu_bytes)}: {format_bytes(int(search.tables.gpu_bytes(best.counts)))} of model "
+        "state, the rest activations and a margin.",
         *_recompute_reason(problem, best),
         _batch_reason(problem, best),
     ]
@@ -36,40 +31,23 @@ def reasons_for(problem: Problem, best: Candidate, machine: Machine) -> tuple[st
             f"of {best.counts.nvme_state} units goes to NVMe"
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
-    busy = busy_seconds(problem, best)
-    lane = max(busy, key=busy.__getitem__)
-    said.append(
-        f"A step is expected to take {format_seconds(best.seconds)}; the busiest lane is {lane.replace('_', ' ')}, "
-        f"with {format_seconds(busy[lane])}."
-    )
-    said.append(problem.rates.source)
+    said += [step_reason(best.seconds, expected.lane_seconds), problem.rates.source]
     if best.counts.nvme_state and machine.disk is not None and machine.disk.trouble:
         read, written = problem.rates.nvme_read_bytes_per_second, problem.rates.nvme_write_bytes_per_second
         said.append(f"{machine.disk.trouble}: it reads {read / 1e9:.2f} GB/s and writes {written / 1e9:.2f} GB/s.")
-    pinned = search.host_bytes(best.counts) if problem.device == "cuda" else 0
-    if machine.memlock_bytes is not None and pinned > machine.memlock_bytes:
+    if machine.memlock_bytes is not None and expected.pinned_bytes > machine.memlock_bytes:
         said.append(
-            f"{format_bytes(pinned)} of host memory will be pinned, over this user's memory-lock limit of "
-            f"{format_bytes(machine.memlock_bytes)}; if pinning is refused, raise it (ulimit -l unlimited)."
+            f"{format_bytes(expected.pinned_bytes)} of host memory will be pinned, over this user's memory-lock limit "
+            f"of {format_bytes(machine.memlock_bytes)}; if pinning is refused, raise it (ulimit -l unlimited)."
         )
-    model = sum(p.elements for p in problem.profile.parameters) * MASTER_BYTES * problem.gpus_per_node
-    if problem.device == "cuda" and model > problem.budget.host_bytes:
+    if problem.device == "cuda" and problem.built_bytes > problem.budget.host_bytes:
         said.append(
-            f"Building the model in fp32 takes {format_bytes(model)} of a node's memory for a moment, over the "
-            f"{format_bytes(problem.budget.host_bytes)} that training may hold there."
+            f"Building the model in fp32 takes {format_bytes(problem.built_bytes)} of a node's memory for a moment, "
+            f"over the {format_bytes(problem.budget.host_bytes)} that training may hold there."
         )
     if not problem.profile.optimizer.startswith("adam"):
         said.append(f"The profile was made with {problem.profile.optimizer}; the runtime trains with AdamW.")
     return tuple(said)
-
-
-def busy_seconds(problem: Problem, candidate: Candidate) -> dict[str, float]:
-    """Busy seconds of every lane that does something, in one step."""
-    work = problem.work(candidate.family, candidate.buckets)
-    if problem.device != "cpu":
-        return timeline(work, candidate.counts).busy_seconds
-    lanes = cpu_lanes(work, candidate.counts)
-    return {lane: seconds for lane in LANES if (seconds := float(lanes[lane])) > 0}
 
 
 def alternatives_to(problem: Problem, found: Sequence[Candidate]) -> tuple[Alternative, ...]:
@@ -78,17 +56,37 @@ def alternatives_to(problem: Problem, found: Sequence[Candidate]) -> tuple[Alter
     by_family = {candidate.family: candidate for candidate in found}
     near = _neighbours(problem, best.family)
     rows = [_resident(problem, best)] if best.counts.state else []
-    for family in near:
+    for family in near[: MOST_ALTERNATIVES - len(rows)]:
         candidate = by_family.get(family) or best_of(problem, family, best.buckets.update_elements)
         rows.append(_misfit(problem, family, best) if candidate is None else _slower(problem, candidate, best))
     others = [c for c in found if c.family != best.family and c.family not in near]
     rows += [_slower(problem, c, best) for c in others[: max(0, FEWEST_ALTERNATIVES - len(rows))]]
-    return tuple(rows[:MOST_ALTERNATIVES])
+    return tuple(rows)
 
 
-def describe_candidate(problem: Problem, candidate: Candidate) -> str:
-    """One line: batch, stage, recompute, and what is not on the GPU."""
-    return f"{_family_text(problem, candidate.family)}; {_counts_text(problem, candidate.counts)}"
+def describe_family(problem: Problem, family: Family) -> str:
+    """Stage, batch, recompute and loss. On one GPU memplan's engine has no stages; others offload by them."""
+    way, sharding = family.way, family.sharding
+    parts = []
+    if problem.gpus > 1 or problem.target is not Target.MEMPLAN:
+        parts.append(f"ZeRO stage {sharding.zero_stage}" + (" within each node" if sharding.shard_gpus else ""))
+    parts.append(f"micro-batch {way.micro_batch_size} x {family.micro_batches}")
+    again, blocks = way.recomputed_blocks, len(problem.profile.blocks)
+    parts.append("no recompute" if not again else "recompute" if again == blocks else f"recompute {again} of {blocks}")
+    if way.checkpoints is Tier.HOST:
+        parts[-1] += ", checkpoints on host"
+    if way.loss_chunks > 1:
+        parts.append(f"loss in {way.loss_chunks} pieces")
+    return ", ".join(parts)
+
+
+def step_reason(seconds: float, busy_seconds: Mapping[str, float]) -> str:
+    """How long a step takes, and the lane that bounds it."""
+    lane = max(busy_seconds, key=busy_seconds.__getitem__)
+    return (
+        f"A step is expected to take {format_seconds(seconds)}; the busiest lane is {lane.replace('_', ' ')}, "
+        f"with {format_seconds(busy_seconds[lane])}."
+    )
 
 
 def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -> str:
@@ -104,7 +102,8 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
 
 def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:
     way, blocks = best.family.way, len(problem.profile.blocks)
-    kept, again = (_held(problem, replace(way, recomputed_blocks=n, checkpoints=Tier.GPU)) for n in (0, blocks))
+    plain = [replace(way, recomputed_blocks=n, checkpoints=Tier.GPU) for n in (0, blocks)]
+    kept, again = (activations_of(problem.profile, other, problem.device) for other in plain)
     here = problem.activations(way)
     if kept is None or again is None or not blocks:
         return []
@@ -122,10 +121,6 @@ def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:
     return [said]
 
 
-def _held(problem: Problem, way: Way) -> Activations | None:
-    return activations_of(problem.profile, way, problem.device)
-
-
 def _batch_reason(problem: Problem, best: Candidate) -> str:
     family = best.family
     profiled = largest_batch(problem.profile)
@@ -136,6 +131,10 @@ def _batch_reason(problem: Problem, best: Candidate) -> str:
     if profiled < problem.gpu_batch_size:
         return f"{text}; the profile knows micro-batches up to {profiled}: profile a larger batch to consider others."
     return f"{text}."
+
+
+def _described(problem: Problem, family: Family, counts: Counts) -> str:
+    return f"{describe_family(problem, family)}; {_counts_text(problem, counts)}"
 
 
 def _counts_text(problem: Problem, counts: Counts) -> str:
@@ -152,24 +151,6 @@ def _counts_text(problem: Problem, counts: Counts) -> str:
         if off
     ]
     return f"off the gpu, of {total} units: {', '.join(parts)}"
-
-
-def _family_text(problem: Problem, family: Family) -> str:
-    way, sharding = family.way, family.sharding
-    parts = [f"ZeRO stage {sharding.zero_stage}"] if problem.gpus > 1 else []
-    if sharding.shard_gpus:
-        parts[-1] += " within each node"
-    parts.append(f"micro-batch {way.micro_batch_size} x {family.micro_batches}")
-    blocks = len(problem.profile.blocks)
-    some = f"recompute {way.recomputed_blocks} of {blocks}"
-    parts.append(
-        "no recompute" if not way.recomputed_blocks else "recompute" if way.recomputed_blocks == blocks else some
-    )
-    if way.checkpoints is Tier.HOST:
-        parts[-1] += ", checkpoints on host"
-    if way.loss_chunks > 1:
-        parts.append(f"loss in {way.loss_chunks} pieces")
-    return ", ".join(parts)
 
 
 def _neighbours(problem: Problem, family: Family) -> list[Family]:
@@ -192,7 +173,7 @@ def _resident(problem: Problem, best: Candidate) -> Alternative:
     search = FamilySearch(problem, best.family, best.buckets)
     short = search.gpu_upper_bytes(RESIDENT) - problem.budget.gpu_bytes
     return Alternative(
-        description=f"{_family_text(problem, best.family)}; everything on gpu",
+        description=_described(problem, best.family, RESIDENT),
         step_seconds=search.seconds_of(RESIDENT),
         gpu_peak_bytes=search.gpu_peak_bytes(RESIDENT),
         host_bytes=0,
@@ -211,7 +192,7 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
     else:
         why_not = "as fast, but of two equals the one with less recompute, larger micro-batches, less sharding is taken"
     return Alternative(
-        description=describe_candidate(problem, candidate),
+        description=_described(problem, candidate.family, candidate.counts),
         step_seconds=candidate.seconds,
         gpu_peak_bytes=search.gpu_peak_bytes(candidate.counts),
         host_bytes=search.host_bytes(candidate.counts),
@@ -232,7 +213,7 @@ def _misfit(problem: Problem, family: Family, best: Candidate) -> Alternative:
         else "does not fit: what leaves the GPU is more than the host and NVMe tiers hold"
     )
     return Alternative(
-        description=f"{_family_text(problem, family)}; {_counts_text(problem, counts)}",
+        description=_described(problem, family, counts),
         step_seconds=search.seconds_of(counts),
         gpu_peak_bytes=search.gpu_peak_bytes(counts),
         host_bytes=search.host_bytes(counts),

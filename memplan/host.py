@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
+from memplan.cgroup import cpu_quota, memory_headroom, memory_limit, text_of
 
 ROOT = Path("/")
 MEMORY_BLOCKS = "sys/devices/system/memory"
@@ -75,11 +75,11 @@ def numa_nodes(bus_ids: Sequence[str | None] = (), root: Path = ROOT) -> tuple[N
     A GPU whose bus is on no node, as in many virtual machines, is on none here.
     """
     allowed = _allowed_cores()
-    homes = [bus and _text(root / "sys/bus/pci/devices" / bus / "numa_node") for bus in bus_ids]
+    homes = [bus and text_of(root / "sys/bus/pci/devices" / bus / "numa_node") for bus in bus_ids]
     block, found = _block_bytes(root), []
     for folder in (root / "sys/devices/system/node").glob("node[0-9]*"):
         index = int(folder.name.removeprefix("node"))
-        cores = parse_cores(_text(folder / "cpulist") or "")
+        cores = parse_cores(text_of(folder / "cpulist") or "")
         gpus = tuple(i for i, home in enumerate(homes) if home == str(index))
         # The blocks that are linked here, as in ``host_memory``: the node's own MemTotal may start small, too.
         memory = block * sum(1 for _ in folder.glob("memory[0-9]*"))
@@ -108,7 +108,7 @@ def memlock_bytes() -> int | None:
 def _growth(root: Path, total: int) -> tuple[int | None, int]:
     """(bytes that are there beyond MemTotal, bytes offline)."""
     size = _block_bytes(root)
-    states = [_text(path) for path in (root / MEMORY_BLOCKS).glob("memory[0-9]*/state")]
+    states = [text_of(path) for path in (root / MEMORY_BLOCKS).glob("memory[0-9]*/state")]
     offline = size * states.count("offline")
     if not states or any(any(root.glob(pattern)) for pattern in HOTPLUG):
         return None, offline
@@ -116,17 +116,10 @@ def _growth(root: Path, total: int) -> tuple[int | None, int]:
 
 
 def _block_bytes(root: Path) -> int:
-    return int(_text(root / MEMORY_BLOCKS / "block_size_bytes") or "0", 16)
+    return int(text_of(root / MEMORY_BLOCKS / "block_size_bytes") or "0", 16)
 
 
 def _allowed_cores() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return None

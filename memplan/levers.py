@@ -7,9 +7,9 @@ from typing import Any
 from memplan.candidates import FamilySearch, best_of, floor_of, least_of
 from memplan.engines.plans import ENGINES
 from memplan.engines.whole import price_all, search_setups
-from memplan.explain import RESIDENT
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
+from memplan.memory import RESIDENT
 from memplan.planned import batch_size_of, family_of
 from memplan.problem import Problem
 from memplan.rates import Rates

@@ -34,6 +34,10 @@ class Counts:
     nvme_parameters: Ints = 0
 
 
+RESIDENT = Counts(0, 0, 0)
+"""Everything on the GPU."""
+
+
 def chain_order(shapes: Sequence[UnitShape]) -> list[int]:
     """Positions of ``shapes`` in the order in which they leave the GPU: the root last, lone large units before it.
 
@@ -79,7 +83,6 @@ class ChainTables:
         self.precision = precision
         self.sharding = sharding
         w, s8 = precision.weight_bytes, state_bytes(precision)
-        self.trainable_elements = sum(s.trainable_elements for s in shapes)
         held = [sharding.parameters(s.elements) for s in shapes]
         gradient = [sharding.gradients(s.trainable_elements) for s in shapes]
         state = [sharding.state(s.trainable_elements) for s in shapes]

@@ -23,17 +23,6 @@ class PassSeconds:
     rest: np.ndarray
     """Of what belongs to no unit but the root: the loss, norms, what is between the units. It comes last in forward."""
 
-    @property
-    def kernel_seconds(self) -> float:
-        """Of all kernels."""
-        return float((self.by_unit.sum(axis=0) + self.rest)[[FORWARD, BACKWARD]].sum())
-
-    @property
-    def forward_seconds(self) -> float:
-        """Of the forward pass, whichever of kernels and issue takes longer."""
-        both = self.by_unit.sum(axis=0) + self.rest
-        return float(max(both[FORWARD], both[FORWARD_ISSUE]))
-
 
 def pass_seconds(profile: ModelProfile, paths: Sequence[str], way: Way, rates: Rates) -> PassSeconds:
     """The seconds of a way by unit, ``paths`` being the units in forward order.

@@ -18,6 +18,8 @@ from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
 T = TypeVar("T")
+BUILT_BYTES = 4
+"""Of one parameter until the model is taken over: models are built in fp32."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Problem:
     def gpus_per_node(self) -> int:
         """They share a node's memory and disk."""
         return self.gpus // self.nodes
+
+    @property
+    def built_bytes(self) -> int:
+        """Of a node's memory, with the model of each of its ranks as it was built."""
+        return self.profile.parameter_elements * BUILT_BYTES * self.gpus_per_node
 
     @cached_property
     def chain(self) -> list[UnitShape]:

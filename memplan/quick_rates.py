@@ -19,7 +19,7 @@ from memplan.gpus import HostLink
 from memplan.machine import Machine
 from memplan.rates import Curve, Rates
 from offload.errors import TierError
-from offload.optimizer import AdamWStep, update_span
+from offload.optimizer import AdamWStep, update_in_torch
 from offload.plan import Precision
 from offload.residency import state_bytes
 from offload.state import carve_state, weight_dtype
@@ -173,7 +173,7 @@ def _update_seconds_per_element(precision: Precision) -> float:
     raw = torch.zeros(UPDATE_ELEMENTS * state_bytes(precision), dtype=torch.uint8)
     state = carve_state(raw, UPDATE_ELEMENTS, precision)
     how = AdamWStep(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
-    return best_seconds(lambda: update_span(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
+    return best_seconds(lambda: update_in_torch(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
 
 
 def _disk_rates(directory: Path) -> tuple[float, float]:

@@ -1,19 +1,21 @@
 """``plan``: from a profile, a machine and its rates to the plan with the highest predicted throughput that fits."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 
+from memplan.bounds import cpu_lanes
 from memplan.candidates import Candidate, FamilySearch, feasible, search
 from memplan.engines.plans import plan_whole
 from memplan.errors import NothingFits, PlanningError
-from memplan.explain import MASTER_BYTES, alternatives_to, busy_seconds, reasons_for
+from memplan.explain import alternatives_to, reasons_for
+from memplan.family_plan import family_plan
 from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
+from memplan.pipeline import LANES, timeline
 from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.units import units_of
-from offload.plan import Alternative, Budget, Plan, Precision, Prediction, Target, Tier
-from offload.residency import UnitShape
+from offload.plan import Budget, Plan, Precision, Prediction, Target, Tier
 from profiler.profile import ModelProfile
 
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
@@ -40,40 +42,20 @@ def plan(
     found = search(problem)
     if not found:
         raise _nothing_fits(problem, machine)
-    return plan_of(problem, found[0], machine, reasons_for(problem, found[0], machine), alternatives_to(problem, found))
+    best = plan_of(problem, found[0], machine)
+    reasons = reasons_for(problem, found[0], best.prediction, machine)
+    return replace(best, reasons=reasons, alternatives=alternatives_to(problem, found))
 
 
-def plan_of(
-    problem: Problem,
-    candidate: Candidate,
-    machine: Machine,
-    reasons: tuple[str, ...] = (),
-    alternatives: tuple[Alternative, ...] = (),
-) -> Plan:
+def plan_of(problem: Problem, candidate: Candidate, machine: Machine) -> Plan:
     """A candidate as a plan."""
-    way, sharding = candidate.family.way, candidate.family.sharding
-    return Plan(
-        model=problem.profile.model,
-        parameter_shapes={p.name: p.shape for p in problem.profile.parameters},
-        precision=problem.precision,
-        device=machine.device,
-        gpus=problem.gpus,
-        zero_stage=sharding.zero_stage,
+    return family_plan(
+        problem,
+        candidate.family,
+        machine,
         placements=placements_of(problem.shapes, chain_order(problem.shapes), candidate.counts),
         buckets=candidate.buckets,
-        micro_batch_size=way.micro_batch_size,
-        gradient_accumulation_steps=candidate.family.micro_batches,
-        recompute=problem.profile.blocks[: way.recomputed_blocks],
-        budget=problem.budget,
         prediction=predict(problem, candidate),
-        nvme_dir=str(machine.nvme_dir) if candidate.counts.nvme_state > 0 else None,
-        target=problem.target,
-        nodes=problem.nodes,
-        shard_gpus=sharding.shard_gpus,
-        checkpoints=way.checkpoints,
-        loss_chunks=way.loss_chunks,
-        reasons=reasons,
-        alternatives=alternatives,
     )
 
 
@@ -81,10 +63,10 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     """What to expect of a candidate: bytes of one GPU, and of one node's host memory and NVMe."""
     family = FamilySearch(problem, candidate.family, candidate.buckets)
     counts = candidate.counts
-    busy = busy_seconds(problem, candidate)
+    busy = _busy_seconds(problem, candidate)
     state, activations = int(family.tables.gpu_bytes(counts)), family.activations
-    host, model = family.host_bytes(counts), sum(p.elements for p in problem.profile.parameters) * MASTER_BYTES
-    attached = max(host, model * problem.gpus_per_node) if problem.device == "cuda" else host
+    host = family.host_bytes(counts)
+    attached = max(host, problem.built_bytes) if problem.device == "cuda" else host
     phases = {
         "gpu": {
             "attach": state,
@@ -113,6 +95,15 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     )
 
 
+def _busy_seconds(problem: Problem, candidate: Candidate) -> dict[str, float]:
+    """Busy seconds of every lane that does something, in one step."""
+    work = problem.work(candidate.family, candidate.buckets)
+    if problem.device != "cpu":
+        return timeline(work, candidate.counts).busy_seconds
+    lanes = cpu_lanes(work, candidate.counts)
+    return {lane: seconds for lane in LANES if (seconds := float(lanes[lane])) > 0}
+
+
 def problem_of(
     profile: ModelProfile,
     machine: Machine,
@@ -132,12 +123,12 @@ def problem_of(
     check_wishes(machine, batch_size, target)
     if not profile.activations:
         raise PlanningError("the profile says nothing about activations; make it again with this version")
-    shapes: Sequence[UnitShape] = units_of(profile)
+    shapes = units_of(profile)
     if not any(s.trainable_elements for s in shapes):
         raise PlanningError(f"{profile.model} has no parameter that is trained")
     return Problem(
         profile=profile,
-        shapes=tuple(shapes),
+        shapes=shapes,
         device=machine.device,
         gpus=machine.gpus,
         nodes=machine.nodes,

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from memplan.doctor import Check
 from memplan.formatting import format_bytes, format_seconds
+from memplan.step_words import training_words
 from offload.plan import Plan, Target, Tier
 
 STATUS_STYLES = {"ok": "green", "info": "blue", "warn": "yellow", "fail": "bold red"}
@@ -46,14 +47,9 @@ def plan_tables(plan: Plan) -> RenderableType:
 
 def plan_summary(plan: Plan) -> RenderableType:
     """What the plan does and what is expected of it, beside what was allowed."""
-    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
     gpus = f"{plan.gpus} x {plan.device}" + (f" on {plan.nodes} nodes" if plan.nodes > 1 else "")
     engine = "" if plan.target is Target.MEMPLAN else f" with {plan.target}"
-    recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
-    stage = f"ZeRO stage {plan.zero_stage}"
-    title = Text(
-        f"plan for {plan.model} on {gpus}{engine}: {plan.precision}, {stage}, {batch}, {recompute}", style="bold"
-    )
+    title = Text(f"plan for {plan.model} on {gpus}{engine}: {training_words(plan)}", style="bold")
     rows = table()
     rows.add_column("tier")
     for name in ("predicted", "at most", "allowed"):

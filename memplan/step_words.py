@@ -8,6 +8,7 @@ from typing import NamedTuple
 from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
 from memplan.pipeline import Span, Timeline
+from offload.plan import Plan
 
 COLOURS = {
     "forward": "#4a7fc9",
@@ -52,6 +53,13 @@ class Phase(NamedTuple):
     kind: str
     start_seconds: float
     end_seconds: float
+
+
+def training_words(plan: Plan) -> str:
+    """Precision, stage, batch and recompute of a plan."""
+    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
+    recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
+    return f"{plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
 
 
 def lane_name(lane: str) -> str:

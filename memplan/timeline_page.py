@@ -19,6 +19,7 @@ from memplan.step_words import (
     lever_lines,
     phases,
     sentences,
+    training_words,
     unit_of,
     within_step,
 )
@@ -228,10 +229,7 @@ def _scale(seconds: float) -> tuple[float, str]:
 
 
 def _made(plan: Plan) -> str:
-    recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
-    batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
-    where = f"for {plan.target} on {plan.gpus} x {plan.device}"
-    return f"{where}: {plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
+    return f"for {plan.target} on {plan.gpus} x {plan.device}: {training_words(plan)}"
 
 
 def _lanes(shown: Explanation) -> str:

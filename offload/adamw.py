@@ -6,7 +6,7 @@ from torch import nn
 from offload.errors import OffloadError
 from offload.optimizer import AdamWStep
 from offload.unit import Field, Unit
-from offload.updater import Segment
+from offload.unit_update import Segment
 
 
 class Hyperparameters:

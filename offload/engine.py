@@ -25,35 +25,39 @@ from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs, WaitingInput
 from offload.chunked_loss import ChunkedCausalLoss
-from offload.errors import OffloadError, PlanError
+from offload.errors import OffloadError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
 from offload.memory import MemoryMeter
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
-from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
+from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
 from offload.setup import (
     check_can_run,
+    check_scheduler,
     close_at_exit,
     explained,
     grow_segments,
     leave_cores_to_the_update,
     move_buffers,
     moved,
+    store_for,
     update_threads,
 )
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
-from offload.store import Store
+from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
-from offload.updater import ClipFactor, UnitUpdate, Updater
+from offload.unit_update import ClipFactor, UnitUpdate
+from offload.updater import Updater
 from offload.weight_files import WeightFiles
 from offload.weights import WeightMover, WeightReference
 
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
-HOLDERS = ("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_prefetcher", "_inputs", "_guard")
+HOLDERS = ("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher",
+           "_inputs", "_guard")  # fmt: skip
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
 
@@ -112,15 +116,10 @@ class Engine:
         files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
         units = partition(self.model, plan.placements)
-        modules = dict(self.model.named_modules())
-        if missing := [path for path in plan.recompute if path not in modules]:
-            raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.precision)
-        self.store: Store | None = None
-        if needed.nvme_bytes:
-            assert plan.nvme_dir is not None
-            self.store = Store(Path(plan.nvme_dir), needed.nvme_bytes, plan.buckets.io_bytes)
+        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share)
+        self.store = store_for(plan, needed)
+        if self.store is not None:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
@@ -141,7 +140,12 @@ class Engine:
         self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns, self._complete)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
-        self._updater = Updater(plan.precision, self._update_lane, self._down, self._returns, self.store, update_ring)
+        self._streamed: StreamedUpdate | None = None
+        if streamed_bytes(placements, plan.buckets, plan.precision, plan.gpu_update_share):
+            size, share = plan.buckets.update_elements, plan.gpu_update_share
+            self._streamed = StreamedUpdate(plan.precision, size, share, device, self._lane("streamed", 1))
+        links = self._update_lane, self._down, self._returns
+        self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._closers.append(leave_cores_to_the_update())
 
@@ -240,7 +244,7 @@ class Engine:
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
                 updates.append(UnitUpdate(state, segments, landed))
-        self._updater.begin(updates, self._clip, self.device)
+        self._updater.begin(updates, self._clip)
         for update in updates:
             if update.state.device_state is None:
                 self._mover.will_change(update.state.unit.name, update.promise)
@@ -254,10 +258,7 @@ class Engine:
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
-        if getattr(scheduler, "optimizer", None) is not self.optimizer:
-            raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
+        check_scheduler(scheduler, self.optimizer)
         self.lr_scheduler = scheduler
 
     @property
@@ -267,9 +268,12 @@ class Engine:
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
+        fetched, sent = self._inputs.fetched_bytes, self._inputs.sent_bytes
+        if self._streamed is not None:
+            fetched, sent = fetched + self._streamed.fetched_bytes, sent + self._streamed.sent_bytes
         return {
-            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + self._inputs.fetched_bytes,
-            "device_to_host": self._down.bytes_moved + self._inputs.sent_bytes,
+            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + fetched,
+            "device_to_host": self._down.bytes_moved + sent,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }

@@ -1,9 +1,11 @@
 """The arithmetic of the update: AdamW on fp32 masters, and the split of a master into weight and remainder. Pure.
 
-The same functions run on the CPU and on a GPU.
+The same functions run on the CPU and on a GPU, and always work. What is faster (``native``, ``device_update``) is held
+to them.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,20 @@ class AdamWStep:
     weight_decay: float
     step: int
 
+    @property
+    def step_size(self) -> float:
+        """Of the first moment, its bias corrected."""
+        return self.learning_rate / (1 - self.beta1**self.step)
+
+    @property
+    def correction2(self) -> float:
+        """What the root of the second moment is divided by for its bias."""
+        return (1 - self.beta2**self.step) ** 0.5
+
+
+UpdateSpan = Callable[[torch.Tensor, torch.Tensor, AdamState, AdamWStep, float | torch.Tensor], None]
+"""Updates a span of a unit in place, as ``update_in_torch``: weight, gradient, state, how, clip."""
+
 
 def adamw_(
     master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, how: AdamWStep
@@ -39,9 +55,8 @@ def adamw_(
     master.mul_(1 - how.learning_rate * how.weight_decay)
     exp_avg.lerp_(gradient, 1 - how.beta1)
     exp_avg_sq.mul_(how.beta2).addcmul_(gradient, gradient, value=1 - how.beta2)
-    step_size = how.learning_rate / (1 - how.beta1**how.step)
-    denominator = exp_avg_sq.sqrt().div_((1 - how.beta2**how.step) ** 0.5).add_(how.eps)
-    master.addcdiv_(exp_avg, denominator, value=-step_size)
+    denominator = exp_avg_sq.sqrt().div_(how.correction2).add_(how.eps)
+    master.addcdiv_(exp_avg, denominator, value=-how.step_size)
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -65,7 +80,7 @@ def split_master_(master: torch.Tensor, weight: torch.Tensor, remainder: torch.T
     remainder.copy_(bits)  # bits - (high << 16) is what the low 16 bits are as a signed number
 
 
-def update_span(
+def update_in_torch(
     weight: torch.Tensor,
     gradient: torch.Tensor,
     state: AdamState,

@@ -38,14 +38,12 @@ class UnitShape:
     name: str
     trainable_elements: int
     frozen_elements: int
-    largest_elements: int
-    """Of its largest trainable parameter."""
 
     @classmethod
     def of(cls, name: str, trainable: Iterable[int], frozen: Iterable[int] = ()) -> "UnitShape":
         """From the element counts of its parameters."""
-        trainable = [aligned(n, ALIGN_ELEMENTS) for n in trainable]
-        return cls(name, sum(trainable), sum(aligned(n, ALIGN_ELEMENTS) for n in frozen), max(trainable, default=0))
+        trained, other = (sum(aligned(n, ALIGN_ELEMENTS) for n in counts) for counts in (trainable, frozen))
+        return cls(name, trained, other)
 
     @property
     def elements(self) -> int:
@@ -128,13 +126,32 @@ def staging_bytes(
     return update, weights
 
 
+def streamed_slot_bytes(elements: int, precision: Precision) -> int:
+    """Bytes of one slot on the device through which state of the host is updated there: weight, gradient and state."""
+    return elements * (2 * precision.weight_bytes + state_bytes(precision))
+
+
+def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, precision: Precision, share: float) -> int:
+    """Device bytes of the ring of the streamed update, where the device has a share in the update of the host's state.
+
+    State on NVMe is updated on the host, and so are units whose weights are there.
+    """
+    if not share or not any(p.optimizer is Tier.HOST for p in placements):
+        return 0
+    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, precision)
+
+
 def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:
     """Host bytes of the inputs of so many recomputed blocks, each of ``input_bytes`` and a piece of its own."""
     return blocks * aligned(input_bytes, BLOCK_BYTES)
 
 
 def footprint(
-    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, precision: Precision
+    shapes: Sequence[UnitShape],
+    placements: Sequence[Placement],
+    buckets: Buckets,
+    precision: Precision,
+    gpu_update_share: float = 0.0,
 ) -> Footprint:
     """What the runtime allocates for these units, to the byte.
 
@@ -158,5 +175,6 @@ def footprint(
             nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(s.elements, buckets.update_elements))
     gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets).items())
     gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements).items())
+    gpu += streamed_bytes(placements, buckets, precision, gpu_update_share)
     update, weights = staging_bytes(shapes, placements, buckets, precision)
     return Footprint(gpu, host + UPDATE_RING * update + UPDATE_RING * weights, nvme)

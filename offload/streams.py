@@ -23,6 +23,7 @@ class Done:
     def __init__(self) -> None:
         self._enqueued: Future[torch.Event | None] = Future()
         self._parts: tuple[Future[Any], ...] = ()
+        self._others: tuple[Done, ...] = ()
 
     @classmethod
     def now(cls, device: torch.device) -> "Done":
@@ -57,6 +58,11 @@ class Done:
 
         other._enqueued.add_done_callback(pass_on)
 
+    def follow_all(self, others: Iterable["Done"]) -> None:
+        """Be done when all of these are; for one that nobody finishes or fails."""
+        self._others = tuple(others)
+        self.finish(None)
+
     def fail(self, error: BaseException) -> None:
         """The work can not be done; whoever waits gets ``error``."""
         self._enqueued.set_exception(error)
@@ -64,7 +70,7 @@ class Done:
     @property
     def settled(self) -> bool:
         """Whether finish or fail was called."""
-        return self._enqueued.done()
+        return self._enqueued.done() and all(other.settled for other in self._others)
 
     def _host_part(self) -> torch.Event | None:
         event = self._enqueued.result()
@@ -74,12 +80,16 @@ class Done:
 
     def wait(self) -> None:
         """Let the current stream (on the CPU: this thread) go on only when the work is done."""
+        for other in self._others:
+            other.wait()
         event = self._host_part()
         if event is not None:
             torch.accelerator.current_stream().wait_event(event)
 
     def synchronize(self) -> None:
         """Let this thread go on only when the work is done."""
+        for other in self._others:
+            other.synchronize()
         event = self._host_part()
         if event is not None:
             event.synchronize()

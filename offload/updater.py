@@ -6,64 +6,22 @@ comes after that promise; so the next forward pass starts with the first unit th
 through a ring of staging slots: one chunk being read, one updated, one written back.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from offload.optimizer import AdamWStep, update_span
+from offload.arithmetic import device_update, host_update
 from offload.plan import Precision
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
-from offload.state import AdamState, UnitState, carve_state
+from offload.split import Took
+from offload.state import AdamState, carve_state
 from offload.store import Extent, Store, Ticket
+from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
-
-
-class ClipFactor:
-    """What gradients are multiplied with so that their global norm is at most ``max_norm``.
-
-    min(1, max_norm / (norm + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``. Known on the device at once, and
-    on the host when it has arrived there.
-    """
-
-    def __init__(self, norm: torch.Tensor, max_norm: float | None) -> None:
-        factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.on_device = factor
-        pinned = norm.device.type == "cuda"
-        self._host = torch.zeros(2, pin_memory=pinned)
-        self._host.copy_(torch.stack([factor, norm]), non_blocking=pinned)
-        self._arrived = Done.now(norm.device)
-
-    def on_host(self) -> float:
-        """The factor; waits for it."""
-        self._arrived.synchronize()
-        return float(self._host[0])
-
-    def norm(self) -> float:
-        """The norm before clipping; waits for it."""
-        self._arrived.synchronize()
-        return float(self._host[1])
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive elements of a unit that are updated in the same way."""
-
-    start: int
-    stop: int
-    how: AdamWStep
-
-
-@dataclass(frozen=True, eq=False)
-class UnitUpdate:
-    """One unit's part in one optimizer step."""
-
-    state: UnitState
-    segments: tuple[Segment, ...]
-    landed: Done
-    """When its gradient is in the buffer of its tier."""
-    promise: Done = field(default_factory=Done)
+from offload.unit_update import ClipFactor, UnitUpdate
 
 
 @dataclass(eq=False)
@@ -98,32 +56,49 @@ class _Chunk:
 
 
 class Updater:
-    """Carries out optimizer steps on its own lane."""
+    """Carries out optimizer steps: on its own lane, and where there is a ``streamed`` update, partly on the device."""
 
     def __init__(
-        self, precision: Precision, lane: Lane, down: Lane, up: Lane, store: Store | None, ring: Sequence[torch.Tensor]
+        self,
+        precision: Precision,
+        lane: Lane,
+        down: Lane,
+        up: Lane,
+        store: Store | None,
+        ring: Sequence[torch.Tensor],
+        streamed: StreamedUpdate | None,
+        device: torch.device,
     ) -> None:
         self._precision = precision
         self._lane, self._down, self._up = lane, down, up
         self._store = store
         self._ring = [_StagingSlot(buffer) for buffer in ring]
+        self._streamed = streamed
+        self._device = device
+        self._update_on_host, self._update_on_device = host_update(device), device_update(device)
         self._last: Done | None = None
         self._reading: set[str] = set()
+        self._took: Took | None = None
 
     def in_flight(self) -> list[str]:
         """Units whose state is being read from the NVMe tier."""
         return sorted(self._reading)
 
-    def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, device: torch.device) -> None:
-        """Start the step. Units with state on the device are updated on the current stream, the others on the lane."""
+    def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor) -> None:
+        """Start the step. Units with state on the device are updated on the current stream, the others beside it."""
         self.check()
-        begun = Done.now(device)
+        begun = Done.now(self._device)
         away = [u for u in updates if u.state.device_state is None]
+        if self._streamed is not None:
+            if self._took is not None:
+                self._streamed.learn(self._took)
+            away, streamed = self._streamed.shared(away)
+            self._streamed.begin(streamed, clip, begun)
         if away:
             self._last = self._lane.submit(lambda: self._run(away, clip, begun))
         for update in updates:
             if update.state.device_state is not None:
-                self._update_on_device(update, clip)
+                self._update_resident(update, clip)
 
     def check(self) -> None:
         """Raise what went wrong in the last step, if it has ended."""
@@ -134,27 +109,30 @@ class Updater:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""
         if self._last is not None:
             self._last.synchronize()
+        if self._streamed is not None:
+            self._streamed.finish()
         self._finish_writes()
 
-    def _update_on_device(self, update: UnitUpdate, clip: ClipFactor) -> None:
+    def _update_resident(self, update: UnitUpdate, clip: ClipFactor) -> None:
         state = update.state
         assert state.device_weights is not None
         assert state.device_gradients is not None
         assert state.device_state is not None
         for s in update.segments:
-            part = slice(s.start, s.stop)
-            moments = state.device_state.span(s.start, s.stop)
-            update_span(state.device_weights[part], state.device_gradients[part], moments, s.how, clip.on_device)
+            part, moments = slice(s.start, s.stop), state.device_state.span(s.start, s.stop)
+            weights, gradients = state.device_weights[part], state.device_gradients[part]
+            self._update_on_device(weights, gradients, moments, s.how, clip.on_device)
         update.promise.finish(None)
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
         try:
             self._finish_writes()  # of the step before: its extents are read again now
             factor = clip.on_host()
+            started = time.perf_counter()
             window: deque[_Chunk] = deque()
             staged = 0
             for update in updates:
-                for index, (start, stop) in enumerate(update.state.spans):
+                for index, (start, stop) in enumerate(_spans(update)):
                     if any(s.start < stop and s.stop > start for s in update.segments):
                         window.append(self._stage(update, index, start, stop, self._ring[staged % UPDATE_RING]))
                         staged += 1
@@ -162,6 +140,7 @@ class Updater:
                         self._apply(window.popleft(), factor, begun)
             while window:
                 self._apply(window.popleft(), factor, begun)
+            self._took = Took(sum(u.elements for u in updates), time.perf_counter() - started)
         except BaseException as error:
             for update in updates:
                 if not update.promise.settled:
@@ -226,7 +205,7 @@ class Updater:
         for s in chunk.update.segments:
             a, b = max(s.start, chunk.start) - chunk.start, min(s.stop, chunk.stop) - chunk.start
             if a < b:
-                update_span(chunk.weights[a:b], chunk.gradients[a:b], chunk.state.span(a, b), s.how, factor)
+                self._update_on_host(chunk.weights[a:b], chunk.gradients[a:b], chunk.state.span(a, b), s.how, factor)
         state = chunk.update.state
         if self._store is not None:
             if chunk.state_bytes is not None and state.state_extents is not None:
@@ -241,10 +220,19 @@ class Updater:
         state = update.state
         if state.device_weights is not None:
             assert state.host_weights is not None
-            trainable = state.device_weights[: state.unit.shape.trainable_elements]
+            part = slice(update.segments[0].start, update.segments[-1].stop)
             # Behind everything that was computing with the old weights when the step began.
-            update.promise.follow(self._up.copy(trainable, state.host_weights, after=[begun]))
+            copied = self._up.copy(state.device_weights[part], state.host_weights[part], after=[begun])
+            update.promise.follow(copied)
         elif state.weight_extents is not None:
             update.promise.follow(Done.after_all(t for slot in self._ring for t in slot.written))
         else:
             update.promise.finish(None)
+
+
+def _spans(update: UnitUpdate) -> list[tuple[int, int]]:
+    """The pieces in which the host updates a unit: all at once what is in its memory, else what is staged at a time."""
+    state = update.state
+    if state.host_state is not None and state.host_weights is not None and state.host_gradients is not None:
+        return [(update.segments[0].start, update.segments[-1].stop)]
+    return state.spans

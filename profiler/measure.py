@@ -44,7 +44,6 @@ _OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     "sgd-momentum": partial(torch.optim.SGD, lr=_RATE, momentum=0.9),
     "adafactor": partial(torch.optim.Adafactor, lr=_RATE),
 }
-MEASURED_OPTIMIZERS = tuple(_OPTIMIZERS)
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ class Case(NamedTuple):
         return f"batch size {self.batch_size}{recompute}" + (" and the loss in chunks" if self.loss_chunks > 1 else "")
 
 
-Traced = dict[Case, tuple[Trace, Loop]]
-
+Traced = dict[Case, Trace]
 
 ENGINES_STATE = MODEL_STATE - {Category.GRADIENT}
 """What an engine keeps elsewhere; a gradient is there until it is taken away."""
@@ -81,12 +80,11 @@ class Study:
         blocks = repeated_blocks(model)
         return cls(model=model, blocks=blocks, runs=runs_of(model, blocks), **how)
 
-    def trace(self, batch: Any, case: Case, called: nn.Module | None = None) -> tuple[Trace, Loop]:
-        """Trace one step, and the loop of such steps; ``called`` is called in the model's place."""
+    def trace(self, batch: Any, case: Case, called: nn.Module | None = None) -> Trace:
+        """Trace one step; ``called`` is called in the model's place."""
         forward = self.forward if called is None else lambda _, batch: self.forward(called, batch)
         with explained(f"one training step of {self.where} can not be traced"):
-            trace = trace_step(self.model, batch, forward, self.precision, self.blocks, case.recompute, self.runs)
-        return trace, training_loop(trace, self.optimizer, self.clip)
+            return trace_step(self.model, batch, forward, self.precision, self.blocks, case.recompute, self.runs)
 
     def profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         """The profile of a batch of ``batch_size``, with activation points of every batch."""
@@ -96,14 +94,14 @@ class Study:
     def _profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         batch = batches[batch_size]()
         plain = Case(batch_size, recompute=False)
-        trace, loop = self.trace(batch, plain)
+        trace = self.trace(batch, plain)
         called = dict.fromkeys(e.module for e in trace.events if isinstance(e, Call))
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
-        traced, remarks = study._further_traces(batches, {plain: (trace, loop)})
-        points = [study._point(case, t) for case, (t, _) in traced.items()]
-        points += [point for case, (t, _) in traced.items() if (point := study._point_on_host(case, t)) is not None]
-        remarks = [s for t, _ in traced.values() for s in t.assumptions] + remarks
-        return study._summed_up(trace, loop, batch, tuple(points), tuple(dict.fromkeys(remarks)))
+        traced, remarks = study._further_traces(batches, {plain: trace})
+        points = [study._point(case, t) for case, t in traced.items()]
+        points += [point for case, t in traced.items() if (point := study._point_on_host(case, t)) is not None]
+        remarks = [s for t in traced.values() for s in t.assumptions] + remarks
+        return study._summed_up(trace, batch, tuple(points), tuple(dict.fromkeys(remarks)))
 
     def _scaled(self, known: Any, known_size: int, batch: int | None, seq: int | None) -> ModelProfile:
         """The profile of a batch like ``known``, with another number of samples or another sequence length."""
@@ -115,13 +113,13 @@ class Study:
         like = resized(known, (known_size, size), (length, seq) if length is not None and seq is not None else None)
         with _uncollected():
             case = Case(size, recompute=False)
-            trace, loop = self.trace(like, case)
-            return self._summed_up(trace, loop, like, (self._point(case, trace),), trace.assumptions)
+            trace = self.trace(like, case)
+            return self._summed_up(trace, like, (self._point(case, trace),), trace.assumptions)
 
     def _summed_up(
-        self, trace: Trace, loop: Loop, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
+        self, trace: Trace, batch: Any, points: tuple[ActivationPoint, ...], remarks: tuple[str, ...]
     ) -> ModelProfile:
-        size = points[0].batch_size
+        size, loop = points[0].batch_size, self._loop(trace)
         native, expandable = (replay(loop, allocator) for allocator in (CachingAllocator(), ExpandableAllocator()))
         first, steady = (_phase_peaks(*both) for both in zip(native, expandable, strict=True))
         timeline, contents = timeline_of(loop, trace.events)
@@ -145,6 +143,10 @@ class Study:
             again=partial(self._scaled, batch, size),
         )
         return timed(found, self.model, trace, self.target) if self.target else found
+
+    def _loop(self, trace: Trace) -> Loop:
+        """The loop of such steps."""
+        return training_loop(trace, self.optimizer, self.clip)
 
     def _point(self, case: Case, trace: Trace) -> ActivationPoint:
         taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
@@ -189,20 +191,20 @@ class Study:
             # Where the loss is the peak, it is so most of all with a large batch and recomputed blocks.
             first = max(traced)._replace(loss_chunks=LOSS_CHUNKS)
             add([first], in_chunks)
-            worthwhile = _worthwhile(traced, first) if first in traced else []
+            worthwhile = self._worthwhile(traced, first) if first in traced else []
             add((case for case in worthwhile if case != first), in_chunks)
             if not worthwhile:
                 traced.pop(first, None)
         return traced, remarks
 
-
-def _worthwhile(traced: Traced, chunked: Case) -> list[Case]:
-    """What else to trace in chunks: where the bytes that one such case saves are a sizeable part of the peak."""
-    size, _, chunks = chunked
-    peaks = {case: allocated_peak(loop, leave_out=MODEL_STATE) for case, (_, loop) in traced.items()}
-    saved = peaks[chunked._replace(loss_chunks=1)] - peaks[chunked]
-    worthwhile = {c.recompute for c, peak in peaks.items() if c[0] == size and saved >= WORTHWHILE_SHARE * peak}
-    return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
+    def _worthwhile(self, traced: Traced, chunked: Case) -> list[Case]:
+        """What else to trace in chunks: where the bytes that one such case saves are a sizeable part of the peak."""
+        size, _, chunks = chunked
+        loops = {case: self._loop(trace) for case, trace in traced.items() if case.batch_size == size}
+        peaks = {case: allocated_peak(loop, leave_out=MODEL_STATE) for case, loop in loops.items()}
+        saved = peaks[chunked._replace(loss_chunks=1)] - peaks[chunked]
+        worthwhile = {case.recompute for case, peak in peaks.items() if saved >= WORTHWHILE_SHARE * peak}
+        return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
 
 
 @contextmanager

@@ -163,7 +163,7 @@ def model(shapes: list[list[list[int]]]) -> tuple[tuple[UnitShape, ...], list[Pa
         for unit, members in zip(names, shapes, strict=True)
         for k, shape in enumerate(members)
     ]
-    return tuple(UnitShape(name, 0, 0, 0) for name in names), parameters
+    return tuple(UnitShape(name, 0, 0) for name in names), parameters
 
 
 @given(SHAPES, SETUPS)

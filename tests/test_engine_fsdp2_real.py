@@ -57,7 +57,7 @@ def group():
 def test_fully_shard_gathers_reduces_and_keeps_what_is_counted(group, precision, reshard):
     model, counts = Net(), Counter()
     parameters = [ParameterProfile(n, tuple(p.shape), "float32", True) for n, p in model.named_parameters()]
-    units = [UnitShape(name, 0, 0, 0) for name in ("", "blocks.0", "blocks.1", "blocks.2")]
+    units = [UnitShape(name, 0, 0) for name in ("", "blocks.0", "blocks.1", "blocks.2")]
     policy = (
         MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision is Precision.BF16 else MixedPrecisionPolicy()
     )

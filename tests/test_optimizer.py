@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.optimizer import AdamWStep, adamw_, join_master, split_master_, update_span
+from offload.optimizer import AdamWStep, adamw_, join_master, split_master_, update_in_torch
 from offload.plan import Precision
 from offload.state import carve_state
 
@@ -77,7 +77,7 @@ def test_an_update_in_pieces_is_the_update_in_one(precision: Precision, monkeypa
             torch.zeros(elements * (10 if precision is Precision.BF16 else 8), dtype=torch.uint8), elements, precision
         )
         w = weight.clone()
-        update_span(w, gradient, state, AdamWStep(1e-2, 0.9, 0.95, 1e-8, 0.1, 3), 0.7)
+        update_in_torch(w, gradient, state, AdamWStep(1e-2, 0.9, 0.95, 1e-8, 0.1, 3), 0.7)
         found.append((w, *state))
     for one, other in zip(*found, strict=True):
         assert one is other is None or torch.equal(one, other)

@@ -2,7 +2,7 @@
 
 from dataclasses import astuple, replace
 
-from benchmarks.planner import MACHINE, setup_of, summary
+from benchmarks.planner import MACHINE, largest_allowed, refusals, restored, setup_of, summary
 from memplan.planned import counts_of
 from memplan.search import plan
 from tests.synthetic_profiles import RATES, transformer
@@ -26,6 +26,8 @@ def test_refusals_are_counted_up_to_twice_the_largest_batch_that_runs():
     batches = {"largest_that_runs": 10, "largest_allowed": 8, "most": 128}
     found = summary([row(1.0, batches=batches)])["batches"]
     assert found == {"refused": 12, "wrongly": 2, "allowed_wrongly": 0}
+    again = refusals([row(1.0, batches={**batches, "again": 11})], "again")
+    assert again == {"refused": 9, "wrongly": 0, "allowed_wrongly": 1}
 
 
 def test_a_setup_says_what_a_prediction_needs():
@@ -33,3 +35,14 @@ def test_a_setup_says_what_a_prediction_needs():
     setup = setup_of(found)
     assert setup["counts"] == list(astuple(counts_of(found)))
     assert setup["micro_batch"] * setup["accumulation"] == 4
+
+
+def test_a_setup_is_predicted_as_its_plan_was_and_allows_what_the_plan_takes():
+    profile = transformer(4, batch_size=4)
+    found = plan(profile, replace(MACHINE, gpu_bytes=1 << 33), RATES, batch_size=4)
+    expected, setup = found.prediction, setup_of(found)
+    family, counts = restored(profile, RATES, setup, found.micro_batch_size, found.gradient_accumulation_steps)
+    assert family.gpu_peak_bytes(counts) == expected.gpu_peak_bytes
+    assert family.seconds_of(counts) == expected.step_seconds
+    assert largest_allowed(profile, RATES, setup, expected.gpu_upper_bytes) >= found.micro_batch_size
+    assert largest_allowed(profile, RATES, setup, expected.gpu_upper_bytes - 1) < found.micro_batch_size

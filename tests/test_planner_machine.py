@@ -8,7 +8,7 @@ import torch
 
 from memplan.cgroup import cpu_quota, memory_headroom, memory_limit
 from memplan.described import describe
-from memplan.disks import Disk
+from memplan.disks import Disk, Mount
 from memplan.errors import MachineError
 from memplan.gpus import HostLink
 from memplan.host import NumaNode
@@ -197,15 +197,15 @@ def test_gpus_of_several_kinds_are_said(cuda):
 
 
 def test_a_network_mount_is_remarked_on(tmp_path):
-    machine = with_directory(GPU, tmp_path, None, [("/", "nfs4")])
+    machine = with_directory(GPU, tmp_path, None, [Mount("/", "nfs4", "/dev/any")])
     assert machine.disk is not None and machine.disk.network
     assert machine.host_bytes == GPU.host_bytes
     assert any("is on nfs4, a network mount" in remark for remark in machine.remarks)
-    assert with_directory(GPU, tmp_path, None, [("/", "ext4")]).remarks == ()
+    assert with_directory(GPU, tmp_path, None, [Mount("/", "ext4", "/dev/any")]).remarks == ()
 
 
 def test_a_directory_in_memory_takes_its_bytes_from_the_host(tmp_path):
-    memory = [("/", "tmpfs")]
+    memory = [Mount("/", "tmpfs", "/dev/any")]
     machine = with_directory(GPU, tmp_path, 1 * GIB, memory)
     assert (machine.host_bytes, machine.nvme_bytes) == (GPU.host_bytes - GIB, GIB)
     assert any("takes host memory" in remark for remark in machine.remarks)

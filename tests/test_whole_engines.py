@@ -180,3 +180,9 @@ def test_the_changes_that_are_named_make_it_fit(target):
         wanted = int(getattr(small, field) + parse_bytes(size) * 1.01)
         larger = replace(larger, **{field: wanted})
     plan(profile, larger, RATES, batch_size=4, target=target)
+
+
+@pytest.mark.parametrize("target", WHOLE)
+def test_a_model_without_blocks_is_not_said_to_recompute(target):
+    found = plan(transformer(0), machine_of(1 << 40, 1 << 40, device="cuda"), RATES, batch_size=4, target=target)
+    assert ", no recompute, " in found.reasons[0]

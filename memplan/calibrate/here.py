@@ -13,6 +13,7 @@ import psutil
 import pynvml
 import torch
 
+from memplan.disks import mount_of
 from memplan.errors import MachineError
 from memplan.formatting import format_bytes
 from memplan.gpus import find_gpus
@@ -92,13 +93,9 @@ def _driver() -> str:
 
 
 def _disk_of(directory: Path) -> str:
-    """Device and kind of the file system that a directory lies on, by its longest mount point."""
-    there = directory.resolve()
-    mounts = [m for m in psutil.disk_partitions(all=True) if there.is_relative_to(m.mountpoint)]
-    if not mounts:
-        return "unknown"
-    mount = max(mounts, key=lambda m: len(m.mountpoint))
-    return f"{mount.device} {mount.fstype}"
+    """Device and kind of the file system that a directory lies on."""
+    mount = mount_of(directory)
+    return f"{mount.device} {mount.kind}" if mount is not None else "unknown"
 
 
 def _cpu_model() -> str:

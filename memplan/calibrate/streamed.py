@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from memplan.calibrate.parts import Part, best_seconds, gigabytes, nanoseconds
-from offload.optimizer import AdamWStep, update_span
+from offload.optimizer import AdamWStep, update_in_torch
 from offload.plan import Buckets, Precision
 from offload.residency import state_bytes
 from offload.state import AdamState, carve_state, weight_dtype
@@ -24,7 +24,7 @@ def resident_update(device: torch.device, elements: int) -> Part:
     for precision in (Precision.FP32, Precision.BF16):
         weights, state = _numbers(torch.zeros(_bytes(elements, precision), dtype=torch.uint8, device=device), precision)
         gradients = torch.full_like(weights, 1e-2)
-        update = partial(update_span, weights, gradients, state, HOW, torch.ones((), device=device))
+        update = partial(update_in_torch, weights, gradients, state, HOW, torch.ones((), device=device))
         found[precision] = best_seconds(update, device.type) / elements
         moved = 3 * precision.weight_bytes + 2 * state_bytes(precision)
         rows.append((precision.value, nanoseconds(found[precision]), gigabytes(moved / found[precision])))
@@ -63,7 +63,7 @@ class StreamedUpdate:
             arrived = self._arrive.record_event()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(arrived)
-            update_span(there[0], self._gradients, there[1], HOW, self._clip)
+            update_in_torch(there[0], self._gradients, there[1], HOW, self._clip)
             updated = self._compute.record_event()
         with torch.cuda.stream(self._leave):
             self._leave.wait_event(updated)

@@ -24,7 +24,8 @@ from offload.setup import FEEDING_CORES, update_threads
 from offload.state import UnitState, carve_state, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit import partition
-from offload.updater import ClipFactor, Segment, UnitUpdate, Updater
+from offload.unit_update import ClipFactor, Segment, UnitUpdate
+from offload.updater import Updater
 
 PIECE_BYTES = 32 * MIB
 """Weights and gradients travel in pieces of about this size."""
@@ -77,14 +78,14 @@ class HostUpdate:
         self._device = device
         self.up, self.down = Lane("up", device), Lane("down", device)
         self._lane = Lane("update", device, update_threads(device))
-        self._updater = Updater(precision, self._lane, self.down, self.up, None, [raw[:0]] * 3)
+        self._updater = Updater(precision, self._lane, self.down, self.up, None, [raw[:0]] * 3, None, device)
         self._state = _unit_on_host(elements, precision, raw)
 
     def begin(self) -> Done:
         """Start one update; what is returned is settled when it is over."""
         update = UnitUpdate(self._state, (Segment(0, self.elements, HOW),), Done.now(self._device))
         clip = ClipFactor(torch.ones((), device=self._device), 0.5)
-        self._updater.begin([update], clip, self._device)
+        self._updater.begin([update], clip)
         return update.promise
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from memplan.engines.deepspeed_memory import deepspeed_held
-from memplan.engines.deepspeed_setup import ADAM_TENSORS, DeepSpeedSetup, param_buffers
+from memplan.engines.deepspeed_setup import DeepSpeedSetup, param_buffers, planned_setup
 from memplan.engines.deepspeed_traffic import deepspeed_traffic
 from memplan.engines.held import Held
 from memplan.engines.traffic import Traffic
@@ -64,28 +64,16 @@ class DeepSpeed:
     @staticmethod
     def setup_of(problem: Problem, setup: Setup) -> DeepSpeedSetup:
         """As ``deepspeed_setup.setup_of`` reads it from the plan that is made of this setup."""
-        sharding, b = setup.family.sharding, setup.buckets
-        largest = max(p.elements for p in problem.profile.parameters)
-        return DeepSpeedSetup(
-            zero_stage=sharding.zero_stage,
-            gpus=problem.gpus,
-            nodes=problem.nodes,
+        return planned_setup(
+            setup.family.sharding,
+            setup.buckets,
+            setup.parameters,
+            setup.optimizer,
+            setup.gpu_update_share,
             precision=problem.precision,
-            parameters=setup.parameters,
-            optimizer=setup.optimizer,
-            gpu_update_share=setup.gpu_update_share,
-            reduce_elements=b.reduce_elements,
-            gather_elements=b.gather_elements,
-            persistence_elements=b.persistence_elements,
-            live_elements=b.live_elements,
-            sub_group_elements=b.update_elements,
-            overlap_comm=sharding.zero_stage > 0,
+            device=problem.device,
+            largest_elements=max(p.elements for p in problem.profile.parameters),
             param_buffer_count=problem.once("param_buffers", lambda: _param_buffers(problem)),
-            param_buffer_elements=largest,
-            optimizer_buffer_count=2 * ADAM_TENSORS,
-            pin_memory=problem.device == "cuda",
-            hpz=sharding.group if sharding.shard_gpus else 1,
-            zero_init=sharding.zero_stage == 3,
         )
 
 

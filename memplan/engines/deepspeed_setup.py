@@ -5,11 +5,12 @@ The defaults are DeepSpeed's own (0.19), so that a setup can be made of a config
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from memplan.errors import PlanningError
-from offload.plan import Plan, Precision, Target, Tier
+from memplan.sharding import Sharding
+from offload.plan import Buckets, Plan, Precision, Target, Tier
 
 ADAM_TENSORS = 4
 """What a sub-group brings through the swap buffers at once: the master, two moments, and the gradient."""
@@ -85,50 +86,67 @@ class DeepSpeedSetup:
         return self.optimizer is Tier.NVME and self.optimizer_buffer_count >= 3 * ADAM_TENSORS
 
 
+def planned_setup(
+    sharding: Sharding,
+    buckets: Buckets,
+    parameters: Tier,
+    optimizer: Tier,
+    gpu_update_share: float,
+    *,
+    precision: Precision,
+    device: str,
+    largest_elements: int,
+    param_buffer_count: int,
+) -> DeepSpeedSetup:
+    """The setup that plans are made for: these sizes, ``Buckets.update_elements`` being the sub-group.
+
+    ``largest_elements`` are those of the model's largest parameter, ``param_buffer_count`` is from ``param_buffers``.
+    """
+    return DeepSpeedSetup(
+        zero_stage=sharding.zero_stage,
+        gpus=sharding.gpus,
+        nodes=sharding.nodes,
+        precision=precision,
+        parameters=parameters,
+        optimizer=optimizer,
+        gpu_update_share=gpu_update_share,
+        reduce_elements=buckets.reduce_elements,
+        gather_elements=buckets.gather_elements,
+        persistence_elements=buckets.persistence_elements,
+        live_elements=buckets.live_elements,
+        sub_group_elements=buckets.update_elements,
+        overlap_comm=sharding.zero_stage > 0,
+        param_buffer_count=param_buffer_count,
+        param_buffer_elements=largest_elements,
+        optimizer_buffer_count=2 * ADAM_TENSORS,
+        pin_memory=device == "cuda",
+        hpz=sharding.group if sharding.shard_gpus else 1,
+        zero_init=sharding.zero_stage == 3,
+    )
+
+
 def setup_of(plan: Plan) -> DeepSpeedSetup:
     """The setup that carries the plan out, as ``ds_config`` writes it.
 
     DeepSpeed moves whole tiers, so the furthest tier of any unit counts for all. A plan made for DeepSpeed has its
-    stage and buckets taken over exactly (``Buckets.update_elements`` is the sub-group); of one made for another engine
-    the stage is raised to what this offloading needs, and the sizes are translated.
+    stage and buckets taken over exactly; of one made for another engine the stage is raised to what this offloading
+    needs, and the sizes are translated.
     """
     parameters = furthest(p.parameters for p in plan.placements)
     optimizer = furthest(p.optimizer for p in plan.placements)
     stage = _stage(plan, parameters, optimizer)
-    total = sum(prod(shape) for shape in plan.parameter_shapes.values())
-    largest = largest_parameter(plan)
-    buckets = plan.buckets
-    own = plan.target is Target.DEEPSPEED
-    if own:
-        gather, sub_group = buckets.gather_elements, buckets.update_elements
-        persistence, live = buckets.persistence_elements, buckets.live_elements or gather + largest
-    else:
-        gather = min(total, max(1, buckets.prefetch_units) * (total // max(1, len(plan.placements))))
-        sub_group = min(total, max(SUB_GROUP_ELEMENTS, largest))
-        persistence = min(PERSISTENCE_ELEMENTS, largest)
-        live = total if parameters is Tier.GPU else 2 * max(gather, largest)
     hierarchical = plan.shard_gpus not in (0, plan.gpus) and stage == 3
-    return DeepSpeedSetup(
-        zero_stage=stage,
-        gpus=plan.gpus,
-        nodes=plan.nodes,
+    splits = plan.target is Target.DEEPSPEED and stage == 3 and optimizer is Tier.HOST
+    return planned_setup(
+        Sharding(stage, plan.gpus, plan.nodes, plan.shard_gpus if hierarchical else 0),
+        _buckets(plan, parameters),
+        parameters,
+        optimizer,
+        plan.gpu_update_share if splits else 0.0,
         precision=plan.precision,
-        parameters=parameters,
-        optimizer=optimizer,
-        gpu_update_share=plan.gpu_update_share if own and stage == 3 and optimizer is Tier.HOST else 0.0,
-        # NCCL's buffers begin at multiples of two elements: DeepSpeed refuses odd buckets in stages 1 and 2.
-        reduce_elements=max(2, buckets.reduce_elements + buckets.reduce_elements % 2),
-        gather_elements=max(2, gather + gather % 2),
-        persistence_elements=persistence,
-        live_elements=live,
-        sub_group_elements=max(1, sub_group),
-        overlap_comm=stage > 0,
+        device=plan.device,
+        largest_elements=largest_parameter(plan),
         param_buffer_count=param_buffers([p.unit for p in plan.placements], plan.parameter_shapes, plan.precision),
-        param_buffer_elements=largest,
-        optimizer_buffer_count=2 * ADAM_TENSORS,
-        pin_memory=plan.device == "cuda",
-        hpz=plan.shard_gpus if hierarchical else 1,
-        zero_init=stage == 3,
     )
 
 
@@ -146,6 +164,29 @@ def _stage(plan: Plan, parameters: Tier, optimizer: Tier) -> int:
     if parameters is not Tier.GPU or optimizer is Tier.NVME:
         return 3
     return max(plan.zero_stage, 1 if optimizer is Tier.HOST else 0)
+
+
+def _buckets(plan: Plan, parameters: Tier) -> Buckets:
+    """Its own where it was made for DeepSpeed, else translated; of sizes that DeepSpeed takes."""
+    own, largest = plan.buckets, largest_parameter(plan)
+    if plan.target is Target.DEEPSPEED:
+        sizes = replace(own, live_elements=own.live_elements or own.gather_elements + largest)
+    else:
+        total = sum(prod(shape) for shape in plan.parameter_shapes.values())
+        gather = min(total, max(1, own.prefetch_units) * (total // max(1, len(plan.placements))))
+        sizes = replace(
+            own,
+            gather_elements=gather,
+            update_elements=max(1, min(total, max(SUB_GROUP_ELEMENTS, largest))),
+            persistence_elements=min(PERSISTENCE_ELEMENTS, largest),
+            live_elements=total if parameters is Tier.GPU else 2 * max(gather, largest),
+        )
+    # NCCL's buffers begin at multiples of two elements: DeepSpeed refuses odd buckets in stages 1 and 2.
+    return replace(sizes, reduce_elements=_even(sizes.reduce_elements), gather_elements=_even(sizes.gather_elements))
+
+
+def _even(elements: int) -> int:
+    return max(2, elements + elements % 2)
 
 
 def param_buffers(units: Collection[str], shapes: Mapping[str, tuple[int, ...]], precision: Precision) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from memplan.engines.held import ATTACH, BACKWARD, FORWARD, STEP, Held
+from memplan.engines.pinned import rounded
 from memplan.engines.traffic import Traffic
 from memplan.units import owner
 from offload.plan import Precision
@@ -160,7 +161,7 @@ def _shard(shape: tuple[int, ...], shards: int) -> int:
 def _pinned(elements: int) -> int:
     """What torch's allocator of pinned memory takes for these elements of fp32."""
     size = elements * STORED_BYTES
-    return max(PAGE_BYTES, 1 << (size - 1).bit_length()) if size else 0
+    return max(PAGE_BYTES, rounded(size)) if size else 0
 
 
 def _attach(cut: Sequence[_Unit], setup: FSDP2Setup) -> tuple[int, int]:

@@ -76,14 +76,13 @@ class Priced:
     timeline: Timeline
 
     @property
-    def rank(self) -> tuple[float, int, int, bool, int, int]:
+    def rank(self) -> tuple[float, int, int, int, int]:
         """The smaller the better."""
         way, sharding = self.setup.family.way, self.setup.family.sharding
         return (
             float(rounded(self.timeline.seconds)),
             self.setup.depth,
             way.recomputed_blocks,
-            way.loss_chunks > 1,
             -way.micro_batch_size,
             sharding.zero_stage,
         )
@@ -92,15 +91,10 @@ class Priced:
         """Bytes that a tier is short of; empty where it fits."""
         short = {
             Tier.GPU: self.gpu_upper_bytes - problem.budget.gpu_bytes,
-            Tier.HOST: self.host_bytes(problem) - problem.budget.host_bytes,
+            Tier.HOST: self.held.host_peak_bytes - problem.budget.host_bytes,
             Tier.NVME: self.held.nvme_bytes - problem.budget.nvme_bytes,
         }
         return {tier: size for tier, size in short.items() if size > 0}
-
-    def host_bytes(self, problem: Problem) -> int:
-        """The most of one node's memory, checkpoints that wait there included."""
-        waiting = problem.activations(self.setup.family.way).host_bytes * problem.gpus_per_node
-        return self.held.host_peak_bytes + waiting
 
 
 def families_of(problem: Problem) -> Iterator[Family]:
@@ -114,7 +108,12 @@ def families_of(problem: Problem) -> Iterator[Family]:
 
 def search_setups(problem: Problem, engine: WholeEngine) -> list[Priced]:
     """All setups that fit, best first."""
-    return sorted((p for p in price_all(problem, engine) if not p.shortage(problem)), key=lambda p: p.rank)
+    return fitting(problem, price_all(problem, engine))
+
+
+def fitting(problem: Problem, priced: Sequence[Priced]) -> list[Priced]:
+    """Those that fit, best first."""
+    return sorted((p for p in priced if not p.shortage(problem)), key=lambda p: p.rank)
 
 
 def price_all(problem: Problem, engine: WholeEngine) -> list[Priced]:

@@ -7,9 +7,7 @@ from typing import Any
 from memplan.errors import ConfigError
 from memplan.lint.document import read_document
 from memplan.lint.values import known_keys
-from memplan.lint.view import View
-
-Z = "zero_optimization"
+from memplan.lint.view import View, Z
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 from memplan.disks import IN_MEMORY, NETWORK
 from memplan.lint.finding import Finding
-from memplan.lint.view import View
+from memplan.lint.view import OLD_NAMES, View, Z
 
-Z = "zero_optimization"
 OPTIMIZER, PARAMETERS = f"{Z}.offload_optimizer", f"{Z}.offload_param"
 PARTS = (("offload_optimizer", OPTIMIZER), ("offload_param", PARAMETERS))
 
@@ -14,7 +13,7 @@ PARTS = (("offload_optimizer", OPTIMIZER), ("offload_param", PARAMETERS))
 def devices(view: View) -> Iterator[Finding]:
     """The stage that each kind of offloading needs."""
     for part, _ in PARTS:
-        old = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}[part]
+        old = OLD_NAMES[part]
         if view.value(f"{Z}.{old}") and view.document.section(Z, part):
             yield view.say("error", f"{Z}.{old}", f"{part} is there too; DeepSpeed stops at start", f"remove {old}")
     optimizer, parameters = view.device("offload_optimizer"), view.device("offload_param")

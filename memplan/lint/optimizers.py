@@ -10,14 +10,13 @@ from memplan.lint.finding import Finding, Severity
 from memplan.lint.schema import Key, schema
 from memplan.lint.unknown import nearest_name
 from memplan.lint.values import value_findings
-from memplan.lint.view import View
+from memplan.lint.view import View, Z
 
 TESTED = frozenset({"adam", "adamw", "adagrad", "lion", "muon", "muadam", "muadamw", "Adam", "AdamW", "Adagrad"})
 """With ZeRO; the mup ones are torch's Adam underneath."""
 ONE_BIT = frozenset({"onebitadam", "onebitlamb", "zerooneadam"})
 PINNABLE = frozenset({"adam", "adamw", "lion", "adagrad", "muon"})
 """Optimizers of which DeepSpeed has one for the CPU."""
-Z = "zero_optimization"
 
 
 @cache

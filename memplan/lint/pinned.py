@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from memplan.formatting import format_bytes, format_count
 from memplan.lint.finding import Finding
-from memplan.lint.offload import OPTIMIZER, PARAMETERS, Z
-from memplan.lint.view import View
+from memplan.lint.offload import OPTIMIZER, PARAMETERS
+from memplan.lint.view import View, Z
 
 MASTER_BYTES = 4
 

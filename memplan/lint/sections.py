@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from memplan.lint.finding import Finding
 from memplan.lint.view import View
 
-Z = "zero_optimization"
 ALIGNED = 8
 
 

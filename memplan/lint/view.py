@@ -9,6 +9,11 @@ from memplan.lint.finding import Finding, Severity
 from memplan.lint.kinds import KINDS, meant_by
 from memplan.lint.schema import Key, schema
 
+Z = "zero_optimization"
+"""The section that rules ask the most of."""
+OLD_NAMES = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
+"""The keys that once sent each part to the CPU."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -70,16 +75,15 @@ class View:
     @property
     def stage(self) -> int:
         """The ZeRO stage that runs."""
-        if self.document.get("zero_optimization") is True:
+        if self.document.get(Z) is True:
             return 1
-        return int(self.value("zero_optimization.stage"))
+        return int(self.value(f"{Z}.stage"))
 
     def device(self, what: str) -> str:
         """Where ``offload_param`` or ``offload_optimizer`` sends its part: none, cpu or nvme."""
-        old = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}[what]
-        if self.value(f"zero_optimization.{old}"):
+        if self.value(f"{Z}.{OLD_NAMES[what]}"):
             return "cpu"
-        return str(self.value(f"zero_optimization.{what}.device"))
+        return str(self.value(f"{Z}.{what}.device"))
 
     @property
     def precision(self) -> str:
@@ -98,7 +102,7 @@ class View:
     @property
     def overlap_comm(self) -> bool:
         """Written, or what its default comes to: true at stage 3."""
-        written = self.value("zero_optimization.overlap_comm")
+        written = self.value(f"{Z}.overlap_comm")
         return self.stage == 3 if written is None else bool(written)
 
     @property

@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 
 from memplan.lint.finding import Finding
-from memplan.lint.view import View
-
-Z = "zero_optimization"
+from memplan.lint.view import View, Z
 
 
 def stages(view: View) -> Iterator[Finding]:

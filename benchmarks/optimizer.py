@@ -1,0 +1,142 @@
+"""The update of offloaded state alone: by the CPU, by the GPU with state that streams, by both, beside weights too.
+
+    python -m benchmarks.optimizer --elements 1073741824
+
+Everything is the engine's own: its lanes, its updater, its arithmetic. Times are of one update of all elements, bf16
+weights with exact masters, in nanoseconds an element; rows of one round alternate, and a row is its median.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from benchmarks.common import save
+from offload.arena import Arena
+from offload.arithmetic import host_update
+from offload.optimizer import AdamWStep, update_in_torch
+from offload.plan import Buckets, Placement, Precision, Tier
+from offload.residency import chunks, state_bytes
+from offload.setup import update_threads
+from offload.state import UnitState, carve_state
+from offload.streamed_update import StreamedUpdate
+from offload.streams import Done, Lane
+from offload.unit import partition
+from offload.unit_update import ClipFactor, Segment, UnitUpdate
+from offload.updater import Updater
+
+UNIT_ELEMENTS = 1 << 26
+"""Of one unit: a block of some billion-parameter models."""
+HOW = AdamWStep(learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
+
+
+def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
+    """Units of pinned weights, gradients and state."""
+    found = []
+    for start, stop in chunks(elements, UNIT_ELEMENTS):
+        size = stop - start
+        module = nn.Module()
+        module.register_parameter("weight", nn.Parameter(torch.empty(size, device="meta")))
+        (unit,) = partition(module, [Placement("", Tier.HOST, Tier.HOST, Tier.HOST)])
+        weights, gradients = (arena.take(size * 2).view(torch.bfloat16) for _ in range(2))
+        gradients.fill_(1e-2)
+        state = carve_state(arena.take(size * state_bytes(Precision.BF16)), size, Precision.BF16)
+        spans = chunks(size, Buckets().update_elements)
+        found.append(UnitState(unit, spans, spans, host_weights=weights, host_gradients=gradients, host_state=state))
+    return found
+
+
+class Bench:
+    """The engine's updater over some units."""
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.device, self.elements = device, elements
+        self.arena = Arena(elements * (4 + state_bytes(Precision.BF16)) + (1 << 20), device)
+        self.units = units_on_host(elements, self.arena)
+        self.arena.pin()
+        self.weights = [u.host_weights for u in self.units if u.host_weights is not None]
+        self.there = torch.zeros(UNIT_ELEMENTS, dtype=torch.bfloat16, device=device)
+
+    @contextmanager
+    def updater(self, share: float, *, in_torch: bool) -> Iterator[Updater]:
+        """With this share for the device; ``in_torch`` by torch's own operations on the host."""
+        names = ("update", update_threads(self.device)), ("down", 1), ("up", 1), ("streamed", 1)
+        lanes = {name: Lane(name, self.device, threads) for name, threads in names}
+        size = Buckets().update_elements
+        streamed = None
+        if share:
+            streamed = StreamedUpdate(Precision.BF16, size, share, self.device, lanes["streamed"])
+        links = lanes["update"], lanes["down"], lanes["up"]
+        updater = Updater(Precision.BF16, *links, None, [self.arena.take(0)] * 3, streamed, self.device)
+        updater._update_on_host = update_in_torch if in_torch else host_update(self.device)
+        try:
+            yield updater
+        finally:
+            updater.finish()
+            for lane in lanes.values():
+                lane.close()
+
+    def seconds(self, updater: Updater, beside: Lane | None) -> tuple[float, int]:
+        """Of one update, and the bytes of weights that were copied to the device meanwhile."""
+        clip = ClipFactor(torch.ones((), device=self.device), 0.5)
+        landed = Done.now(self.device)
+        updates = [UnitUpdate(u, (Segment(0, u.unit.shape.trainable_elements, HOW),), landed) for u in self.units]
+        moved = beside.bytes_moved if beside is not None else 0
+        begun = time.perf_counter()
+        updater.begin(updates, clip)
+        i = 0
+        while not all(u.promise.settled for u in updates):
+            if beside is None:
+                time.sleep(1e-4)
+                continue
+            source = self.weights[i % len(self.weights)]
+            beside.copy(self.there[: len(source)], source).synchronize()
+            i += 1
+        updater.finish()
+        took = time.perf_counter() - begun
+        return took, (beside.bytes_moved - moved if beside is not None else 0)
+
+
+def main() -> None:
+    """Measure all ways in turn, print a table, save the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=1 << 24)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    bench = Bench(args.elements, device)
+    ways = {"CPU, torch's operations": (0.0, True), "CPU": (0.0, False)}
+    if device.type == "cuda":
+        ways |= {"GPU, streamed": (1.0, False), "both": (0.5, False)}
+    rows = []
+    beside = Lane("weights", device)
+    for streaming in (False, True) if device.type == "cuda" else (False,):
+        for name, (share, in_torch) in ways.items():
+            with bench.updater(share, in_torch=in_torch) as updater:
+                for _ in range(9 if share == 0.5 else 1):  # until the share is learned
+                    bench.seconds(updater, beside if streaming else None)
+                found = [bench.seconds(updater, beside if streaming else None) for _ in range(args.rounds)]
+                learned = updater._streamed.device_share if updater._streamed is not None else 0.0
+            nanoseconds = statistics.median(s for s, _ in found) * 1e9 / args.elements
+            link = statistics.median(moved / s for s, moved in found) / 1e9
+            rows.append(
+                {
+                    "way": name,
+                    "beside_weights": streaming,
+                    "nanoseconds": round(nanoseconds, 4),
+                    "device_share": round(learned, 3),
+                    "link_gb_per_second": round(link, 1),
+                }
+            )
+            print(rows[-1], flush=True)
+    beside.close()
+    print(save("optimizer", rows, elements=args.elements, rounds=args.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Ways to train one Llama, to stand side by side: plain PyTorch, memplan's engine, and its peers where installed.
+
+All begin with the same weights and train in bf16 with AdamW and every layer recomputed. What each keeps in fp32 is its
+own: the engine and plain PyTorch exact masters, DeepSpeed and FSDP2 too, torchao none.
+"""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.common import llama
+from offload.engine import Engine
+from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
+
+Step = Callable[[torch.Tensor], torch.Tensor]
+"""One optimizer step on the tokens of its micro-batches; the loss of the last."""
+System = Callable[[Namespace], Step]
+
+
+def _recomputed(args: Namespace, device: str, dtype: torch.dtype) -> nn.Module:
+    """A causal language model as people train it."""
+    model = llama(args.model).to(device=device, dtype=dtype)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _micro_batches(args: Namespace, tokens: torch.Tensor) -> list[torch.Tensor]:
+    return list(tokens.chunk(args.accumulation))
+
+
+def plain(args: Namespace) -> Step:
+    """The loop people write: bf16 weights, fp32 masters, fused AdamW where there is one."""
+    model = llama(args.model)
+    masters = [p.detach().clone() for p in model.parameters()]
+    model.to(torch.bfloat16)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    weights = list(model.parameters())
+    optimizer = torch.optim.AdamW(masters, fused=torch.cuda.is_available(), **ADAMW)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        for part in _micro_batches(args, tokens):
+            loss = model(input_ids=part, labels=part).loss
+            (loss / args.accumulation).backward()
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(weights, args.clip)
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = weight.grad.float()
+            weight.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+        for master in masters:
+            master.grad = None
+        return loss
+
+    return step
+
+
+def through_tiers(*placement: Tier, share: float = 0.0, loss_chunks: int = 1) -> System:
+    """The engine with every unit in one placement, the root unit (the tied embedding) too."""
+
+    def system(args: Namespace) -> Step:
+        model = llama(args.model)
+        layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+        plan = Plan(
+            model=args.model,
+            parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+            precision=Precision.BF16,
+            device=_device(),
+            gpus=1,
+            zero_stage=0,
+            placements=tuple(Placement(unit, *placement) for unit in ("", *layers)),
+            buckets=Buckets(prefetch_units=2),
+            micro_batch_size=args.batch,
+            gradient_accumulation_steps=args.accumulation,
+            recompute=tuple(layers),
+            budget=Budget(0, 0, 0),
+            prediction=Prediction(0, 0, 0, 0, None, None),
+            nvme_dir=str(args.nvme),
+            gpu_update_share=share,
+            loss_chunks=loss_chunks,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
+        engine = Engine(model, plan, optimizer, max_grad_norm=args.clip or None)
+
+        def step(tokens: torch.Tensor) -> torch.Tensor:
+            for part in _micro_batches(args, tokens):
+                loss = engine(input_ids=part, labels=part).loss
+                engine.backward(loss)
+                engine.step()
+            return loss
+
+        return step
+
+    return system
+
+
+def deepspeed_offloaded(args: Namespace) -> Step:
+    """DeepSpeed's stage 3 with parameters and optimizer on the host, with its documented settings."""
+    import deepspeed
+
+    deepspeed.init_distributed("nccl", verbose=False)
+    host = {"device": "cpu", "pin_memory": True}
+    config = {
+        "train_micro_batch_size_per_gpu": args.batch,
+        "gradient_accumulation_steps": args.accumulation,
+        "bf16": {"enabled": True},
+        "gradient_clipping": args.clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 10**9,
+            "stage3_max_live_parameters": 10**9,
+            "stage3_prefetch_bucket_size": 5 * 10**7,
+            "stage3_param_persistence_threshold": 10**5,
+            "offload_param": host,
+            "offload_optimizer": host,
+        },
+        "optimizer": {"type": "AdamW", "params": ADAMW},
+    }
+    model = _recomputed(args, _device(), torch.bfloat16)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        for part in _micro_batches(args, tokens):
+            loss = engine(input_ids=part, labels=part).loss
+            engine.backward(loss)
+            engine.step()
+        return loss
+
+    return step
+
+
+def fsdp2_offloaded(args: Namespace) -> Step:
+    """FSDP2 with its policy of offloading to the host: fp32 shards, bf16 computation."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    model = _recomputed(args, "cpu", torch.float32)
+    how: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+        "offload_policy": CPUOffloadPolicy(),
+    }
+    for layer in model.model.layers:
+        fully_shard(layer, **how)
+    fully_shard(model, **how)
+    return _with_adamw(args, model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
+
+
+def torchao_offloaded(args: Namespace) -> Step:
+    """torchao's CPUOffloadOptimizer: weights stay on the GPU, bf16 state without masters, no clipping."""
+    from torchao.optim import CPUOffloadOptimizer
+
+    model = _recomputed(args, _device(), torch.bfloat16)
+    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, fused=True, **ADAMW)
+    return _with_adamw(Namespace(**{**vars(args), "clip": 0.0}), model, optimizer)
+
+
+def _with_adamw(args: Namespace, model: nn.Module, optimizer: Any) -> Step:
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        for part in _micro_batches(args, tokens):
+            loss = model(input_ids=part, labels=part).loss
+            (loss / args.accumulation).backward()
+        if args.clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+SYSTEMS: dict[str, System] = {
+    "plain": plain,
+    "resident": through_tiers(G, G, G),
+    "optimizer-host": through_tiers(G, H, H),
+    "host": through_tiers(H, H, H),
+    "host-shared": through_tiers(H, H, H, share=0.5),
+    "host-shared-chunked": through_tiers(H, H, H, share=0.5, loss_chunks=16),
+    "optimizer-nvme": through_tiers(H, H, N),
+    "deepspeed": deepspeed_offloaded,
+    "fsdp2": fsdp2_offloaded,
+    "torchao": torchao_offloaded,
+}
+
+
+def one_process() -> None:
+    """What peers on torch.distributed want to know of a process that is alone."""
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)

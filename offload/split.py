@@ -1,0 +1,31 @@
+"""How the update of state on the host is shared by CPU and device: as planned, then by what it took."""
+
+from dataclasses import dataclass
+
+LEARNING_STEPS = 8
+"""Steps after which the share stays as it is."""
+
+
+@dataclass(frozen=True)
+class Took:
+    """What one of the engines did in a step."""
+
+    elements: int
+    seconds: float
+
+
+class UpdateSplit:
+    """The device's share of the elements, moved towards the one at which both engines end at once."""
+
+    def __init__(self, device_share: float) -> None:
+        self.device_share = device_share
+        self._learned = 0
+
+    def learn(self, host: Took, device: Took) -> None:
+        """What the last step took; half of the way to what would have been right, for the engines slow each other."""
+        if self._learned >= LEARNING_STEPS or not (host.elements and device.elements):
+            return
+        self._learned += 1
+        host_rate, device_rate = host.elements / host.seconds, device.elements / device.seconds
+        right = device_rate / (host_rate + device_rate)
+        self.device_share += (right - self.device_share) / 2

@@ -1,0 +1,93 @@
+"""What one optimizer step does to one unit, and how two engines share it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from offload.optimizer import AdamWStep
+from offload.residency import ALIGN_ELEMENTS, aligned
+from offload.state import UnitState
+from offload.streams import Done
+
+
+class ClipFactor:
+    """What gradients are multiplied with so that their global norm is at most ``max_norm``.
+
+    min(1, max_norm / (norm + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``. Known on the device at once, and
+    on the host when it has arrived there.
+    """
+
+    def __init__(self, norm: torch.Tensor, max_norm: float | None) -> None:
+        factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.on_device = factor
+        pinned = norm.device.type == "cuda"
+        self._host = torch.zeros(2, pin_memory=pinned)
+        self._host.copy_(torch.stack([factor, norm]), non_blocking=pinned)
+        self._arrived = Done.now(norm.device)
+
+    def on_host(self) -> float:
+        """The factor; waits for it."""
+        self._arrived.synchronize()
+        return float(self._host[0])
+
+    def norm(self) -> float:
+        """The norm before clipping; waits for it."""
+        self._arrived.synchronize()
+        return float(self._host[1])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive elements of a unit that are updated in the same way."""
+
+    start: int
+    stop: int
+    how: AdamWStep
+
+
+@dataclass(frozen=True, eq=False)
+class UnitUpdate:
+    """One unit's part in one optimizer step."""
+
+    state: UnitState
+    segments: tuple[Segment, ...]
+    landed: Done
+    """When its gradient is in the buffer of its tier."""
+    promise: Done = field(default_factory=Done)
+    """When its new weights can be had where they live."""
+
+    @property
+    def elements(self) -> int:
+        """Elements that are updated."""
+        return sum(s.stop - s.start for s in self.segments)
+
+    def within(self, start: int, stop: int) -> "UnitUpdate":
+        """What this update does between two elements, with a promise of its own."""
+        cut = (replace(s, start=max(s.start, start), stop=min(s.stop, stop)) for s in self.segments)
+        return UnitUpdate(self.state, tuple(s for s in cut if s.start < s.stop), self.landed)
+
+
+def shared(
+    updates: Iterable[UnitUpdate], device_share: float, least_elements: int
+) -> tuple[list[UnitUpdate], list[UnitUpdate]]:
+    """The updates as the host's parts and the device's, both in the same order; a unit's promise is kept by its parts.
+
+    The device gets the last ``device_share`` of every unit whose numbers are all in host memory or on the device, if
+    that is ``least_elements`` or more.
+    """
+    host: list[UnitUpdate] = []
+    device: list[UnitUpdate] = []
+    for update in updates:
+        state, elements = update.state, update.state.unit.shape.trainable_elements
+        within_reach = state.host_state is not None and state.host_weights is not None
+        edge = aligned(round(elements * (1 - device_share)), ALIGN_ELEMENTS)
+        if not within_reach or elements - edge < least_elements:
+            host.append(update)
+            continue
+        parts = update.within(0, edge), update.within(edge, elements)
+        for part, engine in zip(parts, (host, device), strict=True):
+            if part.segments:
+                engine.append(part)
+        update.promise.follow_all(part.promise for part in parts if part.segments)
+    return host, device

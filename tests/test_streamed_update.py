@@ -1,0 +1,245 @@
+"""State on the host that the device updates, alone and beside the host: the same training, whoever updates what."""
+
+import copy
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.engine import Engine
+from offload.optimizer import AdamWStep
+from offload.plan import Buckets, Budget, Placement, Precision, Tier
+from offload.residency import UPDATE_RING, UnitShape, footprint, streamed_slot_bytes
+from offload.split import LEARNING_STEPS, Took, UpdateSplit
+from offload.state import UnitState
+from offload.streamed_update import StreamedUpdate
+from offload.streams import Done, Lane
+from offload.unit_update import Segment, UnitUpdate, shared
+from tests.models import GPT, FrozenGPT, LoopingGPT, SkippingGPT, TiedGPT, batches
+from tests.plans import G, H, N, plan_for
+from tests.test_engine_equals_pytorch import assert_same, train_plainly, train_through_tiers
+
+ON_HOST = ((H, H, H), (G, G, H), (G, H, H), (H, G, H))
+"""Each way in which state on the host meets weights and gradients."""
+
+
+@pytest.mark.parametrize("kind", [GPT, TiedGPT, FrozenGPT, SkippingGPT, LoopingGPT])
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_with_a_shared_update_is_plain_training(
+    kind: type[GPT], share: float, accumulation: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = kind()
+    plain = copy.deepcopy(model)
+    data = batches(6 * accumulation)
+    placements = (*ON_HOST, (G, G, G), (H, H, N))
+    plan = plan_for(
+        model,
+        placements,
+        tmp_path,
+        gpu_update_share=share,
+        gradient_accumulation_steps=accumulation,
+        buckets=Buckets(prefetch_units=1, update_elements=1000, io_bytes=16384),
+    )
+    losses, found = train_through_tiers(model, plan, data, 0.05)
+    assert losses == pytest.approx(train_plainly(plain, data, accumulation, 0.05), rel=1e-6)
+    assert_same(found, plain, 1e-6)
+
+
+def test_in_bf16_the_share_changes_no_bit(tmp_path: Path) -> None:
+    found = []
+    for share in (0.0, 0.3, 1.0):
+        torch.manual_seed(0)
+        model = GPT()
+        plan = plan_for(model, ON_HOST, tmp_path, Precision.BF16, gpu_update_share=share)
+        found.append(train_through_tiers(model, plan, batches(6), 0.05))
+    assert found[0][0] == found[1][0] == found[2][0]
+    for name, tensor in found[0][1].items():
+        assert torch.equal(tensor, found[1][1][name]), name
+        assert torch.equal(tensor, found[2][1][name]), name
+
+
+@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "streamed", "everything"])
+@pytest.mark.parametrize("placement", ON_HOST)
+def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, submit = random.Random(0), Lane.submit
+
+    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
+        def slow_job() -> None:
+            time.sleep(waits.uniform(0, 0.004))
+            job()
+
+        return submit(lane, slow_job if slow in (lane.name, "everything") else job, after)
+
+    monkeypatch.setattr(Lane, "submit", slow_submit)
+    torch.manual_seed(0)
+    model = GPT()
+    plain = copy.deepcopy(model)
+    data = batches(4)
+    losses, found = train_through_tiers(model, plan_for(model, (placement,), gpu_update_share=0.5), data, 0.05)
+    assert losses == pytest.approx(train_plainly(plain, data, 1, 0.05), rel=1e-6)
+    assert_same(found, plain, 1e-6)
+
+
+def test_both_engines_really_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT()
+    pieces: list[int] = []
+    piece = StreamedUpdate._piece
+
+    def counted(self: StreamedUpdate, state: UnitState, part: slice, how: AdamWStep, clip: torch.Tensor) -> Done:
+        pieces.append(part.stop - part.start)
+        return piece(self, state, part, how, clip)
+
+    monkeypatch.setattr(StreamedUpdate, "_piece", counted)
+    with Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
+        engine.backward(engine(batches(1)[0]))
+        engine.step()
+        engine.finish()
+        elements = sum(s.unit.shape.trainable_elements for s in engine.states)
+        moved = engine.traffic_bytes()
+    assert 0.2 * elements < sum(pieces) < 0.6 * elements
+    assert moved["device_to_host"] >= 12 * sum(pieces)
+
+
+def test_what_goes_wrong_on_the_device_ends_training_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Done:
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(StreamedUpdate, "_piece", broken)
+    model = GPT()
+    engine = Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=1.0))
+    with pytest.raises(RuntimeError, match="on fire"), engine:
+        for tokens in batches(3):
+            engine.backward(engine(tokens))
+            engine.step()
+
+
+def test_the_ring_is_counted_where_state_on_the_host_has_one() -> None:
+    shapes, buckets = [UnitShape.of("a", [1 << 20])], Buckets(update_elements=1 << 16)
+    ring = UPDATE_RING * streamed_slot_bytes(1 << 16, Precision.BF16)
+    for placement, extra in (((H, H, H), ring), ((G, G, H), ring), ((G, G, G), 0), ((G, G, N), 0)):
+        placements = [Placement("a", *placement)]
+        with_share, without = (footprint(shapes, placements, buckets, Precision.BF16, s).gpu_bytes for s in (0.5, 0.0))
+        assert with_share - without == extra
+
+
+@given(
+    st.integers(1, 100_000),
+    st.floats(0, 1),
+    st.integers(1, 20_000),
+    st.lists(st.tuples(st.integers(0, 100_000), st.integers(0, 100_000)), max_size=5),
+)
+def test_every_element_is_updated_by_one_engine(
+    elements: int, share: float, least: int, spans: list[tuple[int, int]]
+) -> None:
+    edges = sorted({min(e, elements) for span in spans for e in span} | {0, elements})  # so there is a segment
+    how = AdamWStep(1e-3, 0.9, 0.95, 1e-8, 0.1, 1)
+    segments = tuple(Segment(a, b, how) for a, b in zip(edges[:-1:2], edges[1::2], strict=False) if a < b)
+    state = _state(elements)
+    update = UnitUpdate(state, segments, Done())
+    host, device = shared([update], share, least)
+    owners = torch.zeros(elements, dtype=torch.int32)
+    for part in (*host, *device):
+        assert part.segments
+        for s in part.segments:
+            owners[s.start : s.stop] += 1
+    expected = torch.zeros(elements, dtype=torch.int32)
+    for s in segments:
+        expected[s.start : s.stop] += 1
+    assert torch.equal(owners, expected)
+    for part in (*host, *device):
+        assert not update.promise.settled
+        part.promise.finish(None)
+    assert update.promise.settled
+
+
+def _state(elements: int) -> UnitState:
+    from types import SimpleNamespace
+
+    unit: Any = SimpleNamespace(shape=SimpleNamespace(trainable_elements=elements))
+    there: Any = object()
+    return UnitState(unit, [(0, elements)], [(0, elements)], host_weights=there, host_state=there, host_gradients=there)
+
+
+@given(st.floats(0.05, 5), st.floats(0.05, 5), st.floats(0.1, 0.9))
+def test_the_split_moves_to_where_both_end_at_once_and_stays(host: float, device: float, start: float) -> None:
+    split = UpdateSplit(start)
+    for _ in range(LEARNING_STEPS):
+        share = split.device_share
+        split.learn(Took(1_000_000, host), Took(1_000_000, device))
+        right = host / (host + device)
+        assert abs(split.device_share - right) <= abs(share - right)
+    assert abs(split.device_share - right) < 0.01
+    settled = split.device_share
+    split.learn(Took(1_000_000, 10 * host), Took(1_000_000, device))
+    assert split.device_share == settled
+
+
+def test_a_step_that_one_engine_slept_through_teaches_nothing() -> None:
+    split = UpdateSplit(0.5)
+    split.learn(Took(0, 1.0), Took(1000, 1.0))
+    split.learn(Took(1000, 1.0), Took(0, 1.0))
+    assert split.device_share == 0.5
+
+
+def test_a_plan_with_a_share_fits_its_budget_to_the_byte(tmp_path: Path) -> None:
+    model = GPT()
+    plan = plan_for(model, ((H, H, H),), gpu_update_share=0.5, budget=Budget(1 << 30, 1 << 30, 0))
+    with Engine(model, plan) as engine:
+        shapes, placements = [s.unit.shape for s in engine.states], [s.unit.placement for s in engine.states]
+        held = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share)
+        assert engine.meter.now_bytes()[Tier.GPU.value] == held.gpu_bytes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("placement", ON_HOST)
+def test_on_a_gpu_the_share_changes_no_bit(placement: tuple) -> None:
+    found = []
+    for share in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        model = GPT(width=256)
+        plan = plan_for(model, (placement,), None, Precision.BF16, "cuda", gpu_update_share=share)
+        found.append(train_through_tiers(model, plan, batches(20), 0.05))
+    for name, tensor in found[0][1].items():
+        for _, other in found[1:]:
+            assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("late", ["arriving", "computing", "leaving", "main"])
+def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that is missing between two streams shows as other bits, for here one of them lags behind."""
+    expected = _trained_on_gpu()
+    piece = StreamedUpdate._piece
+
+    def lagging(self: StreamedUpdate, *args: Any) -> Done:
+        streams = {"arriving": None, "computing": self._computing, "leaving": self._leaving}
+        if late == "main":
+            with torch.cuda.stream(torch.cuda.default_stream()):
+                torch.cuda._sleep(2_000_000)
+        elif (stream := streams[late]) is not None:
+            with stream:
+                torch.cuda._sleep(2_000_000)
+        else:
+            torch.cuda._sleep(2_000_000)
+        return piece(self, *args)
+
+    monkeypatch.setattr(StreamedUpdate, "_piece", lagging)
+    found = _trained_on_gpu()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def _trained_on_gpu() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model = GPT(width=256)
+    plan = plan_for(model, ON_HOST, None, Precision.BF16, "cuda", gpu_update_share=0.6)
+    return train_through_tiers(model, plan, batches(5), 0.05)[1]
