@@ -34,15 +34,22 @@ class Contents:
         return cls(torch.zeros(shape.elements), *(torch.zeros(shape.trainable_elements) for _ in range(2)))
 
 
+def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
+    if precision is not Precision.BF16:
+        return contents.weights, None
+    trainable = len(contents.exp_avg)
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
+    remainder = torch.zeros(trainable, dtype=torch.int16)
+    for a, b in chunks(trainable, SPLIT_ELEMENTS):
+        split_master_(contents.weights[a:b], flat[a:b], remainder[a:b])
+    flat[trainable:] = contents.weights[trainable:]
+    return flat, remainder
+
+
 def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
-    trainable, flat, remainder = state.unit.shape.trainable_elements, contents.weights, None
-    if precision is Precision.BF16:
-        flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-        remainder = torch.zeros(trainable, dtype=torch.int16)
-        for a, b in chunks(trainable, SPLIT_ELEMENTS):
-            split_master_(contents.weights[a:b], flat[a:b], remainder[a:b])
-        flat[trainable:] = contents.weights[trainable:]
+    flat, remainder = split(contents, precision)
     if state.device_weights is not None:
         state.device_weights.copy_(flat)
     if state.host_weights is not None:

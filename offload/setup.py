@@ -4,9 +4,7 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +13,6 @@ from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
-from offload.residency import Footprint
-from offload.store import Store
 
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
@@ -47,17 +43,6 @@ def update_threads(device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
 
 
-def leave_cores_to_the_update() -> Callable[[], None]:
-    """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations.
-
-    Gives what undoes it.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(FEEDING_CORES, threads))
-    torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
-    return lambda: torch.set_num_threads(threads)
-
-
 def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
     if plan.target is not Target.MEMPLAN:
@@ -66,22 +51,6 @@ def check_can_run(plan: Plan) -> None:
         raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
-
-
-def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Raise OffloadError for one that the engine can not step after every update of this optimizer."""
-    if getattr(scheduler, "optimizer", None) is not optimizer:
-        raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
-
-
-def store_for(plan: Plan, needed: Footprint) -> Store | None:
-    """The NVMe tier of a plan, if it has any; raises TierError where its directory can not hold it."""
-    if not needed.nvme_bytes:
-        return None
-    assert plan.nvme_dir is not None, "a plan that uses the tier names its directory"
-    return Store(Path(plan.nvme_dir), needed.nvme_bytes, plan.buckets.io_bytes)
 
 
 def grow_segments(device: torch.device) -> None:

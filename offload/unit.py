@@ -65,9 +65,6 @@ def check_model(plan: Plan, model: nn.Module) -> None:
                 f"{first} is {list(there) if there else 'not'} in the plan and "
                 f"{list(here) if here else 'not'} in the model. Make a plan for this model."
             )
-    modules = dict(model.named_modules())
-    if missing := [path for path in plan.recompute if path not in modules]:
-        raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
 
 
 def check_trainable(units: Iterable[Unit]) -> None:

@@ -4,16 +4,18 @@ import json
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from memplan.first_values import room_bytes, start_of, whole_bytes
+from memplan.problem import Problem
 from memplan.train import TrainingOptions, train
 from offload.errors import WeightsError
-from offload.plan import Budget, Plan
-from offload.residency import footprint
+from offload.plan import Budget, Plan, Precision, Tier
+from offload.residency import UnitShape, footprint
 from offload.unit import partition
 from profiler import load_source
 from profiler.contract import ModelSource
@@ -130,3 +132,15 @@ def test_a_folder_of_other_weights_is_a_sentence_that_names_the_way_around(tmp_p
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
     with pytest.raises(WeightsError, match=r"lacks 9 of its tensors .*config.json to start from random weights"):
         trained(folder, tmp_path / "run")
+
+
+def test_what_taking_over_takes_is_counted_unit_by_unit_where_the_host_can_not_hold_the_model() -> None:
+    shapes = (UnitShape.of("", [64]), UnitShape.of("a", [1 << 20]), UnitShape.of("b", [1 << 18]))
+    elements = sum(shape.elements for shape in shapes)
+    profile = SimpleNamespace(parameter_elements=elements)
+    problem = Problem(profile, shapes, "cuda", 1, 1, Budget(0, 4 * elements, 0), None, Precision.BF16, 1)
+    assert problem.attach_bytes(100) == 4 * elements
+    assert problem.attach_bytes(5 * elements) == 5 * elements
+    smaller = problem.with_budget(Tier.HOST, 4 * elements - 1)
+    assert smaller.attach_bytes(100) == 100 + 4 * (64 + (2 << 20))
+    assert replace(smaller, device="cpu").attach_bytes(100) == 100
