@@ -21,7 +21,7 @@ from offload import contents as unit_contents
 from offload import hooks, whole
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
-from offload.attach import host_bytes_of, take_over
+from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.divided_gradients import DividedGradients
@@ -54,6 +54,7 @@ from offload.unit import check_model, check_trainable, partition
 from offload.unit_update import ClipFactor, UnitUpdate, from_first
 from offload.updater import Updater
 from offload.watch import Watch
+from offload.weight_files import WeightFiles
 from offload.weights import WeightMover
 
 HOLDERS = (
@@ -68,8 +69,10 @@ class Engine:
 
     ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
     state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError where plan and
-    model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are safetensors files
+    with the first values (``WeightFiles``); else those of the model count, and what of it is on meta is initialised.
+    Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
+    TierError where a tier is too small, before anything is allocated.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Engine:
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
+        weights: Path | None = None,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
@@ -100,15 +104,16 @@ class Engine:
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
-            self._attach()
+            self._attach(weights)
         except BaseException:
             self._release()
             raise
         close_at_exit(self)
 
-    def _attach(self) -> None:
+    def _attach(self, weights: Path | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device, shards = self.plan, self.device, Shards.of(self.plan)
+        files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
         self._ranks = Ranks(plan, device) if plan.gpus > 1 else None
         if self._ranks is not None:
@@ -126,10 +131,11 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
-        move_buffers(self.model, device, plan.precision)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
-        self.states = take_over(units, plan, device, self.arena, self.store, nan, self._ranks)
+        turns = in_turn(self.model, units, plan, device, needed, files)
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan, self._ranks)
         self._parts = [state.part() for state in self.states]
+        move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
         # that live there, and partial sums of gradients.

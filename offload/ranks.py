@@ -113,8 +113,11 @@ class Ranks:
         return [bool(flag) for flag in told.tolist()]
 
     def from_first(self, tensor: torch.Tensor) -> None:
-        """Have what the first rank has, in host memory."""
-        dist.broadcast(tensor, 0, group=self._agreeing)
+        """Have what the first rank has."""
+        here = tensor.cpu()
+        dist.broadcast(here, 0, group=self._agreeing)
+        if here is not tensor:
+            tensor.copy_(here)
 
     def gather_on_host(self, whole: torch.Tensor) -> None:
         """``gather`` in host memory."""
