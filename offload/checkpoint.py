@@ -36,7 +36,7 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
 
     The checkpoint appears complete and durable, or not at all. Earlier ones stay.
     """
-    engine.check_whole()
+    engine.early_updates.check()
     engine.finish()
     target = directory / f"step-{engine.global_step}"
     partial = directory / f".{target.name}.partial"
@@ -108,7 +108,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
             for what, tensor in parts.items():
                 _read_into(tensor, places, f"{what}/{name}")
         engine.replace(state, whole)
-    engine.restored()
+    engine.early_updates.restored()
     rest = load_file(path / "rest.safetensors")
     with torch.no_grad():
         for name, buffer in engine.model.named_buffers():

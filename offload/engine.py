@@ -21,9 +21,10 @@ from offload import contents as unit_contents
 from offload import hooks, whole
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
-from offload.attach import host_bytes_of, take_over
+from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
+from offload.divided_gradients import DividedGradients
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
@@ -32,6 +33,7 @@ from offload.memory import MemoryMeter
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
+from offload.ranks import Ranks, local_device
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
 from offload.setup import (
     FEEDING_CORES,
@@ -42,6 +44,7 @@ from offload.setup import (
     moved,
     update_threads,
 )
+from offload.shards import Shards
 from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
@@ -50,13 +53,15 @@ from offload.store import Store
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
+from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
 from offload.watch import Watch
+from offload.weight_files import WeightFiles
 from offload.weights import WeightMover
 
 HOLDERS = (
     *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
-    *("_guard", "_watch", "_passes", "_steps"),
+    *("_guard", "_watch", "_passes", "_steps", "early_updates"),
 )
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
@@ -66,17 +71,18 @@ class Engine:
 
     ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
     state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. In fp16 the loss is scaled by the
-    rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its defaults): a step whose gradients are not finite
-    changes nothing, and schedulers are stepped when the next step knows that it was made.
+    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are safetensors files
+    with the first values (``WeightFiles``); else those of the model count, and what of it is on meta is initialised.
+    In fp16 the loss is scaled by the rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its defaults): a step
+    whose gradients are not finite changes nothing, and schedulers are stepped when the next step knows it was made.
 
     With ``update_in_backward`` units are updated as their gradients land in the backward of a step's last micro-batch,
     and ``step`` updates what is left; not with clipping or fp16, which need all gradients first. Learning rates are
     then read in backward; and after a failure inside of it, or ``zero_grad`` behind it, some units are a step ahead of
     others: whatever computes with them or saves them raises OffloadError until a checkpoint is loaded.
 
-    Raises PlanError where plan and model do not belong together, and TierError, before anything is allocated, where a
-    tier is too small.
+    Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
+    TierError where a tier is too small, before anything is allocated.
     """
 
     def __init__(
@@ -87,15 +93,15 @@ class Engine:
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
+        weights: Path | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         *,
         update_in_backward: bool = False,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
-        if update_in_backward and (max_grad_norm is not None or plan.precision is Precision.FP16):
-            why = "clipping" if max_grad_norm is not None else "the loss scale of fp16"
-            raise OffloadError(f"{why} needs all gradients before the first update: leave update_in_backward out")
+        if update_in_backward:
+            check_early_updates(plan, max_grad_norm)
         self._update_in_backward = update_in_backward
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
@@ -105,7 +111,7 @@ class Engine:
         if lr_scheduler is not None:
             self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
-        self.device = torch.device(plan.device, 0) if plan.device != "cpu" else torch.device("cpu")
+        self.device = local_device(plan)
         self.loss_scale = loss_scale(grad_scaler, plan.precision, self.device)
         self.global_step = 0
         """Steps so far, those that were skipped too."""
@@ -115,22 +121,26 @@ class Engine:
         """Value of ``global_step`` at the last forward pass with gradients."""
         self._closers: list[Callable[[], None]] = []
         try:
-            self._attach()
+            self._attach(weights)
         except BaseException:
             self._release()
             raise
         close_at_exit(self)
 
-    def _attach(self) -> None:
+    def _attach(self, weights: Path | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
-        plan, device = self.plan, self.device
+        plan, device, shards = self.plan, self.device, Shards.of(self.plan)
+        files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
-        units = partition(self.model, plan.placements)
+        self._ranks = Ranks(plan, device) if plan.gpus > 1 else None
+        if self._ranks is not None:
+            self._closers.append(self._ranks.close)
+        units = partition(self.model, plan.placements, shards)
         modules = dict(self.model.named_modules())
         if missing := [path for path in plan.recompute if path not in modules]:
             raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share)
+        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share, shards)
         self.store: Store | None = None
         if needed.nvme_bytes:
             assert plan.nvme_dir is not None
@@ -138,20 +148,26 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
-        move_buffers(self.model, device, plan.precision)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
-        self.states = take_over(units, plan, device, self.arena, self.store, nan)
+        turns = in_turn(self.model, units, plan, device, needed, files)
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan, self._ranks)
+        move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
         # that live there, and partial sums of gradients.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
-        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
-        dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
+        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision, shards)
+        dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
-        self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns)
+        gathers = self._lane("gathers", 1) if self._ranks is not None else None
+        self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
+        collected = self.states, plan, device, self._down, self._returns
+        if self._ranks is not None:
+            self._gradients: GradientCollector = DividedGradients(*collected, self._lane("reduces", 1), self._ranks)
+        else:
+            self._gradients = GradientCollector(*collected)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
@@ -165,7 +181,7 @@ class Engine:
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
-        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
+        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units, shards)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
@@ -178,9 +194,9 @@ class Engine:
             self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
         updating = (self._gradients, self._updater, self._mover, self.loss_scale)
-        early = self._update_in_backward
-        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers, in_backward=early)
-        self._passes.early = self._steps.early
+        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers, device)
+        self.early_updates = self._steps.early
+        self._passes.early = self.early_updates if self._update_in_backward else None
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
@@ -213,19 +229,20 @@ class Engine:
 
     @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
+        """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step, on all ranks."""
         if self._forward_step != self.global_step:
             raise OffloadError(
                 "step() was called between this loss's forward pass and its backward; call it after both"
             )
-        self.check_whole()
+        self.early_updates.check()
         accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
+        parts = accumulation * self.plan.gpus
         self._micro_batch += 1
         if self._update_in_backward and self._micro_batch >= accumulation:
             self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         with self._passes.backward(), self._guard:
-            loss = loss / accumulation if accumulation > 1 else loss
+            loss = loss / parts if parts > 1 else loss
             (loss if scale is None else scale.scaled(loss)).backward()
             self._gradients.end_backward()
         self._guard = nullcontext()
@@ -234,8 +251,7 @@ class Engine:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
         self._micro_batch = 0
-        if self._steps.early is not None:
-            self._steps.early.forget()
+        self.early_updates.forget()
 
     @explaining_shortage("update")
     def step(self) -> None:
@@ -251,23 +267,8 @@ class Engine:
     def _check_can_update(self) -> None:
         self._watch.check_none_lent()
         check_trainable(state.unit for state in self.states)
-        if self._update_in_backward and self.max_grad_norm is not None:
-            raise OffloadError("max_grad_norm was set, but with update_in_backward nothing can be clipped")
-
-    def check_whole(self) -> None:
-        """Raise OffloadError where update_in_backward has left some units a step ahead of others."""
-        if self._steps.early is not None:
-            self._steps.early.check()
-
-    @property
-    def half_updated(self) -> bool:
-        """Whether a backward failed that had begun to update, so that only a checkpoint helps."""
-        return self._steps.early is not None and self._steps.early.failed
-
-    def restored(self) -> None:
-        """Whole numbers were put in the place of all that was there."""
-        if self._steps.early is not None:
-            self._steps.early.restored()
+        if self._update_in_backward:
+            check_early_updates(self.plan, self.max_grad_norm)
 
     def _step_schedulers(self) -> None:
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
@@ -337,12 +338,12 @@ class Engine:
         device as a whole, beside all that the plan puts there, and there is no gradient. What was written to is written
         to the tiers at the end, also after an error; in bf16 such a weight's master becomes the weight. Moments stay.
         """
-        self.check_whole()
+        self.early_updates.check()
         return whole.gathered(self, self._watch, chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
-        self.check_whole()
+        self.early_updates.check()
         return whole.state_dict(self)
 
     def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
@@ -351,7 +352,7 @@ class Engine:
         As with torch, the optimizer's moments and counts stay as they are, and missing or unexpected keys raise
         (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
         """
-        self.check_whole()
+        self.early_updates.check()
         return whole.load_state_dict(self, tensors, strict)
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:

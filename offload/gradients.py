@@ -15,13 +15,14 @@ import torch
 from offload.errors import OffloadError
 from offload.plan import Plan
 from offload.residency import gradient_slot_counts
+from offload.shards import Shards
 from offload.state import UnitState, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit import Field
 
 
 @dataclass(eq=False)
-class _Gathering:
+class Gathering:
     """One unit's gradients in the running optimizer step."""
 
     state: UnitState
@@ -57,14 +58,15 @@ class GradientCollector:
         down: Lane,
         up: Lane,
     ) -> None:
-        self._gatherings = {s.unit.name: _Gathering(s) for s in states}
-        self._down, self._up, self.device = down, up, device
+        self._gatherings = {s.unit.name: Gathering(s) for s in states}
+        self._down, self._up, self._device = down, up, device
         self.on_complete: Callable[[str], None] = lambda _: None
         """Told the name of every unit whose gradients are all there."""
         self._last_micro_batch = True
         self._in_backward = False
-        dtype = weight_dtype(plan.precision)
-        counts = gradient_slot_counts([s.unit.shape for s in states], [s.unit.placement for s in states])
+        self._dtype = dtype = weight_dtype(plan.precision)
+        shapes, placements = [s.unit.shape for s in states], [s.unit.placement for s in states]
+        counts = gradient_slot_counts(shapes, placements, Shards.of(plan))
         self._idle: dict[int, deque[tuple[torch.Tensor, Done]]] = {
             elements: deque((torch.zeros(elements, dtype=dtype, device=device), Done.now(device)) for _ in range(count))
             for elements, count in counts.items()
@@ -107,7 +109,7 @@ class GradientCollector:
     def norm(self) -> torch.Tensor:
         """Global norm of all gradients, an fp32 scalar on the device."""
         squares = [g.square_norm for g in self._gatherings.values() if g.square_norm is not None]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self.device)
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self._device)
 
     def clear(self) -> None:
         """Forget the gradients: the optimizer has taken what it needs to know."""
@@ -120,7 +122,7 @@ class GradientCollector:
         self._in_backward = False
         for gathering in self._gatherings.values():
             if gathering.target is not None and gathering.state.host_gradients is not None:
-                slot = (gathering.target, Done.now(self.device))
+                slot = (gathering.target, Done.now(self._device))
                 self._idle[gathering.state.unit.shape.trainable_elements].append(slot)
             gathering.target = None
             for f in gathering.state.unit.trainable:
@@ -132,7 +134,7 @@ class GradientCollector:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, gathering: _Gathering, field: Field) -> Callable[[torch.Tensor], None]:
+    def _hook(self, gathering: Gathering, field: Field) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if not self._in_backward:
@@ -140,11 +142,12 @@ class GradientCollector:
                 raise OffloadError("backward was called on a loss itself; call engine.backward(loss) in its place")
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
                 target = gathering.views_in(self._target(gathering))[field.name]
-                if field.name in gathering.present:
+                if field.name in self._summed(gathering):
                     target.add_(gradient)
                 else:
                     target.copy_(gradient)
                     gathering.present.add(field.name)
+                    self._summed(gathering).add(field.name)
                 parameter.grad = None
             gathering.awaited -= 1
             if gathering.awaited == 0:
@@ -153,7 +156,11 @@ class GradientCollector:
 
         return torch.no_grad()(take)
 
-    def _target(self, gathering: _Gathering) -> torch.Tensor:
+    def _summed(self, gathering: Gathering) -> set[str]:
+        """Parameters whose sum so far is in the buffer that is gathered into."""
+        return gathering.present
+
+    def _target(self, gathering: Gathering) -> torch.Tensor:
         """The device buffer to gather into, holding the partial sum of earlier micro-batches."""
         if gathering.target is not None:
             return gathering.target
@@ -185,7 +192,7 @@ class GradientCollector:
             self._land(next(g for g in gathering if g.state.host_gradients is not None))
         return ring.popleft()
 
-    def _land(self, gathering: _Gathering) -> None:
+    def _land(self, gathering: Gathering) -> None:
         """The unit's gradient of this backward pass is complete: take its norm, send it home."""
         if not gathering.present:
             return
@@ -195,7 +202,7 @@ class GradientCollector:
             views = [view for name, view in gathering.views_in(buffer).items() if name in gathering.present]
             norms = torch._foreach_norm(views, dtype=torch.float32)
             gathering.square_norm = torch.stack(norms).square().sum()
-        gathering.landed = Done.now(self.device)
+        gathering.landed = Done.now(self._device)
         if state.host_gradients is not None:
             gathering.landed = self._down.copy(state.host_gradients, buffer, after=[gathering.landed])
             self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))

@@ -15,7 +15,8 @@ from offload.adamw import Hyperparameters
 from offload.gradients import GradientCollector
 from offload.loss_scale import LossScale
 from offload.state import UnitState
-from offload.unit_update import ClipFactor, UnitUpdate
+from offload.streams import Done
+from offload.unit_update import ClipFactor, UnitUpdate, from_first
 from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
 from offload.weights import WeightMover
@@ -33,12 +34,13 @@ class Steps:
         mover: WeightMover,
         loss_scale: LossScale | None,
         updated: Callable[[], None],
-        *,
-        in_backward: bool,
+        device: torch.device,
     ) -> None:
-        self._states, self._hyperparameters, self._gradients = states, hyperparameters, gradients
+        self._hyperparameters, self._gradients = hyperparameters, gradients
+        self._parts = {state.unit.name: state.part() for state in states}
         self._updater, self._mover, self._loss_scale, self._updated = updater, mover, loss_scale, updated
-        self.early = UpdateInBackward(states, gradients, self._begin_early) if in_backward else None
+        self.early = UpdateInBackward(states, gradients, self._begin_early)
+        self._device = device
         self._clip: ClipFactor | None = None
         self._counts_before: dict[str, int] | None = None
         """Before the last step, until it is known whether that was made."""
@@ -53,7 +55,7 @@ class Steps:
         norm = self._gradients.norm()
         scale = self._loss_scale
         self._clip = ClipFactor(norm, max_norm) if scale is None else scale.clip_factor(norm, max_norm)
-        self._begin(self._states if self.early is None else self.early.rest(), self._clip)
+        self._begin(self.early.rest(), self._clip)
         self._gradients.clear()
         if scale is None:
             self.conclude()
@@ -84,17 +86,36 @@ class Steps:
 
     def _begin_early(self, state: UnitState) -> None:
         if self._unclipped is None:
-            self._unclipped = ClipFactor(torch.zeros((), device=self._gradients.device), None)
+            self._unclipped = ClipFactor(torch.zeros((), device=self._device), None)
         self._begin([state], self._unclipped)
 
     def _begin(self, states: Iterable[UnitState], clip: ClipFactor) -> None:
-        updates = []
+        updates, changed = [], []
         for state in states:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self._hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                updates.append(UnitUpdate(state, segments, landed))
+                update = UnitUpdate(self._parts[name], from_first(segments, state.updated), landed)
+                changed.append((state, update))
+                if update.segments:
+                    updates.append(update)
+                else:
+                    update.promise.finish(None)  # another rank's parameters
         self._updater.begin(updates, clip)
-        for update in updates:
-            if update.state.device_state is None:
-                self._mover.will_change(update.state.unit.name, update.promise)
+        for state, update in changed:
+            self._tell_changed(state, update)
+
+    def _tell_changed(self, state: UnitState, update: UnitUpdate) -> None:
+        """Whoever needs the unit's weights comes after its update, and after the gather where ranks updated parts."""
+        done, whole = update.promise, state.on_device
+        if whole and state.shards.zero_stage > 0 and state.ranks is not None:
+            done = self._mover.gather_updated(state.unit.name, self._after_now(done))
+        elif whole and state.device_state is not None:
+            return
+        self._mover.will_change(state.unit.name, done)
+
+    def _after_now(self, done: Done) -> Done:
+        """Behind this and behind all that the device was given so far."""
+        both = Done()
+        both.follow_all((done, Done.now(self._device)))
+        return both

@@ -15,7 +15,17 @@ from collections.abc import Callable, Sequence
 
 from offload.errors import OffloadError
 from offload.gradients import GradientCollector
+from offload.plan import Plan, Precision
 from offload.state import UnitState
+
+
+def check_early_updates(plan: Plan, max_norm: float | None) -> None:
+    """Raise OffloadError where updates can not begin in backward."""
+    if plan.gpus > 1:
+        raise OffloadError("with several ranks updates can not begin in backward yet: leave update_in_backward out")
+    if max_norm is not None or plan.precision is Precision.FP16:
+        why = "clipping" if max_norm is not None else "the loss scale of fp16"
+        raise OffloadError(f"{why} needs all gradients before the first update: leave update_in_backward out")
 
 
 class UpdateInBackward:
