@@ -31,16 +31,21 @@ class Contents:
         return cls(torch.zeros(shape.elements), *(torch.zeros(shape.trainable_elements) for _ in range(2)))
 
 
+def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
+    trainable = len(contents.exp_avg)
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
+    if precision is not Precision.BF16:
+        return flat.copy_(contents.weights), None
+    remainder = torch.zeros(trainable, dtype=torch.int16)
+    split_master_(contents.weights[:trainable], flat[:trainable], remainder)
+    flat[trainable:] = contents.weights[trainable:]
+    return flat, remainder
+
+
 def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
-    trainable = state.unit.shape.trainable_elements
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
-    if remainder is not None:
-        split_master_(contents.weights[:trainable], flat[:trainable], remainder)
-        flat[trainable:] = contents.weights[trainable:]
-    else:
-        flat.copy_(contents.weights)
+    flat, remainder = split(contents, precision)
     if state.device_weights is not None:
         state.device_weights.copy_(flat)
     if state.host_weights is not None:
