@@ -86,16 +86,20 @@ def initialize(
     training_data: Dataset[Any] | None = None,
     lr_scheduler: Any | Callable[[torch.optim.Optimizer], Any] | None = None,
     max_grad_norm: float | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
     """(engine, optimizer, dataloader, lr_scheduler) for training ``model`` by ``plan``, a Plan or a path to one.
 
+    ``weights`` is a safetensors file, or a folder with one or with shards, to start from. Parameters on meta
+    (``on_meta``) become real unit by unit: read from there, or else by the model's own initialisation.
     ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters, by default one with torch's defaults.
     ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
     dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
-    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm)
+    files = Path(weights) if weights is not None else None
+    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm, weights=files)
     if callable(lr_scheduler):
         lr_scheduler = lr_scheduler(engine.optimizer)
     if lr_scheduler is not None:

@@ -8,9 +8,12 @@ import torch
 from offload.arena import page_aligned
 from offload.optimizer import join_master, split_master_
 from offload.plan import Precision, Tier
-from offload.residency import state_bytes
+from offload.residency import chunks, state_bytes
 from offload.state import AdamState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
+
+SPLIT_ELEMENTS = 1 << 20
+"""Masters that are split at a time: the host may have little room beside the tiers."""
 
 
 @dataclass(eq=False)
@@ -32,13 +35,17 @@ class Contents:
 
 
 def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
+    """The weights as they are computed with, flat, and the remainders of the trainable ones.
+
+    In bf16 new tensors, otherwise the contents' own weights and None.
+    """
+    if precision is not Precision.BF16:
+        return contents.weights, None
     trainable = len(contents.exp_avg)
     flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    if precision is not Precision.BF16:
-        return flat.copy_(contents.weights), None
     remainder = torch.zeros(trainable, dtype=torch.int16)
-    split_master_(contents.weights[:trainable], flat[:trainable], remainder)
+    for a, b in chunks(trainable, SPLIT_ELEMENTS):
+        split_master_(contents.weights[a:b], flat[a:b], remainder[a:b])
     flat[trainable:] = contents.weights[trainable:]
     return flat, remainder
 
@@ -115,8 +122,10 @@ def _copy_state(target: AdamState, source: AdamState) -> None:
 
 
 def from_model(state: UnitState) -> Contents:
-    """The numbers that the model's parameters hold now, with no moments yet."""
-    contents = Contents.zeros(state)
+    """The numbers that the model's parameters hold now, with moments that are zero and take no memory."""
+    shape = state.unit.shape
+    nothing = torch.zeros(()).expand(shape.trainable_elements)
+    contents = Contents(torch.zeros(shape.elements), nothing, nothing)
     for field in state.unit.fields:
         field.view(contents.weights).copy_(field.parameter.detach())
     return contents

@@ -21,7 +21,7 @@ from offload import contents as unit_contents
 from offload import hooks, whole
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
-from offload.attach import host_bytes_of, take_over
+from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
@@ -33,10 +33,10 @@ from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
 from offload.setup import (
-    FEEDING_CORES,
     check_can_run,
     close_at_exit,
     grow_segments,
+    leave_cores_to_the_update,
     move_buffers,
     moved,
     update_threads,
@@ -51,6 +51,7 @@ from offload.unit import check_model, check_trainable, partition
 from offload.unit_update import ClipFactor, UnitUpdate
 from offload.updater import Updater
 from offload.watch import Watch
+from offload.weight_files import WeightFiles
 from offload.weights import WeightMover
 
 HOLDERS = (
@@ -65,8 +66,10 @@ class Engine:
 
     ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
     state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError where plan and
-    model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are safetensors files
+    with the first values (``WeightFiles``); else those of the model count, and what of it is on meta is initialised.
+    Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
+    TierError where a tier is too small, before anything is allocated.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Engine:
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
+        weights: Path | None = None,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
@@ -97,15 +101,16 @@ class Engine:
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
-            self._attach()
+            self._attach(weights)
         except BaseException:
             self._release()
             raise
         close_at_exit(self)
 
-    def _attach(self) -> None:
+    def _attach(self, weights: Path | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device = self.plan, self.device
+        files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
         units = partition(self.model, plan.placements)
         modules = dict(self.model.named_modules())
@@ -120,9 +125,10 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
-        move_buffers(self.model, device, plan.precision)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
-        self.states = take_over(units, plan, device, self.arena, self.store, nan)
+        turns = in_turn(self.model, units, plan, device, needed, files)
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan)
+        move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
         # that live there, and partial sums of gradients.
@@ -143,7 +149,7 @@ class Engine:
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
-            self._leave_cores_to_the_update()
+            self._closers.append(leave_cores_to_the_update())
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
@@ -164,13 +170,6 @@ class Engine:
         lane = Lane(name, self.device, cpu_threads)
         self._closers.append(lane.close)
         return lane
-
-    def _leave_cores_to_the_update(self) -> None:
-        """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations."""
-        threads = torch.get_num_threads()
-        self._closers.append(lambda: torch.set_num_threads(threads))
-        torch.set_num_threads(min(FEEDING_CORES, threads))
-        torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
 
     # The training loop
 

@@ -4,6 +4,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -41,6 +42,17 @@ def close_at_exit(engine: SupportsClose) -> None:
 def update_threads(device: torch.device) -> int:
     """CPU threads of the update on the host."""
     return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
+
+
+def leave_cores_to_the_update() -> Callable[[], None]:
+    """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations.
+
+    Gives what undoes it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(FEEDING_CORES, threads))
+    torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
+    return lambda: torch.set_num_threads(threads)
 
 
 def check_can_run(plan: Plan) -> None:
