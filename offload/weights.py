@@ -8,12 +8,13 @@ that a model which uses a parameter outside of its module is refused with that p
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from offload.compiled import uncompiled
 from offload.errors import OffloadError
 from offload.residency import UPDATE_RING
 from offload.schedule import Fetch
@@ -66,6 +67,15 @@ class AwayGuard(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._nan, self._names, self._stale, self._held = storage_address(nan), names, stale, held
+
+    def __enter__(self) -> Self:
+        self._uncompiled = uncompiled()
+        self._uncompiled.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._uncompiled.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
