@@ -123,7 +123,11 @@ def train(
     ] = None,
     seq: Seq = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-TIME if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")] = False,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints; one at the end only, if not given.")
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")] = 2,
     no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -164,7 +168,7 @@ def train(
         chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision).plan
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
-    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
+    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard, checkpoint_every, keep_checkpoints)
     raise typer.Exit(run_training(source, chosen, run_dir, options, console))
 
 

@@ -17,8 +17,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from offload import checkpoint, hooks, restore, whole
 from offload import contents as unit_contents
-from offload import hooks, whole
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
@@ -32,6 +32,7 @@ from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
+from offload.saver import Saver, Saving
 from offload.setup import (
     check_can_run,
     close_at_exit,
@@ -165,6 +166,8 @@ class Engine:
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
         self._closers.append(self._gradients.close)
+        self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1))
+        self._closers.append(self._saver.close)
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
@@ -222,7 +225,7 @@ class Engine:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                updates.append(UnitUpdate(state, segments, landed))
+                updates.append(UnitUpdate(state, segments, landed, self._saver.copied(name)))
         self._updater.begin(updates, self._clip)
         for update in updates:
             if update.state.device_state is None:
@@ -280,6 +283,7 @@ class Engine:
 
     def _settle(self) -> None:
         self._updater.finish()
+        self._saver.settle()
         self._mover.settle()
 
     def gathered(
@@ -310,6 +314,31 @@ class Engine:
         self._mover.forget(state.unit.name)
         unit_contents.write(state, whole, self.plan.precision, self.store)
 
+    # Checkpoints
+
+    def save_checkpoint(
+        self, directory: str | Path, tag: str | None = None, client_state: Any = None, keep: int | None = None
+    ) -> Saving:
+        """Begin to save everything as ``directory/tag``, by default ``step-N``, and go on; ``Saving.wait`` waits.
+
+        Between steps only. The next updates of units wait until these are copied, and so does ``finish``: call it
+        before you change parameters yourself. ``client_state`` is any JSON of yours. Of the checkpoints named for
+        their step only the ``keep`` newest stay. One is saved at a time: this waits for the one before.
+        """
+        if self._micro_batch:
+            raise OffloadError("a checkpoint has no gradients: save after the last micro-batch's step(), not before")
+        self._watch.check_none_lent()
+        self._watch.check()
+        return self._saver.save(self, Path(directory), tag, client_state, keep, after=self._updater.settled())
+
+    def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> tuple[Path, Any]:
+        """Go on from the checkpoint of this tag, or from the latest; gives its path and its ``client_state``.
+
+        Raises CheckpointError, with nothing changed, where it is damaged or of another model.
+        """
+        found = checkpoint.opened(Path(directory), tag)
+        return found.path, restore.load(self, found)
+
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
         try:
@@ -322,6 +351,8 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._saver.abandon()
         self._release() if error is not None else self.close()
 
     def _release(self) -> None:

@@ -54,6 +54,8 @@ class UnitUpdate:
     segments: tuple[Segment, ...]
     landed: Done
     """When its gradient is in the buffer of its tier."""
+    copied: Done | None = None
+    """When what a checkpoint wants of the numbers before is copied: only then they may change. None: at once."""
     promise: Done = field(default_factory=Done)
     """When its new weights can be had where they live."""
 
@@ -65,7 +67,12 @@ class UnitUpdate:
     def within(self, start: int, stop: int) -> "UnitUpdate":
         """What this update does between two elements, with a promise of its own."""
         cut = (replace(s, start=max(s.start, start), stop=min(s.stop, stop)) for s in self.segments)
-        return UnitUpdate(self.state, tuple(s for s in cut if s.start < s.stop), self.landed)
+        return UnitUpdate(self.state, tuple(s for s in cut if s.start < s.stop), self.landed, self.copied)
+
+    def wait_copied(self) -> None:
+        """Let this thread go on when the unit's numbers may change."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 def shared(
