@@ -101,9 +101,10 @@ class Saver:
             done.synchronize()
 
     def abandon(self) -> None:
-        """End the saving under way without a checkpoint."""
-        if self._staging is not None:
+        """End the saving under way without a checkpoint; nobody needs to be warned of that."""
+        if self._staging is not None and self._last is not None:
             self._staging.abandon()
+            self._last._asked = True
 
     def close(self) -> None:
         """Wait for the saving under way."""
