@@ -20,6 +20,9 @@ from memplan.described import find_machine
 from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
+from memplan.export import Dtype
+from memplan.export import export as export_run
+from memplan.formatting import format_bytes
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -187,6 +190,21 @@ def report(
     target = out or run / "report.html"
     write_report(run, target)
     console.print(f"written: {target}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run, or one checkpoint of it.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="That of the run's precision if not given.")] = None,
+) -> None:
+    """The weights of the last whole checkpoint as safetensors that from_pretrained reads. Needs no GPU."""
+    written = export_run(run, out, dtype)
+    for sentence in written.damaged:
+        errors.print(f"warning: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    what = f"{len(written.files)} file{'s' * (len(written.files) > 1)}, {format_bytes(written.size_bytes)}"
+    said = f"written: {out} ({what} in {written.dtype}, of {written.checkpoint.path.name})"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 @app.command()

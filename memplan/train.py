@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from memplan.audit import audit
 from memplan.errors import RunDirectoryError, TrainingFailed
+from memplan.export import keep_config
 from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes, format_count, format_seconds
 from memplan.saving import RunCheckpoints, to_resume
@@ -86,6 +87,7 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
         if start.remark:
             console.print(start.remark, soft_wrap=True, highlight=False, markup=False)
         run = _Run(source, start, plan, run_dir, options, events)
+        keep_config(source, start.model, run_dir)
         plan.save(run_dir / "plan.json")  # only now: a plan that is refused must not take the place of the run's own
         with _Progress(run_dir, options.dashboard, console) as progress:
             try:

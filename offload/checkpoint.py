@@ -158,7 +158,7 @@ def newest_whole(directory: Path) -> tuple[Checkpoint, list[str]]:
 
 def _some(directory: Path) -> dict[str, Path]:
     if not (paths := found(directory)):
-        raise CheckpointError(f"there is no checkpoint in {directory}; train without --resume first")
+        raise CheckpointError(f"there is no checkpoint in {directory}")
     return paths
 
 
