@@ -10,6 +10,7 @@ from offload.arena import Arena
 from offload.errors import OffloadError
 from offload.initialise import Initialiser
 from offload.plan import Plan, Tier
+from offload.ranks import Ranks
 from offload.residency import Footprint
 from offload.state import UnitState, allocate
 from offload.store import Store
@@ -26,13 +27,21 @@ def host_bytes_of(units: Sequence[Unit]) -> int:
 
 
 def take_over(
-    turns: Iterable[Unit], plan: Plan, device: torch.device, arena: Arena, store: Store | None, nan: torch.Tensor
+    turns: Iterable[Unit],
+    plan: Plan,
+    device: torch.device,
+    arena: Arena,
+    store: Store | None,
+    nan: torch.Tensor,
+    ranks: Ranks | None,
 ) -> list[UnitState]:
-    """The units' states, in the order of the plan, with the model's numbers in them."""
+    """The units' states, in the order of the plan, with the model's numbers in them: those of the first rank."""
     found: dict[str, UnitState] = {}
     for unit in turns:
-        state = found[unit.name] = allocate(unit, plan, device, arena, store)
+        state = found[unit.name] = allocate(unit, plan, device, arena, store, ranks)
         whole = contents.from_model(state)
+        if ranks is not None:
+            ranks.from_first(whole.weights)
         send_away(state, nan)
         contents.write(state, whole, plan.precision, store)
         del whole  # before there is another one

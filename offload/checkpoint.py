@@ -77,9 +77,14 @@ def begin(directory: Path, tag: str) -> Path:
     _recover(directory)
     for left in directory.glob(".*.partial"):
         shutil.rmtree(left)
-    partial = directory / f".{check_tag(tag)}.partial"
+    partial = partial_of(directory, tag)
     partial.mkdir()
     return partial
+
+
+def partial_of(directory: Path, tag: str) -> Path:
+    """Where the files of a checkpoint are until it is one."""
+    return directory / f".{check_tag(tag)}.partial"
 
 
 def publish(partial: Path, tag: str, facts: dict[str, Any], files: dict[str, dict[str, int]]) -> Path:

@@ -8,7 +8,7 @@ import torch
 from offload.arena import page_aligned
 from offload.optimizer import join_master, split_master_
 from offload.plan import Precision, Tier
-from offload.residency import chunks, state_bytes
+from offload.residency import chunks, mirrored, state_bytes
 from offload.state import AdamState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
 
@@ -35,10 +35,7 @@ class Contents:
 
 
 def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The weights as they are computed with, flat, and the remainders of the trainable ones.
-
-    In bf16 new tensors, otherwise the contents' own weights and None.
-    """
+    """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
     if precision is not Precision.BF16:
         return contents.weights, None
     trainable = len(contents.exp_avg)
@@ -53,17 +50,19 @@ def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch
 def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
     flat, remainder = split(contents, precision)
+    first, *others = [flat[part] for part in state.kept_weights]
+    kept, updated = torch.cat((first, *others)) if others else first, state.updated
     if state.device_weights is not None:
-        state.device_weights.copy_(flat)
+        state.device_weights.copy_(kept)
     if state.host_weights is not None:
-        state.host_weights.copy_(flat[: len(state.host_weights)])
+        state.host_weights.copy_(flat[updated] if mirrored(state.unit.placement) else kept)
     if state.weight_extents is not None:
         for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
             assert store is not None
             raw = page_aligned(extent.size_bytes)
-            raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(flat[a:b])
+            raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(kept[a:b])
             store.write(extent, raw).result()
-    source = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
+    source = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder).span(updated.start, updated.stop)
     for a, b, target, stored in _state_spans(state, precision):
         _copy_state(target, source.span(a, b))
         if stored is not None:
@@ -72,22 +71,16 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
 
 
 def read(state: UnitState, precision: Precision, store: Store | None) -> Contents:
-    """A unit's numbers from where they live; no update of it may be under way."""
+    """A unit's numbers from where they live; no update of it may be under way. Ranks read together."""
     trainable, contents = state.unit.shape.trainable_elements, Contents.zeros(state)
+    kept, updated = _kept_weights(state, precision, store), state.updated
     flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
     remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
-    if state.weight_extents is not None:
-        for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
-            assert store is not None
-            raw = page_aligned(extent.size_bytes)
-            store.read(extent, raw).result()
-            flat[a:b] = raw[: (b - a) * flat.itemsize].view(flat.dtype)
-    elif state.device_weights is not None:
-        flat.copy_(state.device_weights)
-    else:
-        assert state.host_weights is not None
-        flat.copy_(state.host_weights)
-    target = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
+    start = 0
+    for part in state.kept_weights:
+        flat[part] = kept[start : start + part.stop - part.start]
+        start += part.stop - part.start
+    target = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder).span(updated.start, updated.stop)
     for a, b, source, stored in _state_spans(state, precision):
         if stored is not None:
             assert store is not None
@@ -95,8 +88,28 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
         _copy_state(target.span(a, b), source)
     contents.weights.copy_(flat)
     if remainder is not None:
-        contents.weights[:trainable] = join_master(flat[:trainable], remainder)
+        contents.weights[updated] = join_master(flat[updated], remainder[updated])
+    if state.ranks is not None and updated.stop - updated.start < trainable:
+        for divided in (contents.weights[:trainable], contents.exp_avg, contents.exp_avg_sq):
+            state.ranks.gather_on_host(divided)
+    if state.ranks is not None and len(kept) < len(flat):
+        state.ranks.gather_on_host(contents.weights[trainable:])
     return contents
+
+
+def _kept_weights(state: UnitState, precision: Precision, store: Store | None) -> torch.Tensor:
+    """The weights that this rank keeps, on the host."""
+    if state.weight_extents is None:
+        weights = state.device_weights if state.device_weights is not None else state.host_weights
+        assert weights is not None
+        return weights.cpu()
+    kept = torch.zeros(state.weight_spans[-1][1] if state.weight_spans else 0, dtype=weight_dtype(precision))
+    for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
+        assert store is not None
+        raw = page_aligned(extent.size_bytes)
+        store.read(extent, raw).result()
+        kept[a:b] = raw[: (b - a) * kept.itemsize].view(kept.dtype)
+    return kept
 
 
 def _state_spans(
@@ -106,7 +119,7 @@ def _state_spans(
     if state.unit.placement.optimizer is not Tier.NVME:
         whole = state.device_state or state.host_state
         assert whole is not None
-        yield 0, state.unit.shape.trainable_elements, whole, None
+        yield 0, len(whole.exp_avg), whole, None
         return
     assert state.state_extents is not None
     for (a, b), extent in zip(state.spans, state.state_extents, strict=True):

@@ -22,15 +22,16 @@ def reset_of(module: nn.Module) -> str | None:
 def on_meta() -> Iterator[None]:
     """A context in which modules make their parameters on meta, without memory.
 
-    Buffers stay real, and so do small parameters of modules without ``reset_parameters``: their values are those of
-    ``__init__``. The engine makes the others real, unit by unit.
+    What nobody could make again stays real: buffers, small parameters of modules without ``reset_parameters``, and
+    parameters that are put in the place of others, as loaded ones are. The engine makes the rest real, unit by unit.
     """
     kept: dict[int, nn.Parameter] = {}
 
-    def registered(module: nn.Module, _: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or id(parameter) in kept:
             return None  # what is tied stays tied
-        if reset_of(module) is None and parameter.nbytes <= SMALL_BYTES:
+        replaces = module._parameters.get(name) is not None
+        if replaces or (reset_of(module) is None and parameter.nbytes <= SMALL_BYTES):
             kept[id(parameter)] = parameter
             return None
         abstract = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)

@@ -124,7 +124,8 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
         with torch.no_grad():
             for key, tensor in tensors.rest():
                 parts[key].copy_(tensor)
-        random_states = tensors.random_states(rank=0)
+        ranks = next((state.ranks for state in engine.states), None)
+        random_states = tensors.random_states(ranks.rank if ranks is not None else 0)
     engine.global_step = found.step
     engine.hyperparameters.steps = dict(training["parameter_steps"])
     for group, saved in zip(engine.optimizer.param_groups, training["groups"], strict=True):

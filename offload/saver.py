@@ -8,8 +8,9 @@ import queue
 import shutil
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from offload import checkpoint
 from offload.errors import CheckpointError
 from offload.plain import plain
 from offload.randomness import random_states
+from offload.ranks import Ranks
 from offload.snapshot import Abandoned, CopiedPiece, Piece, Staging, pieces_of, staging_bytes
 from offload.streams import Done, Lane
 from offload.tensor_file import Entry, TensorFile
@@ -82,10 +84,10 @@ class Saving:
 
 
 class Saver:
-    """Makes the checkpoints of an engine, one at a time."""
+    """Makes the checkpoints of an engine, one at a time; ``ranks`` make them together, each a file of its own part."""
 
-    def __init__(self, copying: Lane, writing: Lane) -> None:
-        self._copying, self._writing = copying, writing
+    def __init__(self, copying: Lane, writing: Lane, ranks: Ranks | None) -> None:
+        self._copying, self._writing, self._ranks = copying, writing, ranks
         self._copied: dict[str, Done] = {}
         self._staging: Staging | None = None
         self._last: Saving | None = None
@@ -126,7 +128,9 @@ class Saver:
         self.close()
         tag = checkpoint.check_tag(tag if tag is not None else checkpoint.step_tag(engine.global_step))
         saving = self._last = Saving(directory / tag, engine.global_step)
-        pieces = {s.unit.name: pieces_of(s, engine.plan.precision) for s in engine.states}
+        pieces = {
+            s.unit.name: pieces_of(s, engine.plan.precision, engine.plan.buckets.update_elements) for s in engine.states
+        }
         every = [piece for unit in pieces.values() for piece in unit]
         spare = engine.plan.budget.host_bytes - engine.arena.capacity_bytes
         staging = self._staging = Staging(staging_bytes(every, max(0, spare)))
@@ -134,7 +138,7 @@ class Saver:
         small = _Small(engine, client_state)
         self._copied = {name: Done() for name in pieces}
         items: queue.SimpleQueue[CopiedPiece | BaseException] = queue.SimpleQueue()
-        copied, store = self._copied, engine.store
+        copied, store, ranks = self._copied, engine.store, self._ranks
 
         def copy() -> None:
             try:
@@ -154,8 +158,8 @@ class Saver:
 
         def write() -> None:
             try:
-                _write(saving, directory, tag, small, every, items, staging)
-                if keep is not None:
+                _write(saving, directory, tag, ranks, _Parts(small, every, items, staging))
+                if keep is not None and (ranks is None or ranks.rank == 0):
                     with suppress(OSError):  # the next one tries again
                         checkpoint.prune(directory, keep)
             except BaseException as error:
@@ -178,7 +182,7 @@ class _Small:
         self.rest = {f"buffer/{n}": b.detach().cpu().clone() for n, b in model.named_buffers()}
         self.rest |= {f"parameter/{n}": p.detach().cpu() for n, p in model.named_parameters() if id(p) not in owned}
         self.random = {f"random/{name}": state for name, state in random_states(engine.device).items()}
-        self.facts = {"step": engine.global_step, "precision": engine.plan.precision, "world_size": 1}
+        self.facts = {"step": engine.global_step, "precision": engine.plan.precision, "world_size": engine.plan.gpus}
         scheduler = engine.lr_scheduler
         self.training = {
             "parameters": _parameters(engine),
@@ -204,36 +208,89 @@ def _parameters(engine: "Engine") -> dict[str, dict[str, Any]]:
     return found
 
 
-def _write(
-    saving: Saving,
-    directory: Path,
-    tag: str,
-    small: _Small,
-    pieces: Sequence[Piece],
-    items: "queue.SimpleQueue[CopiedPiece | BaseException]",
-    staging: Staging,
-) -> None:
+@dataclass(frozen=True)
+class _Parts:
+    """What the files of this rank are made of: the pieces come as they are copied."""
+
+    small: _Small
+    pieces: Sequence[Piece]
+    copied: "queue.SimpleQueue[CopiedPiece | BaseException]"
+    staging: Staging
+
+
+Written = dict[str, dict[str, int]]
+"""Files by name: their bytes and their crc32c."""
+
+
+def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts: _Parts) -> None:
     """Write all files aside, then make them a checkpoint."""
-    partial = checkpoint.begin(directory, tag)
+    rank, partial = ranks.rank if ranks is not None else 0, checkpoint.partial_of(directory, tag)
+    common: Written = {}
+
+    def begin() -> tuple[int, int]:
+        if rank == 0:
+            checkpoint.begin(directory, tag)
+        return 0, 0
+
+    def write() -> tuple[int, int]:
+        if rank == 0:
+            common.update(_write_common(partial, parts.small))
+        return _write_own(partial / checkpoint.rank_file(rank), parts)
+
+    def publish() -> tuple[int, int]:
+        if rank == 0:
+            checkpoint.publish(partial, tag, parts.small.facts, files)
+        return 0, 0
+
     try:
-        files = {checkpoint.TRAINING: checkpoint.write_durably(partial / checkpoint.TRAINING, small.text)}
-        with TensorFile(partial / checkpoint.REST, _entries(small.rest)) as rest:
-            _write_all(rest, small.rest)
-        entries = [*_entries(small.random), *(entry for piece in pieces for entry in piece.entries())]
-        with TensorFile(partial / checkpoint.rank_file(0), entries) as file:
-            _write_all(file, small.random)
-            for _ in pieces:
-                item = items.get()
-                if isinstance(item, BaseException):
-                    raise item
-                item.write(file)
-                staging.give_back(item.buffer)
-        files |= {f.path.name: {"bytes": f.size_bytes, "crc32c": f.crc32c} for f in (rest, file)}
-        checkpoint.publish(partial, tag, small.facts, files)
+        _in_step(ranks, begin)
+        own = [{"bytes": size, "crc32c": crc} for size, crc in _in_step(ranks, write)]
+        files = common | {checkpoint.rank_file(r): facts for r, facts in enumerate(own)}
+        _in_step(ranks, publish)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    saving.size_bytes = sum(f["bytes"] for f in files.values())
+    saving.size_bytes = sum(facts["bytes"] for facts in files.values())
+
+
+def _in_step(ranks: Ranks | None, work: Callable[[], tuple[int, int]]) -> list[list[int]]:
+    """Do it on every rank; what each says of it. Raises on all of them where it fails on one."""
+    failed: BaseException | None = None
+    said = (0, 0)
+    try:
+        said = work()
+    except BaseException as error:  # noqa: BLE001 - raised below, when the others know
+        failed = error
+    told = ranks.tell_all([failed is None, *said]) if ranks is not None else [[failed is None, *said]]
+    if failed is not None:
+        raise failed
+    if others := [rank for rank, (fine, *_) in enumerate(told) if not fine]:
+        raise CheckpointError(f"rank {others[0]} could not write its part and says why")
+    return [numbers for _, *numbers in told]
+
+
+def _write_common(partial: Path, small: _Small) -> Written:
+    """What is the same for all ranks."""
+    files = {checkpoint.TRAINING: checkpoint.write_durably(partial / checkpoint.TRAINING, small.text)}
+    with TensorFile(partial / checkpoint.REST, _entries(small.rest)) as rest:
+        _write_all(rest, small.rest)
+    return files | {checkpoint.REST: {"bytes": rest.size_bytes, "crc32c": rest.crc32c}}
+
+
+def _write_own(path: Path, parts: _Parts) -> tuple[int, int]:
+    """The file of this rank; gives its size and checksum."""
+    random = parts.small.random
+    entries = [*_entries(random), *(entry for piece in parts.pieces for entry in piece.entries())]
+    with TensorFile(path, entries) as file:
+        _write_all(file, random)
+        for _ in parts.pieces:
+            item = parts.copied.get()
+            if isinstance(item, BaseException):
+                raise item
+            item.write(file)
+            parts.staging.give_back(item.buffer)
+    return file.size_bytes, file.crc32c
 
 
 def _entries(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:

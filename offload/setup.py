@@ -59,10 +59,16 @@ def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
     if plan.target is not Target.MEMPLAN:
         raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
-    if plan.gpus != 1:
-        raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
+
+
+def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise OffloadError for a scheduler that an engine with this optimizer can not step."""
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
 
 
 def grow_segments(device: torch.device) -> None:

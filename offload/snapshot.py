@@ -52,7 +52,11 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A chunk of a unit's elements: weights of all, optimizer state of the first ``trained``."""
+    """A chunk of what a rank saves of a unit: the elements that it updates, then its share of the frozen ones.
+
+    ``start`` and ``stop`` count in these. The first ``trained`` of the piece have optimizer state. Where weights are on
+    NVMe, pieces are the chunks that they are read in.
+    """
 
     state: UnitState
     index: int
@@ -63,7 +67,8 @@ class Piece:
     @property
     def trained(self) -> int:
         """Elements with optimizer state."""
-        return max(0, min(self.stop, self.state.unit.shape.trainable_elements) - self.start)
+        updated = self.state.updated
+        return max(0, min(self.stop, updated.stop - updated.start) - self.start)
 
     @property
     def weight_bytes(self) -> int:
@@ -75,12 +80,22 @@ class Piece:
         """Host memory that a copy of it takes."""
         return self.weight_bytes + aligned(self.trained * state_bytes(self.precision), BLOCK_BYTES)
 
+    def places(self) -> Iterator[tuple[int, int]]:
+        """(first element of the unit, elements) of the updated ones in it, and of the frozen ones."""
+        yield self.state.updated.start + self.start, self.trained
+        updated, frozen = self.state.updated, frozen_share(self.state)
+        first = self.start + self.trained - (updated.stop - updated.start)
+        yield frozen.start + first, self.stop - self.start - self.trained
+
     def parts(self) -> Iterator[Part]:
         """The parameters in it, in their order; what is between them is padding."""
-        for field in self.state.unit.fields:
-            a, b = max(field.start, self.start), min(field.stop, self.stop)
-            if a < b:
-                yield Part(field, a - field.start, slice(a - self.start, b - self.start))
+        inside = 0
+        for first, elements in self.places():
+            for field in self.state.unit.fields if elements else ():
+                a, b = max(field.start, first), min(field.stop, first + elements)
+                if a < b:
+                    yield Part(field, a - field.start, slice(inside + a - first, inside + b - first))
+            inside += elements
 
     def entries(self) -> Iterator[Entry]:
         """What a file holds of it."""
@@ -90,9 +105,22 @@ class Piece:
                 yield Entry(span_key(kind, part.start, part.field.name), dtype, (part.elements,))
 
 
-def pieces_of(state: UnitState, precision: Precision) -> list[Piece]:
-    """All pieces of a unit."""
-    return [Piece(state, i, a, b, precision) for i, (a, b) in enumerate(state.weight_spans)]
+def frozen_share(state: UnitState) -> slice:
+    """The unit's frozen elements that this rank saves: those that it keeps, or as many where all keep all."""
+    shape, parts = state.unit.shape, state.shards.state_parts
+    size = shape.frozen_elements // parts
+    position = state.ranks.position if state.ranks is not None and parts > 1 else 0
+    start = shape.trainable_elements + position * size
+    return slice(start, start + size)
+
+
+def pieces_of(state: UnitState, precision: Precision, update_elements: int) -> list[Piece]:
+    """All pieces that this rank saves of a unit; none where another rank has the same."""
+    if state.ranks is not None and state.ranks.rank >= state.shards.state_parts:
+        return []
+    updated, frozen = state.updated, frozen_share(state)
+    elements = updated.stop - updated.start + frozen.stop - frozen.start
+    return [Piece(state, i, a, b, precision) for i, (a, b) in enumerate(chunks(elements, update_elements))]
 
 
 class CopiedPiece:
@@ -111,7 +139,7 @@ class CopiedPiece:
             assert store is not None
             reads.append(store.read(state.weight_extents[piece.index], raw_weights))
         else:
-            _copy_weights(self._weights, state, piece.start, piece.stop)
+            _copy_weights(self._weights, piece)
         if piece.trained and state.state_extents is not None:
             assert store is not None
             reads.append(store.read(state.state_extents[piece.index], raw_state))
@@ -139,15 +167,20 @@ class CopiedPiece:
             file.write(state.exp_avg_sq)
 
 
-def _copy_weights(target: torch.Tensor, state: UnitState, start: int, stop: int) -> None:
+def _copy_weights(target: torch.Tensor, piece: Piece) -> None:
     """From the host as far as they are there too, which costs no crossing of the link."""
-    edge = start
-    if state.host_weights is not None:
-        edge = max(start, min(stop, len(state.host_weights)))
-        target[: edge - start].copy_(state.host_weights[start:edge])
-    if edge < stop:
-        assert state.device_weights is not None
-        target[edge - start :].copy_(state.device_weights[edge:stop])
+    state, updates = piece.state, piece.state.part()
+    if piece.trained:
+        source = updates.host_weights if updates.host_weights is not None else updates.device_weights
+        assert source is not None
+        target[: piece.trained].copy_(source[piece.start : piece.start + piece.trained])
+    _, (first, frozen) = piece.places()
+    if frozen:
+        kept = state.device_weights if state.device_weights is not None else state.host_weights
+        assert kept is not None
+        for part in state.kept_weights[1:]:  # divided: behind what is updated here
+            first += state.updated.stop - state.updated.start - part.start
+        target[piece.trained :].copy_(kept[first : first + frozen])
 
 
 def _copy_state(target: AdamState, source: AdamState) -> None:

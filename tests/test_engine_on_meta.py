@@ -27,10 +27,10 @@ def built(kind: Any, seed: int = 0) -> nn.Module:
 
 
 def started(model: nn.Module, plan: Any, seed: int = 0) -> dict[str, torch.Tensor]:
-    """The state in which the engine begins, with buffers that are not saved too."""
+    """What the engine begins with, buffers that are not saved included."""
     torch.manual_seed(seed)
     with Engine(model, plan) as engine:
-        return engine.state_dict() | dict(model.named_buffers())
+        return {**dict(model.named_buffers()), **engine.state_dict()}
 
 
 def assert_equal(found: dict[str, torch.Tensor], expected: nn.Module) -> None:
@@ -170,6 +170,32 @@ def test_small_parameters_that_nobody_could_make_again_and_buffers_stay_real() -
     del model.large
     assert_equal(started(model, plan_of(model, {"linear": AWAY})), built(Special))
     assert not nn.Linear(2, 2).weight.is_meta  # outside of the context
+
+
+class Loaded(GPT):
+    """Puts trained numbers in the place of some first ones, by two ways to do that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(torch.full_like(self.head.weight, 2.0, device="cpu"))
+        self.h[1].load_state_dict({n: torch.full(p.shape, 3.0) for n, p in self.h[1].named_parameters()}, assign=True)
+
+
+def test_what_is_loaded_while_a_model_is_built_stays() -> None:
+    with on_meta():
+        model = Loaded()
+    found = started(model, plan_for(model, (AWAY, RESIDENT)))
+    assert torch.equal(found["head.weight"], torch.full((61, 32), 2.0))
+    assert all((found[f"h.1.{name}"] == 3).all() for name, _ in model.h[1].named_parameters())
+    assert found["h.0.up.weight"].std() < 1
+
+
+def test_a_model_that_was_profiled_on_meta_is_taken_over(tmp_path: Path) -> None:
+    plain = built(GPT)
+    with on_meta():
+        model = built(GPT)
+    memplan.profile(model, batches(1)[0])
+    assert_equal(started(model, plan_for(model, EVERY_TIER, tmp_path)), plain)
 
 
 def test_what_is_real_keeps_its_numbers_where_the_rest_is_made() -> None:

@@ -108,7 +108,7 @@ def test_buffers_and_parameters_that_no_unit_owns_are_read_too(tmp_path: Path) -
         model = Odd()
     model.table, model.none = (nn.Parameter(p.to("meta"), p.requires_grad) for p in (model.table, model.none))
     with Engine(model, plan_of(model, {"linear": AWAY}), weights=tmp_path) as engine:
-        found = engine.state_dict()
+        found = {**dict(model.named_buffers()), **engine.state_dict()}
     assert all(torch.equal(found[name], tensor) for name, tensor in source.state_dict().items())
     assert torch.equal(found["frequencies"], torch.arange(4.0))
 
@@ -201,7 +201,7 @@ def test_what_transformers_saves_is_read_as_transformers_reads_it(name: str, con
     with context():
         model = cls(config)
     with Engine(model, plan_of(model, {}), weights=tmp_path / "all") as engine:
-        found = engine.state_dict()
+        found = {**dict(model.named_buffers()), **engine.state_dict()}
     for tensors in (source.named_parameters(), source.named_buffers()):
         assert all(torch.equal(found[name], tensor) for name, tensor in tensors)
 
@@ -214,5 +214,16 @@ def test_the_body_of_a_transformers_model_alone_has_names_without_its_own(tmp_pa
     with on_meta():
         model = transformers.GPT2LMHeadModel(config)
     with Engine(model, plan_of(model, {"transformer.h.0": RESIDENT}), weights=tmp_path) as engine:
+        found = engine.state_dict()
+    assert all(torch.equal(found[name], p) for name, p in source.named_parameters())
+
+
+def test_what_transformers_itself_loads_on_the_way_stays(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4))
+    source.save_pretrained(tmp_path)
+    with on_meta():
+        model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    with Engine(model, plan_of(model, {"transformer.h.0": AWAY})) as engine:
         found = engine.state_dict()
     assert all(torch.equal(found[name], p) for name, p in source.named_parameters())
