@@ -17,17 +17,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from offload import checkpoint, hooks, restore, whole
 from offload import contents as unit_contents
-from offload import hooks, whole
 from offload.adamw import Hyperparameters
 from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
-from offload.divided_gradients import DividedGradients
-from offload.errors import OffloadError, PlanError
+from offload.divided_gradients import collector
+from offload.errors import OffloadError
 from offload.events import EventLog
-from offload.gradients import GradientCollector
 from offload.loss_scale import loss_scale
 from offload.memory import MemoryMeter
 from offload.passes import Passes
@@ -35,11 +34,14 @@ from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.ranks import Ranks, local_device
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
+from offload.saver import Saver, Saving
 from offload.setup import (
-    FEEDING_CORES,
     check_can_run,
+    check_scheduler,
+    close_all,
     close_at_exit,
     grow_segments,
+    leave_cores_to_the_update,
     move_buffers,
     moved,
     update_threads,
@@ -52,7 +54,7 @@ from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
-from offload.unit import check_model, check_trainable, partition
+from offload.unit import check_model, check_recompute, check_trainable, partition
 from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
 from offload.watch import Watch
@@ -100,6 +102,7 @@ class Engine:
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
+        check_recompute(plan, model)
         if update_in_backward:
             check_early_updates(plan, max_grad_norm)
         self._update_in_backward = update_in_backward
@@ -132,13 +135,9 @@ class Engine:
         plan, device, shards = self.plan, self.device, Shards.of(self.plan)
         files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
-        self._ranks = Ranks(plan, device) if plan.gpus > 1 else None
-        if self._ranks is not None:
-            self._closers.append(self._ranks.close)
+        if (ranks := Ranks.of(plan, device)) is not None:
+            self._closers.append(ranks.close)
         units = partition(self.model, plan.placements, shards)
-        modules = dict(self.model.named_modules())
-        if missing := [path for path in plan.recompute if path not in modules]:
-            raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
         needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share, shards)
         self.store: Store | None = None
@@ -150,7 +149,7 @@ class Engine:
         self._closers.append(self.arena.close)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
         turns = in_turn(self.model, units, plan, device, needed, files)
-        self.states = take_over(turns, plan, device, self.arena, self.store, nan, self._ranks)
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan, ranks)
         move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
@@ -161,13 +160,10 @@ class Engine:
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        gathers = self._lane("gathers", 1) if self._ranks is not None else None
+        gathers = self._lane("gathers", 1) if ranks is not None else None
         self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
-        collected = self.states, plan, device, self._down, self._returns
-        if self._ranks is not None:
-            self._gradients: GradientCollector = DividedGradients(*collected, self._lane("reduces", 1), self._ranks)
-        else:
-            self._gradients = GradientCollector(*collected)
+        reduces = self._lane("reduces", 1) if ranks is not None else None
+        self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
@@ -177,7 +173,7 @@ class Engine:
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
-            self._leave_cores_to_the_update()
+            self._closers.append(leave_cores_to_the_update())
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
@@ -192,9 +188,12 @@ class Engine:
         self._closers.append(self._passes.close)
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
-        self._closers.append(self._gradients.close)
+        self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1), ranks)
+        self._closers += [self._gradients.close, self._saver.close]
         updating = (self._gradients, self._updater, self._mover, self.loss_scale)
-        self._steps = Steps(self.states, self.hyperparameters, *updating, self._step_schedulers, device)
+        self._steps = Steps(
+            self.states, self.hyperparameters, *updating, self._step_schedulers, self._saver.copied, device
+        )
         self.early_updates = self._steps.early
         self._passes.early = self.early_updates if self._update_in_backward else None
 
@@ -202,13 +201,6 @@ class Engine:
         lane = Lane(name, self.device, cpu_threads)
         self._closers.append(lane.close)
         return lane
-
-    def _leave_cores_to_the_update(self) -> None:
-        """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations."""
-        threads = torch.get_num_threads()
-        self._closers.append(lambda: torch.set_num_threads(threads))
-        torch.set_num_threads(min(FEEDING_CORES, threads))
-        torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
 
     # The training loop
 
@@ -278,10 +270,7 @@ class Engine:
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
-        if getattr(scheduler, "optimizer", None) is not self.optimizer:
-            raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
+        check_scheduler(scheduler, self.optimizer)
         self.lr_scheduler = scheduler
 
     @property
@@ -296,12 +285,10 @@ class Engine:
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
-        fetched, sent = self._inputs.fetched_bytes, self._inputs.sent_bytes
-        if self._streamed is not None:
-            fetched, sent = fetched + self._streamed.fetched_bytes, sent + self._streamed.sent_bytes
+        beside: list[BlockInputs | StreamedUpdate] = [self._inputs, *filter(None, [self._streamed])]
         return {
-            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + fetched,
-            "device_to_host": self._down.bytes_moved + sent,
+            "host_to_device": sum(x.fetched_bytes for x in beside) + self._up.bytes_moved + self._returns.bytes_moved,
+            "device_to_host": sum(x.sent_bytes for x in beside) + self._down.bytes_moved,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
@@ -327,6 +314,7 @@ class Engine:
 
     def _settle(self) -> None:
         self._updater.finish()
+        self._saver.settle()
         self._mover.settle()
 
     def gathered(
@@ -360,6 +348,33 @@ class Engine:
         self._mover.forget(state.unit.name)
         unit_contents.write(state, whole, self.plan.precision, self.store)
 
+    # Checkpoints
+
+    def save_checkpoint(
+        self, directory: str | Path, tag: str | None = None, client_state: Any = None, keep: int | None = None
+    ) -> Saving:
+        """Begin to save everything as ``directory/tag``, by default ``step-N``, and go on; ``Saving.wait`` waits.
+
+        Between steps only. The next updates of units wait until these are copied, and so does ``finish``: call it
+        before you change parameters yourself. ``client_state`` is any JSON of yours. Of the checkpoints named for
+        their step only the ``keep`` newest stay. One is saved at a time: this waits for the one before.
+        """
+        if self._micro_batch:
+            raise OffloadError("a checkpoint has no gradients: save after the last micro-batch's step(), not before")
+        self.early_updates.check()
+        self._watch.check_none_lent()
+        self._watch.check()
+        self._steps.conclude()  # whether the last step counts
+        return self._saver.save(self, Path(directory), tag, client_state, keep, after=self._updater.settled())
+
+    def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> tuple[Path, Any]:
+        """Go on from the checkpoint of this tag, or from the latest; gives its path and its ``client_state``.
+
+        Raises CheckpointError, with nothing changed, where it is damaged or of another model.
+        """
+        found = checkpoint.opened(Path(directory), tag)
+        return found.path, restore.load(self, found)
+
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
         try:
@@ -372,17 +387,14 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._saver.abandon()
         self._release() if error is not None else self.close()
 
     def _release(self) -> None:
         """Close everything, the last made first; what fails is raised when all is closed."""
-        failed: BaseException | None = None
-        while self._closers:
-            try:
-                self._closers.pop()()
-            except BaseException as error:  # noqa: BLE001 - raised below
-                failed = failed or error
-        for name in HOLDERS:
-            vars(self).pop(name, None)
-        if failed is not None:
-            raise failed
+        try:
+            close_all(self._closers)
+        finally:
+            for name in HOLDERS:
+                vars(self).pop(name, None)

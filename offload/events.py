@@ -17,6 +17,7 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
                 traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step
 ``checkpoint``  step, path, seconds, bytes
 ``note``        message: something a person should know
+``warning``     step, message: something went wrong, and training goes on
 ``end``         reason (finished, interrupted, failed), step, message
 """
 
@@ -26,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
@@ -37,7 +38,8 @@ class EventLog:
     """Appends events to a file, one whole line a write, from any thread."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._file = path.open("a+", buffering=1, encoding="utf-8")
+        _end_broken_line(self._file)
         self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
@@ -57,6 +59,14 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _end_broken_line(file: TextIO) -> None:
+    """A run that was killed may have left half a line; what comes must not continue it."""
+    if (end := file.seek(0, 2)) > 0:
+        file.seek(end - 1)
+        if file.read(1) != "\n":
+            file.write("\n")
 
 
 class Pulse:

@@ -4,6 +4,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -26,6 +27,18 @@ class SupportsClose(Protocol):
         """End them."""
 
 
+def close_all(closers: list[Callable[[], None]]) -> None:
+    """Call all, the last first, and forget them; what the first that failed raised is raised then."""
+    failed: BaseException | None = None
+    while closers:
+        try:
+            closers.pop()()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
 def close_at_exit(engine: SupportsClose) -> None:
     """A script need not call ``close``: its threads end before the interpreter does."""
     reference = weakref.ref(engine)
@@ -44,12 +57,31 @@ def update_threads(device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
 
 
+def leave_cores_to_the_update() -> Callable[[], None]:
+    """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations.
+
+    Gives what undoes it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(FEEDING_CORES, threads))
+    torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
+    return lambda: torch.set_num_threads(threads)
+
+
 def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
     if plan.target is not Target.MEMPLAN:
         raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
+
+
+def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise OffloadError for a scheduler that an engine with this optimizer can not step."""
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
 
 
 def grow_segments(device: torch.device) -> None:

@@ -23,7 +23,10 @@ from offload.weights import WeightMover
 
 
 class Steps:
-    """Begins every step's updates; ``updated`` is called for each step that was made, when that is known."""
+    """Begins every step's updates; ``updated`` is called for each step that was made, when that is known.
+
+    ``copied`` tells when a unit may be changed, as far as a checkpoint under way is concerned.
+    """
 
     def __init__(
         self,
@@ -34,13 +37,14 @@ class Steps:
         mover: WeightMover,
         loss_scale: LossScale | None,
         updated: Callable[[], None],
+        copied: Callable[[str], Done | None],
         device: torch.device,
     ) -> None:
         self._hyperparameters, self._gradients = hyperparameters, gradients
         self._parts = {state.unit.name: state.part() for state in states}
         self._updater, self._mover, self._loss_scale, self._updated = updater, mover, loss_scale, updated
         self.early = UpdateInBackward(states, gradients, self._begin_early)
-        self._device = device
+        self._device, self._copied = device, copied
         self._clip: ClipFactor | None = None
         self._counts_before: dict[str, int] | None = None
         """Before the last step, until it is known whether that was made."""
@@ -95,7 +99,7 @@ class Steps:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self._hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                update = UnitUpdate(self._parts[name], from_first(segments, state.updated), landed)
+                update = UnitUpdate(self._parts[name], from_first(segments, state.updated), landed, self._copied(name))
                 changed.append((state, update))
                 if update.segments:
                     updates.append(update)

@@ -108,8 +108,15 @@ class StreamedUpdate:
 
     def finish(self) -> None:
         """Wait until everything is back on the host; raises what went wrong."""
-        if self._last is not None:
-            self._last.synchronize()
+        for done in self.settled():
+            done.synchronize()
+
+    def settled(self) -> list[Done]:
+        """When everything that has begun is back on the host."""
+        last = [self._last] if self._last is not None else []
+        return [*last, self._lane.submit(self._wait_left)]
+
+    def _wait_left(self) -> None:
         for slot in self._ring:
             slot.left.synchronize()
 
@@ -128,6 +135,7 @@ class StreamedUpdate:
             for update in updates:
                 left = begun
                 update.landed.wait()
+                update.wait_copied()
                 if clock is not None:
                     clock.start()
                 for segment in update.segments:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ class Done:
         for part in self._parts:
             part.result()
         return event
+
+    def settle(self) -> None:
+        """Let this thread go on when the work is done or has failed."""
+        with suppress(Exception):
+            self.synchronize()
 
     def wait(self) -> None:
         """Let the current stream (on the CPU: this thread) go on only when the work is done."""

@@ -66,6 +66,8 @@ class UnitUpdate:
     segments: tuple[Segment, ...]
     landed: Done
     """When its gradient is in the buffer of its tier."""
+    copied: Done | None = None
+    """When what a checkpoint wants of the numbers before is copied: only then they may change. None: at once."""
     promise: Done = field(default_factory=Done)
     """When its new weights can be had where they live."""
 
@@ -76,7 +78,12 @@ class UnitUpdate:
 
     def within(self, start: int, stop: int) -> "UnitUpdate":
         """What this update does between two elements, with a promise of its own."""
-        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed)
+        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed, self.copied)
+
+    def wait_copied(self) -> None:
+        """Let this thread go on when the unit's numbers may change."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 def within(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:

@@ -115,11 +115,19 @@ class Updater:
             self._streamed.finish()
         self._finish_writes()
 
+    def settled(self) -> list[Done]:
+        """When the last step has reached its tiers; what begins later is not waited for."""
+        done = [Done.now(self._device), self._lane.submit(self._finish_writes)]
+        if self._last is not None:
+            done.append(self._last)
+        return done + (self._streamed.settled() if self._streamed is not None else [])
+
     def _update_resident(self, update: UnitUpdate, clip: ClipFactor) -> None:
         state = update.state
         assert state.device_weights is not None
         assert state.device_gradients is not None
         assert state.device_state is not None
+        update.wait_copied()
         make = self._update_on_device if clip.skip is None else unless(clip.skip, self._update_on_device)
         for s in update.segments:
             part, moments = slice(s.start, s.stop), state.device_state.span(s.start, s.stop)
@@ -210,6 +218,7 @@ class Updater:
             read.result()
         self._reading.discard(chunk.update.state.unit.name)
         chunk.gradients_there.synchronize()
+        chunk.update.wait_copied()
         for s in chunk.update.segments:
             a, b = max(s.start, chunk.start) - chunk.start, min(s.stop, chunk.stop) - chunk.start
             if a < b:
