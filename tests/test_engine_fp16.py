@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from memplan.train import TrainingOptions, prepare_run, train
-from offload import checkpoint, contents
+from offload import contents
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Precision
@@ -218,13 +218,13 @@ def test_a_checkpoint_keeps_the_scale_and_training_goes_on_to_the_last_bit(tmp_p
 
     with engine_of(LARGE) as engine:
         train(engine, data[:5])
-        path = checkpoint.save(engine, tmp_path / "checkpoints", {})
+        path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
         assert engine.loss_scale is not None
         scale = engine.loss_scale.state_dict()
         train(engine, data[5:])
         expected, counted = engine.state_dict(), engine.hyperparameters.steps
     with engine_of(2.0) as engine:
-        checkpoint.load(engine, path)
+        engine.load_checkpoint(path.parent, path.name)
         assert engine.loss_scale is not None
         assert engine.loss_scale.state_dict() == scale
         assert scale["scale"] < LARGE

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as reentrant
 
-from offload import checkpoint
 from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Buckets, Precision
@@ -144,7 +143,7 @@ def test_after_a_failure_in_backward_nothing_goes_on_but_a_checkpoint(tmp_path: 
     data = batches(6)
     with engine_of(model, EVERY_TIER, tmp_path) as engine:
         train(engine, data[:2])
-        path = checkpoint.save(engine, tmp_path / "checkpoints", {})
+        path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
         handle = fail_in_backward(model)
         with pytest.raises(RuntimeError, match="the middle of backward"):
             train(engine, data[2:3])
@@ -154,11 +153,11 @@ def test_after_a_failure_in_backward_nothing_goes_on_but_a_checkpoint(tmp_path: 
             lambda: engine(data[2]),
             lambda: model.eval()(data[2]),
             engine.state_dict,
-            lambda: checkpoint.save(engine, tmp_path / "checkpoints", {}),
+            lambda: engine.save_checkpoint(tmp_path / "checkpoints").wait(),
         ):
             with pytest.raises(OffloadError, match=refused), torch.no_grad():
                 use()
-        checkpoint.load(engine, path)
+        engine.load_checkpoint(path.parent, path.name)
         train(engine, data[2:])
         found = engine.state_dict()
     train_plainly(plain, data, 1, None)
