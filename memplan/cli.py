@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
 """
 
+import json
 import os
 import sys
 from dataclasses import replace
@@ -23,6 +24,7 @@ from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.export import Dtype
 from memplan.export import export as export_run
 from memplan.formatting import format_bytes
+from memplan.launch import Place, joined, run_in_processes, told_by_first
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -142,37 +144,51 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; else torchrun's or one.")] = None,
 ) -> None:
     """Train by a plan, with a live dashboard; writes plan.json, events.jsonl and a checkpoint into the run."""
+    if nproc is not None:
+        raise typer.Exit(run_in_processes(nproc, sys.argv[1:]))
     if resume and out is None:
         raise PlanError("--resume needs the run to go on with: name it by --out")
+    place = Place.here(os.environ)
     source = load_source(file, seq)
-    run_dir = out or Path("runs") / f"{source.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    prepare_run(run_dir, resume=resume)
-    if plan is None and resume:
-        plan = run_dir / "plan.json"
-    if plan is not None:
-        wishes = {
-            "--batch-size": batch_size,
-            "--gpu-memory": gpu_memory,
-            "--host-memory": host_memory,
-            "--precision": precision,
-        }
-        if given := [name for name, wish in wishes.items() if wish is not None]:
-            raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
-        chosen = Plan.load(plan)
-        if nvme is not None:
-            chosen = replace(chosen, nvme_dir=str(local_nvme(nvme)[0]))
-    else:
-        # This version trains on one GPU, however many are here.
-        machine = replace(find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme), gpus=1)
-        remark(machine)
-        console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision).plan
-        console.print(show.plan_summary(chosen))
-    dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
-    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard, checkpoint_every, keep_checkpoints)
-    raise typer.Exit(run_training(source, chosen, run_dir, options, console))
+    with joined(place):
+        run_dir = out or Path(told_by_first(f"runs/{source.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+        if place.speaks:
+            prepare_run(run_dir, resume=resume)
+        if plan is None and resume:
+            plan = run_dir / "plan.json"
+        if plan is not None:
+            wishes = {
+                "--batch-size": batch_size,
+                "--gpu-memory": gpu_memory,
+                "--host-memory": host_memory,
+                "--precision": precision,
+            }
+            if given := [name for name, wish in wishes.items() if wish is not None]:
+                raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
+            chosen = Plan.load(plan)
+            if nvme is not None:
+                chosen = replace(chosen, nvme_dir=str(local_nvme(nvme)[0]))
+        else:
+            # One process a GPU, however many GPUs are here.
+            here = find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme)
+            machine = replace(here, gpus=place.world, nodes=place.nodes)
+            told = None
+            if place.speaks:
+                remark(machine)
+                console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
+                size = batch_size or max(DEFAULT_BATCH_SIZE, place.world)
+                found = planned_for(source, machine, size, precision).plan
+                console.print(show.plan_summary(found))
+                told = json.dumps(found.to_dict())
+            chosen = Plan.from_dict(json.loads(told_by_first(told)))
+        dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
+        kept = checkpoint_every, keep_checkpoints
+        options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard, *kept)
+        code = run_training(source, chosen, run_dir, options, console, place)
+    raise typer.Exit(code)
 
 
 @app.command()

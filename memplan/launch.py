@@ -5,6 +5,7 @@ names of its own, which are read where those are missing.
 """
 
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ class Place:
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    local_world: int = 1
+    """Processes on this node."""
     master: str = "127.0.0.1"
     port: int = 0
 
@@ -35,7 +38,8 @@ class Place:
         """From the environment; alone where it says nothing. Raises LaunchError where it contradicts itself."""
         if "RANK" in environment or "WORLD_SIZE" in environment:
             names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "port": "MASTER_PORT"}
-            place = cls(**_numbers(environment, names), master=_text(environment, "MASTER_ADDR"))
+            local = int(environment.get("LOCAL_WORLD_SIZE") or _text(environment, "WORLD_SIZE"))
+            place = cls(**_numbers(environment, names), local_world=local, master=_text(environment, "MASTER_ADDR"))
         elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
             names = {"rank": "SLURM_PROCID", "world": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
             first, last = SLURM_PORTS
@@ -43,7 +47,8 @@ class Place:
                 environment.get("MASTER_PORT", first + int(environment.get("SLURM_JOB_ID", "0")) % (last - first))
             )
             master = environment.get("MASTER_ADDR") or _text(environment, "SLURM_LAUNCH_NODE_IPADDR")
-            place = cls(**_numbers(environment, names), master=master, port=port)
+            local = int(environment.get("SLURM_NTASKS_PER_NODE") or environment["SLURM_NTASKS"])
+            place = cls(**_numbers(environment, names), local_world=local, master=master, port=port)
         else:
             return cls()
         if not 0 <= place.rank < place.world or not 0 <= place.local_rank < place.world:
@@ -54,9 +59,17 @@ class Place:
         return place
 
     @property
+    def nodes(self) -> int:
+        """Nodes with as many processes each."""
+        return self.world // self.local_world
+
+    @property
     def speaks(self) -> bool:
         """Whether this process prints and writes for all."""
         return self.rank == 0
+
+
+ALONE = Place()
 
 
 def _numbers(environment: Mapping[str, str], names: Mapping[str, str]) -> dict[str, int]:
@@ -76,11 +89,12 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 @contextmanager
-def joined(place: Place, device: str) -> Iterator[None]:
+def joined(place: Place) -> Iterator[None]:
     """Be one of the processes of ``place`` meanwhile: gloo on the host, and NCCL between GPUs."""
     if place.world == 1:
         yield
         return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     where = f"tcp://{place.master}:{place.port}"
     if device == "cuda":
@@ -105,6 +119,25 @@ def told_by_first(text: str | None) -> str:
         dist.broadcast_object_list(told, 0)
     assert told[0] is not None
     return told[0]
+
+
+def together(loss: float, stop: bool) -> tuple[float, bool]:
+    """The mean of what all processes have of a loss, and whether any of them wants to stop."""
+    if not dist.is_initialized():
+        return loss, stop
+    told = torch.tensor([loss, float(stop)], dtype=torch.float64)
+    dist.all_reduce(told)
+    return float(told[0]) / dist.get_world_size(), bool(told[1] > 0)
+
+
+def run_in_processes(processes: int, arguments: Sequence[str]) -> int:
+    """Run ``memplan`` with these arguments, ``--nproc`` left out, in so many processes; the exit code of the first."""
+    kept = [a for i, a in enumerate(arguments) if not _is_nproc(a) and not (i and arguments[i - 1] == "--nproc")]
+    return subprocess.run(torchrun_command(processes, kept), check=False).returncode
+
+
+def _is_nproc(argument: str) -> bool:
+    return argument == "--nproc" or argument.startswith("--nproc=")
 
 
 def torchrun_command(processes: int, arguments: Sequence[str]) -> list[str]:

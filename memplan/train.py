@@ -23,6 +23,7 @@ from memplan.errors import RunDirectoryError, TrainingFailed
 from memplan.export import keep_config
 from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes, format_count, format_seconds
+from memplan.launch import ALONE, Place, together
 from memplan.saving import RunCheckpoints, to_resume
 from offload import checkpoint, restore
 from offload.engine import Engine
@@ -73,23 +74,33 @@ def prepare_run(run_dir: Path, *, resume: bool) -> None:
     events.unlink(missing_ok=True)  # of a run that failed before its first step
 
 
-def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptions, console: Console) -> int:
+def train(
+    source: ModelSource,
+    plan: Plan,
+    run_dir: Path,
+    options: TrainingOptions,
+    console: Console,
+    place: Place = ALONE,
+) -> int:
     """Train to the last step and save a checkpoint; returns the exit code (0, or 130 when interrupted).
 
     The run directory must have been prepared. On the way out, whichever way, the engine is closed and the end is
-    written to the events.
+    written to the events. Several processes train together, each with events of its own; ``console`` is the first's.
     """
+    console = console if place.speaks else Console(quiet=True)
     if plan.nvme_dir is not None:
         check_directory(Path(plan.nvme_dir), plan.prediction.nvme_bytes)
     torch.manual_seed(options.seed)
-    with EventLog(run_dir / "events.jsonl") as events, _stop_on_interrupt() as stop:
+    name = "events.jsonl" if place.speaks else f"events-{place.rank}.jsonl"
+    with EventLog(run_dir / name) as events, _stop_on_interrupt() as stop:
         start = start_of(source, plan, resume=options.resume)
         if start.remark:
             console.print(start.remark, soft_wrap=True, highlight=False, markup=False)
-        run = _Run(source, start, plan, run_dir, options, events)
-        keep_config(source, start.model, run_dir)
-        plan.save(run_dir / "plan.json")  # only now: a plan that is refused must not take the place of the run's own
-        with _Progress(run_dir, options.dashboard, console) as progress:
+        run = _Run(source, start, plan, run_dir, options, events, place)
+        if place.speaks:  # only now: a plan that is refused must not take the place of the run's own
+            keep_config(source, start.model, run_dir)
+            plan.save(run_dir / "plan.json")
+        with _Progress(run_dir, options.dashboard and place.speaks, console) as progress:
             try:
                 with run.engine:
                     run.start(progress)
@@ -104,7 +115,7 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
                     sentence = f"training failed in step {run.step + 1}: {type(error).__name__}: {error}"
                     raise kind(sentence, user_traceback(error, source.path)) from error
                 raise
-            reason = "interrupted" if stop.requested else "finished"
+            reason = "interrupted" if run.stopped else "finished"
             events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")
     count = len(run.losses)
     loss = f", loss {sum(run.losses) / count:.4f} over the last {count} steps" if count else ""
@@ -115,7 +126,7 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
     held = [f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items()]
     if held:
         console.print(f"peak of predicted: {', '.join(held)}", soft_wrap=True, highlight=False)
-    return INTERRUPTED if stop.requested else 0
+    return INTERRUPTED if run.stopped else 0
 
 
 class _Run:
@@ -129,8 +140,12 @@ class _Run:
         run_dir: Path,
         options: TrainingOptions,
         events: EventLog,
+        place: Place,
     ) -> None:
         self.source, self.plan, self.run_dir, self.options, self.events = source, plan, run_dir, options, events
+        self.place = place
+        self.stopped = False
+        """Whether somebody asked to stop, and every process knows."""
         model = start.model
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -145,7 +160,7 @@ class _Run:
         except WeightsError as error:
             raise WeightsError(f"{error}; or name {source.path} to start from random weights") from error
         self.drawn = 0
-        """Micro-batches drawn from the data."""
+        """Micro-batches drawn from the data, for all processes."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self.peak_bytes: dict[str, int] = {}
         self.nonfinite_steps = 0
@@ -164,7 +179,7 @@ class _Run:
         if options.resume:
             found, warnings = to_resume(folder, plan.micro_batch_size)
             for _ in range(found.training["client_state"]["batches"]):
-                self._draw(1)
+                self._next()
             restore.load(engine, found)
         kept = options.checkpoint_every, options.keep_checkpoints
         self.checkpoints = RunCheckpoints(engine, folder, *kept, self.events, progress.say)
@@ -210,13 +225,13 @@ class _Run:
     def loop(self, stop: "_Stop", progress: "_Progress") -> None:
         """Step until the last step, the end of the data, or a wish to stop."""
         before = self.engine.traffic_bytes()
-        while self.engine.global_step < self.options.last_step and not stop.requested:
+        while self.engine.global_step < self.options.last_step and not self.stopped:
             began = time.perf_counter()
             micro_batches = self._draw(self.plan.gradient_accumulation_steps)
             if len(micro_batches) < self.plan.gradient_accumulation_steps:
                 self.events.write("note", message="train_batches ended before the last step")
                 return
-            loss = self._step(micro_batches)
+            loss, self.stopped = together(self._step(micro_batches), stop.requested)
             self.losses.append(loss)
             seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
             norm = self.engine.gradient_norm
@@ -230,7 +245,7 @@ class _Run:
                 "skipped_steps": self.engine.skipped_steps,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
-                "tokens": sum(token_count(batch) for batch in micro_batches),
+                "tokens": sum(token_count(batch) for batch in micro_batches) * self.place.world,
                 "memory_bytes": held,
                 "peak_bytes": self.peak_bytes,
                 "traffic_bytes": {link: moved[link] - before[link] for link in moved},
@@ -239,7 +254,9 @@ class _Run:
             self.events.write("step", **step)
             self.checkpoints.after_step(self.position())
             stop.requested |= progress.tell(step, self.options.last_step)
-            if stop.requested:
+            if self.place.world == 1:  # others learn of it with the next loss
+                self.stopped = stop.requested
+            if self.stopped:
                 self.events.write("note", message="stopping after this step; a checkpoint is being saved")
 
     def _count_nonfinite(self, norm: float | None) -> None:
@@ -253,21 +270,21 @@ class _Run:
             self.events.write("note", message=message)
 
     def _draw(self, count: int) -> list[Any]:
-        """The next batches, fewer at the end of the data.
+        """The next batches of this process, none at the end of the data: processes take theirs in turn."""
+        drawn = [self._next() for _ in range(count * self.place.world)]
+        return [] if any(batch is None for batch in drawn) else drawn[self.place.rank :: self.place.world]
+
+    def _next(self) -> Any:
+        """The next batch, or None.
 
         Each is drawn under a random state of its own, which its number decides: a resumed run draws the same ones
         again, whatever the model has drawn in between.
         """
-        drawn = []
-        for _ in range(count):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.options.seed * 2**32 + self.drawn)
-                batch = next(self.batches, None)
-            if batch is None:
-                break
-            drawn.append(batch)
-            self.drawn += 1
-        return drawn
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.options.seed * 2**32 + self.drawn)
+            batch = next(self.batches, None)
+        self.drawn += batch is not None
+        return batch
 
     def _step(self, micro_batches: list[Any]) -> float:
         losses = []

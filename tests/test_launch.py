@@ -18,8 +18,9 @@ def test_a_process_that_nobody_placed_is_alone_and_speaks() -> None:
 
 
 def test_torchruns_names_are_read() -> None:
-    assert Place.here(TORCHRUN) == Place(3, 4, 1, "node1", 29500)
+    assert Place.here(TORCHRUN) == Place(3, 4, 1, 4, "node1", 29500)
     assert not Place.here(TORCHRUN).speaks
+    assert Place.here({**TORCHRUN, "LOCAL_WORLD_SIZE": "2"}).nodes == 2
 
 
 def test_slurms_names_are_read_where_torchruns_are_missing() -> None:

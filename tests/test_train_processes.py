@@ -1,0 +1,63 @@
+"""``memplan train`` in several processes: one training, as one process sees it on the same data."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def build_model():
+    return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def example_batch(batch_size):
+    return torch.randn(batch_size, 8)
+
+
+def train_batches(batch_size):
+    while True:
+        yield torch.randn(batch_size, 8)
+
+
+def loss(output, batch):
+    return (output - batch[:, :4]).square().mean()
+"""
+
+
+def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    command = [sys.executable, "-W", "ignore", "-m", "memplan", "train", "net.py", "--no-tui", *arguments]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def steps(run_dir: Path, name: str = "events.jsonl") -> list[dict]:
+    events = map(json.loads, (run_dir / name).read_text().splitlines())
+    return [event for event in events if event["event"] == "step"]
+
+
+def test_two_processes_train_as_one_and_resume_as_one_more(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    two = run(tmp_path, "--nproc", "2", "-b", "8", "--steps", "3", "--out", "two")
+    assert two.returncode == 0, two.stderr
+    assert len(re.findall("finished at step 3", two.stdout)) == 1  # one process speaks for both
+    plan = json.loads((tmp_path / "two" / "plan.json").read_text())
+    assert plan["gpus"] == 2
+    assert plan["micro_batch_size"] * plan["gradient_accumulation_steps"] == 4
+    # Each process has the loss of all, and their batches are those that one process draws in turn.
+    both = [[s["loss"] for s in steps(tmp_path / "two", name)] for name in ("events.jsonl", "events-1.jsonl")]
+    assert both[0] == both[1]
+    alone = {**plan, "gpus": 1, "zero_stage": 0, "gradient_accumulation_steps": 2 * plan["gradient_accumulation_steps"]}
+    (tmp_path / "alone.json").write_text(json.dumps(alone))
+    one = run(tmp_path, "--plan", "alone.json", "--steps", "3", "--out", "one")
+    assert one.returncode == 0, one.stderr
+    for found, expected in zip(both[0], steps(tmp_path / "one"), strict=True):
+        assert abs(found - expected["loss"]) < 1e-6
+    resumed = run(tmp_path, "--nproc=2", "--steps", "4", "--out", "two", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert [s["step"] for s in steps(tmp_path / "two")] == [1, 2, 3, 4]
