@@ -31,6 +31,7 @@ from memplan.options import (
     File,
     GpuMemory,
     HostMemory,
+    OptimizerOption,
     PrecisionOption,
     Seq,
 )
@@ -132,7 +133,8 @@ def train(
         typer.Option(metavar="DIR[:SIZE]", help="A fast disk's directory; beside a plan, in place of its own."),
     ] = None,
     precision: PrecisionOption = None,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
+    optimizer: OptimizerOption = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the optimizer, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
 ) -> None:
@@ -150,6 +152,7 @@ def train(
             "--gpu-memory": gpu_memory,
             "--host-memory": host_memory,
             "--precision": precision,
+            "--optimizer": optimizer,
         }
         if given := [name for name, wish in wishes.items() if wish is not None]:
             raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
@@ -161,7 +164,7 @@ def train(
         machine = replace(find_machine(gpu_memory=gpu_memory, host_memory=host_memory, nvme=nvme), gpus=1)
         remark(machine)
         console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
-        chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision).plan
+        chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision, optimizer=optimizer).plan
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
     options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)

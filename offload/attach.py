@@ -29,6 +29,6 @@ def take_over(
     found: dict[str, UnitState] = {}
     for unit in sorted(units, key=lambda u: u.placement.optimizer is Tier.HOST):
         state = found[unit.name] = allocate(unit, plan, device, arena, store)
-        contents.write(state, contents.from_model(state), plan.precision, store)
+        contents.write(state, contents.from_model(state, plan.optimizer), plan.state_format, store)
         send_away(state, nan)
     return [found[unit.name] for unit in units]

@@ -2,8 +2,8 @@
 
 A checkpoint names parameters, not places: it can be loaded under another plan. In ``DIR/step-N/``:
 
-``manifest.json``        schema, step, files{name: {bytes, crc32c}}, optimizer steps of each parameter, scheduler, extra
-``unit-K.safetensors``   ``weight/NAME`` (fp32 master), ``exp_avg/NAME``, ``exp_avg_sq/NAME``
+``manifest.json``        schema, step, optimizer, files{name: {bytes, crc32c}}, steps of parameters, scheduler, extra
+``unit-K.safetensors``   ``weight/NAME`` (fp32 master), and what the optimizer keeps: ``exp_avg/NAME``, ...
 ``rest.safetensors``     ``buffer/NAME``, ``random/cpu``, ``random/cuda``
 """
 
@@ -25,6 +25,7 @@ from offload import contents
 from offload.contents import Contents
 from offload.engine import Engine
 from offload.errors import CheckpointError
+from offload.plan import OptimizerKind
 
 SCHEMA = "memplan.checkpoint/1"
 _READ_BYTES = 8 << 20
@@ -42,7 +43,7 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     for index, state in enumerate(engine.states):
-        whole = contents.read(state, engine.plan.precision, engine.store)
+        whole = contents.read(state, engine.plan.state_format, engine.store)
         tensors = {
             f"{what}/{name}": tensor.contiguous()
             for name, parts in contents.named(state, whole)
@@ -55,6 +56,7 @@ def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
     manifest = {
         "schema": SCHEMA,
         "step": engine.global_step,
+        "optimizer": engine.plan.optimizer,
         "files": {p.name: {"bytes": p.stat().st_size, "crc32c": _checksum(p)} for p in sorted(partial.iterdir())},
         "parameter_steps": engine.hyperparameters.steps,
         "scheduler": _plain(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
@@ -89,6 +91,12 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     Every file is checked against the manifest before anything is changed.
     """
     manifest = _checked_manifest(path)
+    trained_with = manifest.get("optimizer", OptimizerKind.ADAMW)  # the only one when it was not said
+    if trained_with != engine.plan.optimizer:
+        raise CheckpointError(
+            f"{path} was trained with {trained_with}, and the plan is for {engine.plan.optimizer}: the state of one is "
+            "none for the other; go on with the optimizer that it was begun with"
+        )
     files = [path / name for name in manifest["files"]]
     places = {name: file for file in files for name in _tensor_names(file)}
     needed = {f"weight/{field.name}" for state in engine.states for field in state.unit.fields}
@@ -100,7 +108,7 @@ def load(engine: Engine, path: Path) -> dict[str, Any]:
     engine.finish()
     engine.zero_grad()
     for state in engine.states:
-        whole = Contents.zeros(state)
+        whole = Contents.zeros(state, engine.plan.optimizer)
         for name, parts in contents.named(state, whole):
             for what, tensor in parts.items():
                 _read_into(tensor, places, f"{what}/{name}")
@@ -158,7 +166,7 @@ def _check_fits(engine: Engine, manifest: dict[str, Any], places: dict[str, Path
     wanted = {f"buffer/{name}": tuple(b.shape) for name, b in engine.model.named_buffers()}
     for state in engine.states:
         for field in state.unit.fields:
-            kinds = ("weight", "exp_avg", "exp_avg_sq") if field.trainable else ("weight",)
+            kinds = ("weight", *engine.plan.optimizer.moments) if field.trainable else ("weight",)
             wanted |= {f"{kind}/{field.name}": tuple(field.shape) for kind in kinds}
     for key, shape in wanted.items():
         if key not in places:

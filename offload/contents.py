@@ -7,9 +7,8 @@ import torch
 
 from offload.arena import page_aligned
 from offload.optimizer import join_master, split_master_
-from offload.plan import Precision, Tier
-from offload.residency import state_bytes
-from offload.state import AdamState, UnitState, carve_state, weight_dtype
+from offload.plan import OptimizerKind, Precision, StateFormat
+from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
 
 
@@ -21,21 +20,23 @@ class Contents:
     """
 
     weights: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    moments: dict[str, torch.Tensor]
+    """By the names of ``OptimizerKind.moments``."""
 
     @classmethod
-    def zeros(cls, state: UnitState) -> "Contents":
+    def zeros(cls, state: UnitState, optimizer: OptimizerKind) -> "Contents":
         """Room for one unit's numbers."""
         shape = state.unit.shape
-        return cls(torch.zeros(shape.elements), *(torch.zeros(shape.trainable_elements) for _ in range(2)))
+        return cls(
+            torch.zeros(shape.elements), {name: torch.zeros(shape.trainable_elements) for name in optimizer.moments}
+        )
 
 
-def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
+def write(state: UnitState, contents: Contents, form: StateFormat, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
     trainable = state.unit.shape.trainable_elements
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(form.precision))
+    remainder = torch.zeros(trainable, dtype=torch.int16) if form.precision is Precision.BF16 else None
     if remainder is not None:
         split_master_(contents.weights[:trainable], flat[:trainable], remainder)
         flat[trainable:] = contents.weights[trainable:]
@@ -51,19 +52,19 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
             raw = page_aligned(extent.size_bytes)
             raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(flat[a:b])
             store.write(extent, raw).result()
-    source = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
-    for a, b, target, stored in _state_spans(state, precision):
+    source = OptimizerState(tuple(contents.moments.values()), remainder)
+    for a, b, target, stored in _state_spans(state, form):
         _copy_state(target, source.span(a, b))
         if stored is not None:
             assert store is not None
             store.write(*stored).result()
 
 
-def read(state: UnitState, precision: Precision, store: Store | None) -> Contents:
+def read(state: UnitState, form: StateFormat, store: Store | None) -> Contents:
     """A unit's numbers from where they live; no update of it may be under way."""
-    trainable, contents = state.unit.shape.trainable_elements, Contents.zeros(state)
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
+    trainable, contents = state.unit.shape.trainable_elements, Contents.zeros(state, form.optimizer)
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(form.precision))
+    remainder = torch.zeros(trainable, dtype=torch.int16) if form.precision is Precision.BF16 else None
     if state.weight_extents is not None:
         for (a, b), extent in zip(state.weight_spans, state.weight_extents, strict=True):
             assert store is not None
@@ -75,8 +76,8 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
     else:
         assert state.host_weights is not None
         flat.copy_(state.host_weights)
-    target = AdamState(contents.exp_avg, contents.exp_avg_sq, remainder)
-    for a, b, source, stored in _state_spans(state, precision):
+    target = OptimizerState(tuple(contents.moments.values()), remainder)
+    for a, b, source, stored in _state_spans(state, form):
         if stored is not None:
             assert store is not None
             store.read(*stored).result()
@@ -88,30 +89,27 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
 
 
 def _state_spans(
-    state: UnitState, precision: Precision
-) -> Iterator[tuple[int, int, AdamState, tuple[Extent, torch.Tensor] | None]]:
+    state: UnitState, form: StateFormat
+) -> Iterator[tuple[int, int, OptimizerState, tuple[Extent, torch.Tensor] | None]]:
     """Spans of the optimizer state as (start, stop, tensors, (their extent, its bytes) where they are stored)."""
-    if state.unit.placement.optimizer is not Tier.NVME:
-        whole = state.device_state or state.host_state
+    if state.state_extents is None:
+        whole = state.device_state if state.device_state is not None else state.host_state
         assert whole is not None
         yield 0, state.unit.shape.trainable_elements, whole, None
         return
-    assert state.state_extents is not None
     for (a, b), extent in zip(state.spans, state.state_extents, strict=True):
         raw = page_aligned(extent.size_bytes)
-        assert extent.size_bytes >= (b - a) * state_bytes(precision)
-        yield a, b, carve_state(raw, b - a, precision), (extent, raw)
+        yield a, b, carve_state(raw, b - a, form), (extent, raw)
 
 
-def _copy_state(target: AdamState, source: AdamState) -> None:
-    for t, s in zip(target, source, strict=True):
-        if t is not None and s is not None:
-            t.copy_(s)
+def _copy_state(target: OptimizerState, source: OptimizerState) -> None:
+    for t, s in zip(target.tensors(), source.tensors(), strict=True):
+        t.copy_(s)
 
 
-def from_model(state: UnitState) -> Contents:
+def from_model(state: UnitState, optimizer: OptimizerKind) -> Contents:
     """The numbers that the model's parameters hold now, with no moments yet."""
-    contents = Contents.zeros(state)
+    contents = Contents.zeros(state, optimizer)
     for field in state.unit.fields:
         field.view(contents.weights).copy_(field.parameter.detach())
     return contents
@@ -122,6 +120,5 @@ def named(state: UnitState, contents: Contents) -> Iterable[tuple[str, dict[str,
     for field in state.unit.fields:
         tensors = {"weight": field.view(contents.weights)}
         if field.trainable:
-            tensors["exp_avg"] = field.view(contents.exp_avg)
-            tensors["exp_avg_sq"] = field.view(contents.exp_avg_sq)
+            tensors |= {name: field.view(moments) for name, moments in contents.moments.items()}
         yield field.name, tensors

@@ -20,7 +20,6 @@ from torch import nn
 
 from offload import contents as unit_contents
 from offload import hooks
-from offload.adamw import Hyperparameters
 from offload.arena import Arena
 from offload.attach import host_bytes_of, take_over
 from offload.block_inputs import BlockInputs, WaitingInput
@@ -28,6 +27,7 @@ from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
+from offload.hyperparameters import Hyperparameters
 from offload.memory import MemoryMeter
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
@@ -60,12 +60,12 @@ HOLDERS = ("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updat
 
 
 class Engine:
-    """Trains ``model`` as ``plan`` says, with AdamW.
+    """Trains ``model`` as ``plan`` says.
 
-    ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
-    state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError where plan and
-    model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    ``optimizer`` is one of torch's, or Lion, over the model's parameters, of the plan's kind: its groups give the
+    hyperparameters, its state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch
+    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError
+    where plan and model do not belong together, and TierError, before anything is allocated, where a tier is too small.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Engine:
         check_model(plan, model)
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
-        self.hyperparameters = Hyperparameters(model, optimizer)
+        self.hyperparameters = Hyperparameters(model, plan.optimizer, optimizer)
         self.optimizer = self.hyperparameters.optimizer
         self.lr_scheduler: Any = None
         if lr_scheduler is not None:
@@ -114,7 +114,7 @@ class Engine:
         if missing := [path for path in plan.recompute if path not in modules]:
             raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share)
+        needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share)
         self.store: Store | None = None
         if needed.nvme_bytes:
             assert plan.nvme_dir is not None
@@ -130,7 +130,7 @@ class Engine:
         # that live there, and partial sums of gradients.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
-        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision)
+        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
@@ -139,11 +139,11 @@ class Engine:
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
-        if streamed_bytes(placements, plan.buckets, plan.precision, plan.gpu_update_share):
+        if streamed_bytes(placements, plan.buckets, plan.state_format, plan.gpu_update_share):
             size, share = plan.buckets.update_elements, plan.gpu_update_share
-            self._streamed = StreamedUpdate(plan.precision, size, share, device, self._lane("streamed", 1))
+            self._streamed = StreamedUpdate(plan.state_format, size, share, device, self._lane("streamed", 1))
         links = self._update_lane, self._down, self._returns
-        self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
+        self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._leave_cores_to_the_update()
 
@@ -305,14 +305,14 @@ class Engine:
         owned = {field.name for state in self.states for field in state.unit.fields}
         tensors |= {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if n not in owned}
         for state in self.states:
-            whole = unit_contents.read(state, self.plan.precision, self.store)
+            whole = unit_contents.read(state, self.plan.state_format, self.store)
             tensors |= {name: parts["weight"] for name, parts in unit_contents.named(state, whole)}
         return tensors
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
         self._mover.forget(state.unit.name)
-        unit_contents.write(state, whole, self.plan.precision, self.store)
+        unit_contents.write(state, whole, self.plan.state_format, self.store)
 
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""

@@ -1,22 +1,23 @@
 """What a plan's residency costs, to the byte: pure arithmetic, shared by the runtime that allocates and the planner.
 
-Bytes an element of optimizer state and weights (Adam, fp32 moments):
+Bytes an element of optimizer state and weights:
 
-==========  ======  =========  =======  =======
-precision   weight  remainder  moments  gradient
-==========  ======  =========  =======  =======
-fp32, amp   4       0          8        4
-bf16        2       2          8        2
-==========  ======  =========  =======  =======
+==========  ======  =========  ============  =======
+precision   weight  remainder  each moment   gradient
+==========  ======  =========  ============  =======
+fp32, amp   4       0          4             4
+bf16        2       2          4             2
+==========  ======  =========  ============  =======
 
-In bf16 weight and remainder together are the exact fp32 master, so state on the host is 12 bytes a parameter.
+AdamW and Adam keep two moments of an element; Lion, SGD with momentum and Adagrad one; plain SGD none. In bf16 weight
+and remainder together are the exact fp32 master, so state of AdamW on the host is 12 bytes a parameter.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from offload.plan import Buckets, Placement, Precision, Tier
+from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
 
 ALIGN_ELEMENTS = 64
 """Every parameter starts at a multiple of this in its unit's flat buffer: 128 bytes in bf16, what vector loads like."""
@@ -51,9 +52,18 @@ class UnitShape:
         return self.trainable_elements + self.frozen_elements
 
 
-def state_bytes(precision: Precision) -> int:
-    """Bytes of optimizer state an element beside its weight: remainder (bf16 only) and two fp32 moments."""
-    return 10 if precision is Precision.BF16 else 8
+MOMENT_BYTES = 4
+
+
+def state_bytes(elements: int, form: StateFormat) -> int:
+    """Bytes of the optimizer state of ``elements`` beside their weights: remainders (bf16 only) and moments."""
+    remainder = 2 if form.precision is Precision.BF16 else 0
+    return elements * (remainder + MOMENT_BYTES * len(form.optimizer.moments))
+
+
+def update_traffic_bytes(elements: int, form: StateFormat) -> int:
+    """Bytes that an update reads and writes: gradients in, weights and state in and out."""
+    return 3 * elements * form.precision.weight_bytes + 2 * state_bytes(elements, form)
 
 
 def chunks(elements: int, update_elements: int) -> list[tuple[int, int]]:
@@ -101,7 +111,7 @@ def mirrored(placement: Placement) -> bool:
 
 
 def staging_bytes(
-    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, precision: Precision
+    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, form: StateFormat
 ) -> tuple[int, int]:
     """Bytes of one slot of the update's staging ring and of one slot of the weight reader's, 0 where none is needed.
 
@@ -109,36 +119,35 @@ def staging_bytes(
     that wait on the GPU.
     """
     update = weights = 0
+    w = form.precision.weight_bytes
     for s, p in zip(shapes, placements, strict=True):
         if s.trainable_elements and p.optimizer is not Tier.GPU:
             span = min(s.trainable_elements, buckets.update_elements)
-            held = aligned(span * precision.weight_bytes, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
+            held = aligned(span * w, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
             if p.optimizer is Tier.NVME:
-                held += aligned(span * state_bytes(precision), BLOCK_BYTES)
+                held += aligned(state_bytes(span, form), BLOCK_BYTES)
             if p.parameters is Tier.NVME:
                 # Weights are read and written in whole chunks, frozen elements at the end of the last one included.
-                held += aligned(min(s.elements, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES)
+                held += aligned(min(s.elements, buckets.update_elements) * w, BLOCK_BYTES)
             update = max(update, held)
         if s.elements and p.parameters is Tier.NVME:
-            weights = max(
-                weights, aligned(min(s.elements, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES)
-            )
+            weights = max(weights, aligned(min(s.elements, buckets.update_elements) * w, BLOCK_BYTES))
     return update, weights
 
 
-def streamed_slot_bytes(elements: int, precision: Precision) -> int:
+def streamed_slot_bytes(elements: int, form: StateFormat) -> int:
     """Bytes of one slot on the device through which state of the host is updated there: weight, gradient and state."""
-    return elements * (2 * precision.weight_bytes + state_bytes(precision))
+    return 2 * elements * form.precision.weight_bytes + state_bytes(elements, form)
 
 
-def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, precision: Precision, share: float) -> int:
+def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, form: StateFormat, share: float) -> int:
     """Device bytes of the ring of the streamed update, where the device has a share in the update of the host's state.
 
     State on NVMe is updated on the host, and so are units whose weights are there.
     """
     if not share or not any(p.optimizer is Tier.HOST for p in placements):
         return 0
-    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, precision)
+    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, form)
 
 
 def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:
@@ -150,7 +159,7 @@ def footprint(
     shapes: Sequence[UnitShape],
     placements: Sequence[Placement],
     buckets: Buckets,
-    precision: Precision,
+    form: StateFormat,
     gpu_update_share: float = 0.0,
 ) -> Footprint:
     """What the runtime allocates for these units, to the byte.
@@ -158,23 +167,23 @@ def footprint(
     ``shapes`` and ``placements`` go in pairs. Gradients that autograd holds for the moment before they are gathered are
     not in it: they are part of a pass, as activations are.
     """
-    w, s8 = precision.weight_bytes, state_bytes(precision)
+    w = form.precision.weight_bytes
     gpu = host = nvme = 0
     for s, p in zip(shapes, placements, strict=True):
         t = s.trainable_elements
         gpu += s.elements * w if p.parameters is Tier.GPU else 0
         gpu += t * w if p.gradients is Tier.GPU else 0
-        gpu += t * s8 if p.optimizer is Tier.GPU else 0
+        gpu += state_bytes(t, form) if p.optimizer is Tier.GPU else 0
         host += aligned(s.elements * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
         host += aligned(t * w, BLOCK_BYTES) if mirrored(p) else 0
         host += aligned(t * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
-        host += aligned(t * s8, BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
+        host += aligned(state_bytes(t, form), BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
         if p.optimizer is Tier.NVME:
-            nvme += sum(aligned((b - a) * s8, BLOCK_BYTES) for a, b in chunks(t, buckets.update_elements))
+            nvme += sum(aligned(state_bytes(b - a, form), BLOCK_BYTES) for a, b in chunks(t, buckets.update_elements))
         if p.parameters is Tier.NVME:
             nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(s.elements, buckets.update_elements))
     gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets).items())
     gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements).items())
-    gpu += streamed_bytes(placements, buckets, precision, gpu_update_share)
-    update, weights = staging_bytes(shapes, placements, buckets, precision)
+    gpu += streamed_bytes(placements, buckets, form, gpu_update_share)
+    update, weights = staging_bytes(shapes, placements, buckets, form)
     return Footprint(gpu, host + UPDATE_RING * update + UPDATE_RING * weights, nvme)

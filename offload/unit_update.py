@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from offload.optimizer import AdamWStep
 from offload.residency import ALIGN_ELEMENTS, aligned
+from offload.rules import UpdateStep
 from offload.state import UnitState
 from offload.streams import Done
 
@@ -43,7 +43,7 @@ class Segment:
 
     start: int
     stop: int
-    how: AdamWStep
+    how: UpdateStep
 
 
 @dataclass(frozen=True, eq=False)

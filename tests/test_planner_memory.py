@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from memplan.activations import FIXED_MARGIN_BYTES, Way, activations_of
 from memplan.memory import ChainTables, Counts, chain_order, placements_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Precision
+from offload.plan import Buckets, OptimizerKind, Precision, StateFormat
 from offload.residency import UnitShape, footprint
 from profiler.profile import ActivationPoint
 from tests.synthetic_profiles import transformer
@@ -34,14 +34,17 @@ def chains(draw: st.DrawFn) -> tuple[list[UnitShape], Counts]:
     )
 
 
-@given(chains(), st.sampled_from(Precision), st.integers(0, 3), st.sampled_from([1 << 10, 1 << 16, 1 << 24]))
+FORMATS = st.builds(StateFormat, st.sampled_from(Precision), st.sampled_from(OptimizerKind))
+
+
+@given(chains(), FORMATS, st.integers(0, 3), st.sampled_from([1 << 10, 1 << 16, 1 << 24]))
 @settings(deadline=None)
-def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, precision, prefetch, update_elements):
+def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, form, prefetch, update_elements):
     shapes, counts = chain
     buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements)
     order = chain_order(shapes)
-    tables = ChainTables([shapes[i] for i in order], buckets, precision, Sharding(0, 1))
-    expected = footprint(shapes, placements_of(shapes, order, counts), buckets, precision)
+    tables = ChainTables([shapes[i] for i in order], buckets, form, Sharding(0, 1))
+    expected = footprint(shapes, placements_of(shapes, order, counts), buckets, form)
     assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes
     assert int(tables.host_bytes(counts)) == expected.host_bytes
     assert int(tables.nvme_bytes(counts)) == expected.nvme_bytes
@@ -51,7 +54,9 @@ def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, precisi
 def test_a_higher_zero_stage_never_holds_more_model_state(shapes, gpus):
     held = [
         int(t.parameter_elements[-1] + t.gradient_elements[-1] + t.state_elements[-1])
-        for t in (ChainTables(shapes, Buckets(), Precision.BF16, Sharding(stage, gpus)) for stage in range(4))
+        for t in (
+            ChainTables(shapes, Buckets(), StateFormat(Precision.BF16), Sharding(stage, gpus)) for stage in range(4)
+        )
     ]
     assert held == sorted(held, reverse=True)
 

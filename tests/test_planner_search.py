@@ -111,7 +111,7 @@ def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size):
     except NothingFits:
         assume(False)
     shapes = units_of(profile)
-    held = footprint(shapes, found.placements, found.buckets, found.precision)
+    held = footprint(shapes, found.placements, found.buckets, found.state_format)
     assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= machine.gpu_bytes
     assert held.host_bytes == found.prediction.host_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
