@@ -155,7 +155,9 @@ def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
         if plan.zero_stage == 3:
             slots += _rings([r.whole_weights for r in ranks if r.name], ring)
             slots += sum(r.whole_weights for r in ranks if not r.name)
-    return elements + weight * slots
+    streamed = plan.gpu_update_share > 0 and any(r.placement.optimizer is Tier.HOST for r in ranks)
+    ring_of_update = 3 * plan.buckets.update_elements * (2 * weight + rest) if streamed else 0
+    return elements + weight * slots + ring_of_update
 
 
 def _rings(sizes: Sequence[int], places: int) -> int:

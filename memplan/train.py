@@ -1,5 +1,6 @@
 """Train a model file by a plan: the loop, its run directory, and what a person sees of it."""
 
+import math
 import os
 import signal
 import subprocess
@@ -95,6 +96,8 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
     count = len(run.losses)
     loss = f", loss {sum(run.losses) / count:.4f} over the last {count} steps" if count else ""
     console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
+    if run.nonfinite_steps:
+        console.print(f"{run.nonfinite_steps} steps had gradients that are not finite", highlight=False)
     predicted = run.predicted_bytes()
     held = [f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items()]
     if held:
@@ -121,6 +124,8 @@ class _Run:
         """Micro-batches drawn from the data."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self.peak_bytes: dict[str, int] = {}
+        self.nonfinite_steps = 0
+        """Steps so far whose gradients had a NaN or an infinity in them."""
 
     @property
     def step(self) -> int:
@@ -186,11 +191,14 @@ class _Run:
             loss = self._step(micro_batches)
             self.losses.append(loss)
             seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
+            norm = self.engine.gradient_norm
+            self._count_nonfinite(norm)
             held, self.peak_bytes = self.engine.meter.now_bytes(), self.engine.meter.peak_bytes()
             step = {
                 "step": self.engine.global_step,
                 "loss": loss,
-                "gradient_norm": self.engine.gradient_norm,
+                "gradient_norm": norm,
+                "nonfinite_steps": self.nonfinite_steps,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
                 "tokens": sum(token_count(batch) for batch in micro_batches),
@@ -203,6 +211,15 @@ class _Run:
             stop.requested |= progress.tell(step, self.options.last_step)
             if stop.requested:
                 self.events.write("note", message="stopping after this step; a checkpoint is being saved")
+
+    def _count_nonfinite(self, norm: float | None) -> None:
+        if norm is None or math.isfinite(norm):
+            return
+        self.nonfinite_steps += 1
+        if self.nonfinite_steps == 1:
+            step = self.engine.global_step
+            message = f"the gradients of step {step} are not finite (their norm is {norm}); more such steps are counted"
+            self.events.write("note", message=message)
 
     def save(self) -> Path:
         """Write a checkpoint of where the run is."""

@@ -20,6 +20,7 @@ class Contents:
     """
 
     weights: torch.Tensor
+    trainable_elements: int
     moments: dict[str, torch.Tensor]
     """By the names of ``OptimizerKind.moments``."""
 
@@ -27,21 +28,25 @@ class Contents:
     def zeros(cls, state: UnitState, optimizer: OptimizerKind) -> "Contents":
         """Room for one unit's numbers."""
         shape = state.unit.shape
-        return cls(
-            torch.zeros(shape.elements), {name: torch.zeros(shape.trainable_elements) for name in optimizer.moments}
-        )
+        moments = {name: torch.zeros(shape.trainable_elements) for name in optimizer.moments}
+        return cls(torch.zeros(shape.elements), shape.trainable_elements, moments)
+
+
+def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
+    trainable = contents.trainable_elements
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
+    if precision is not Precision.BF16:
+        return flat.copy_(contents.weights), None
+    remainder = torch.zeros(trainable, dtype=torch.int16)
+    split_master_(contents.weights[:trainable], flat[:trainable], remainder)
+    flat[trainable:] = contents.weights[trainable:]
+    return flat, remainder
 
 
 def write(state: UnitState, contents: Contents, form: StateFormat, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
-    trainable = state.unit.shape.trainable_elements
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(form.precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if form.precision is Precision.BF16 else None
-    if remainder is not None:
-        split_master_(contents.weights[:trainable], flat[:trainable], remainder)
-        flat[trainable:] = contents.weights[trainable:]
-    else:
-        flat.copy_(contents.weights)
+    flat, remainder = split(contents, form.precision)
     if state.device_weights is not None:
         state.device_weights.copy_(flat)
     if state.host_weights is not None:

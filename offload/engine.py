@@ -8,8 +8,7 @@ The engine changes nothing of the model but where its parameters' data is. In ``
 while the next forward pass runs, and every unit's weights are waited for where they are needed.
 """
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -19,16 +18,17 @@ import torch
 from torch import nn
 
 from offload import contents as unit_contents
-from offload import hooks
+from offload import hooks, whole
 from offload.arena import Arena
 from offload.attach import host_bytes_of, take_over
-from offload.block_inputs import BlockInputs, WaitingInput
+from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
 from offload.hyperparameters import Hyperparameters
 from offload.memory import MemoryMeter
+from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
@@ -36,12 +36,12 @@ from offload.setup import (
     FEEDING_CORES,
     check_can_run,
     close_at_exit,
-    explained,
     grow_segments,
     move_buffers,
     moved,
     update_threads,
 )
+from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
 from offload.store import Store
@@ -50,12 +50,13 @@ from offload.streams import Lane
 from offload.unit import check_model, check_trainable, partition
 from offload.unit_update import ClipFactor, UnitUpdate
 from offload.updater import Updater
-from offload.weights import WeightMover, WeightReference
+from offload.watch import Watch
+from offload.weights import WeightMover
 
-NOW_SECONDS = 0.1
-"""Shortest time between two ``now`` events."""
-HOLDERS = ("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher",
-           "_inputs", "_guard")  # fmt: skip
+HOLDERS = (
+    *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
+    *("_guard", "_watch", "_passes"),
+)
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
 
@@ -93,9 +94,6 @@ class Engine:
         self._micro_batch = 0
         self._forward_step = 0
         """Value of ``global_step`` at the last forward pass with gradients."""
-        self._bounded: set[str] = set()
-        """Units of this pass whose inputs tell when their backward is over."""
-        self._phase: str | None = None
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
@@ -135,7 +133,7 @@ class Engine:
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
         self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
-        self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns, self._complete)
+        self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
@@ -149,15 +147,18 @@ class Engine:
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
-        self._root = next((u.name for u in units if not u.name and u.shape.elements), None)
         self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
-        for handle in hooks.attach([u for u in units if u.shape.elements], plan.recompute, self.model, self):
-            self._closers.append(handle.remove)
-        self._closers.append(self._gradients.close)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
-        self._last_now = 0.0
+        self._watch = Watch(self.model, self.states, self._mover, self._settle)
+        used = [u for u in units if u.shape.elements]
+        parts = (self._mover, self._prefetcher, self._inputs, self._gradients, self._updater, self._watch, self.meter)
+        self._passes = Passes(any(not u.name for u in used), *parts, self._events, self.zero_grad)
+        self._closers.append(self._passes.close)
+        for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
+            self._closers.append(handle.remove)
+        self._closers.append(self._gradients.close)
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
@@ -173,36 +174,22 @@ class Engine:
 
     # The training loop
 
+    @explaining_shortage("forward")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
-        self._updater.check()
-        args, kwargs = self.to_device((args, kwargs))
-        self._phase = "forward"
-        self._bounded.clear()
-        self._prefetcher.begin_pass()
-        self._mover.begin_pass()
-        if torch.is_grad_enabled():
-            self._forward_step = self.global_step
-        self.meter.begin_forward()
-        self._inputs.begin_pass()
-        if self._root is not None:
-            self._mover.use(self._root)
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
-        guard = self._guard if torch.is_grad_enabled() else nullcontext()
-        try:
-            with hooks.saved_tensors(self), autocast, guard:
-                outputs = self._forward(*args, **kwargs)
-        except BaseException as error:
-            self._mover.unuse_all()
-            if (sentence := explained(error)) is not None:
-                raise sentence from error
-            raise
-        finally:
-            self._phase = None
-        if not torch.is_grad_enabled():
-            self._mover.unuse_all()
-        return outputs
+        guard: AbstractContextManager[Any] = nullcontext()
+        if torch.is_grad_enabled():
+            self._forward_step, guard = self.global_step, self._guard
+        with self._passes.forward(self.global_step + 1), hooks.saved_tensors(self._passes), autocast, guard:
+            args, kwargs = self.to_device((args, kwargs))
+            return self._forward(*args, **kwargs)
 
+    def to_device(self, batch: Any) -> Any:
+        """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+        return moved(batch, self.device, self.plan.precision)
+
+    @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
         if self._forward_step != self.global_step:
@@ -211,35 +198,23 @@ class Engine:
             )
         accumulation = self.plan.gradient_accumulation_steps
         self._micro_batch += 1
-        self._phase = "backward"
-        if self._root is not None:
-            self._mover.use(self._root)  # an evaluation in between may have let it go
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
-        try:
-            with self._guard:
-                (loss / accumulation if accumulation > 1 else loss).backward()
+        with self._passes.backward(), self._guard:
+            (loss / accumulation if accumulation > 1 else loss).backward()
             self._gradients.end_backward()
-        except BaseException as error:
-            self.zero_grad()
-            if (sentence := explained(error)) is not None:
-                raise sentence from error
-            raise
-        finally:
-            self._phase = None
-            self._mover.unuse_all()
-            self._inputs.begin_pass()
         self._guard = nullcontext()
-        self._prefetcher.end_pass()
 
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
         self._micro_batch = 0
 
+    @explaining_shortage("update")
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
+        self._watch.check_none_lent()
         check_trainable(state.unit for state in self.states)
         self._micro_batch = 0
         self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
@@ -287,6 +262,11 @@ class Engine:
         }
 
     @property
+    def computing(self) -> str | None:
+        """The unit that computes, or did when a pass failed; None outside of all units."""
+        return self._passes.computing
+
+    @property
     def overflow_count(self) -> int:
         """Device slots that had to be made beyond the plan; 0 in a run that goes as planned."""
         return self._mover.overflow_count
@@ -294,20 +274,37 @@ class Engine:
     # Whole tensors
 
     def finish(self) -> None:
-        """Wait until the last update has reached its tiers; raises what went wrong in it."""
+        """Wait until the last update has reached its tiers; raises what went wrong in it, or was changed since."""
+        self._watch.check_none_lent()
+        self._settle()
+        self._watch.check()
+
+    def _settle(self) -> None:
         self._updater.finish()
         self._mover.settle()
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Fp32 masters of all parameters, and the model's buffers, as whole tensors on the host."""
-        self.finish()
-        tensors = {name: t.detach().cpu().clone() for name, t in self.model.named_buffers()}
-        owned = {field.name for state in self.states for field in state.unit.fields}
-        tensors |= {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if n not in owned}
-        for state in self.states:
-            whole = unit_contents.read(state, self.plan.state_format, self.store)
-            tensors |= {name: parts["weight"] for name, parts in unit_contents.named(state, whole)}
-        return tensors
+    def gathered(
+        self, *chosen: whole.Chosen | Iterable[whole.Chosen]
+    ) -> AbstractContextManager[dict[str, nn.Parameter]]:
+        """``with engine.gathered(model.head) as parameters: model.head.weight.mul_(2)``: whole, and yours to write to.
+
+        Takes parameters, modules and their names, and gives {name: parameter}. Inside, the units of these are on the
+        device as a whole, beside all that the plan puts there, and there is no gradient. What was written to is written
+        to the tiers at the end, also after an error; in bf16 such a weight's master becomes the weight. Moments stay.
+        """
+        return whole.gathered(self, self._watch, chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
+        return whole.state_dict(self)
+
+    def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
+        """The inverse, from tensors of any floating-point type: they become the fp32 masters.
+
+        As with torch, the optimizer's moments and counts stay as they are, and missing or unexpected keys raise
+        (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
+        """
+        return whole.load_state_dict(self, tensors, strict)
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
@@ -340,69 +337,3 @@ class Engine:
             vars(self).pop(name, None)
         if failed is not None:
             raise failed
-
-    # hooks.Listener
-
-    def begin_use(self, name: str) -> None:
-        """A unit is about to compute: have its weights, and start the fetches of the schedule."""
-        self._mover.use(name)
-        if self._prefetcher.used(name):
-            self._tell_now(name)
-
-    def bounded(self, name: str) -> None:
-        """Its inputs will tell when its backward is over."""
-        self._bounded.add(name)
-
-    def end_forward_use(self, name: str) -> None:
-        """Its forward is over; a recompute's forward is part of its backward."""
-        if self._phase == "forward":
-            self._mover.unuse(name)
-
-    def end_backward_use(self, name: str) -> None:
-        """Its backward is over."""
-        if self._phase == "backward":
-            self._mover.unuse(name)
-
-    def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
-        """A block is about to run whose inputs are kept for backward, where its recompute has nothing more to keep."""
-        if self._phase == "forward":
-            self._inputs.expect(arguments)
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
-        """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
-        reference = self._mover.reference(tensor) or self._inputs.send(tensor)
-        if reference is not None:
-            return reference
-        if not self._mover.is_resident(tensor):
-            self.meter.saved(tensor)
-        return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
-
-    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
-        """The tensor again; a unit that is away is fetched, and so is an input."""
-        if isinstance(packed, WaitingInput):
-            return packed.owner.fetch(packed)
-        if isinstance(packed, WeightReference):
-            if packed.unit != self._root:
-                self.begin_use(packed.unit)
-            return self._mover.resolve(packed)
-        return packed
-
-    # Helpers
-
-    def _complete(self, name: str) -> None:
-        """All gradients of a unit are there: without inputs that need one, its backward is over."""
-        if name not in self._bounded and name != self._root:
-            self._mover.unuse(name)
-
-    def to_device(self, batch: Any) -> Any:
-        """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
-        return moved(batch, self.device, self.plan.precision)
-
-    def _tell_now(self, unit: str) -> None:
-        now = time.monotonic()
-        if self._events is None or now - self._last_now < NOW_SECONDS:
-            return
-        self._last_now = now
-        flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
-        flights += [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]
-        self._events.write("now", step=self.global_step + 1, phase=self._phase, unit=unit, in_flight=flights)

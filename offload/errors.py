@@ -19,3 +19,7 @@ class CorruptionError(OffloadError):
 
 class CheckpointError(OffloadError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model."""
+
+
+class DeviceMemoryError(OffloadError, MemoryError):
+    """The device ran out of memory in a step. The engine can go on, with less at a time: the step begins anew."""

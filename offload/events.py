@@ -10,9 +10,10 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
                 gradients, optimizer}] in forward order (the last three are tiers)
 ``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
                 null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
-``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), learning_rate, seconds,
-                tokens, memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far, traffic_bytes{
-                host_to_device, device_to_host, nvme_read, nvme_write} of this step
+``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), nonfinite_steps (of
+                this run so far, with NaN or infinite gradients), learning_rate, seconds, tokens,
+                memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far,
+                traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step
 ``checkpoint``  step, path, seconds, bytes
 ``note``        message: something a person should know
 ``end``         reason (finished, interrupted, failed), step, message
@@ -21,10 +22,13 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+NOW_SECONDS = 0.1
+"""Shortest time between two ``now`` events."""
 LINKS = ("host_to_device", "device_to_host", "nvme_read", "nvme_write")
 
 
@@ -52,3 +56,18 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+class Pulse:
+    """Tells what a run is doing, never more often than NOW_SECONDS."""
+
+    def __init__(self, log: EventLog | None) -> None:
+        self._log = log
+        self._last = 0.0
+
+    def tell(self, step: int, phase: str | None, unit: str, flights: Callable[[], list[dict[str, str]]]) -> None:
+        """A unit begins to compute; ``flights`` are asked for only where they are told."""
+        now = time.monotonic()
+        if self._log is not None and now - self._last >= NOW_SECONDS:
+            self._last = now
+            self._log.write("now", step=step, phase=phase, unit=unit, in_flight=flights())

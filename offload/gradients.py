@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload.errors import OffloadError
 from offload.plan import Plan
 from offload.residency import gradient_slot_counts
 from offload.state import UnitState, weight_dtype
@@ -53,12 +54,13 @@ class GradientCollector:
         device: torch.device,
         down: Lane,
         up: Lane,
-        on_complete: Callable[[str], None],
     ) -> None:
         self._gatherings = {s.unit.name: _Gathering(s) for s in states}
         self._down, self._up, self._device = down, up, device
-        self._on_complete = on_complete
+        self.on_complete: Callable[[str], None] = lambda _: None
+        """Told the name of every unit whose gradients are all there."""
         self._last_micro_batch = True
+        self._in_backward = False
         dtype = weight_dtype(plan.precision)
         counts = gradient_slot_counts([s.unit.shape for s in states], [s.unit.placement for s in states])
         self._idle: dict[int, deque[tuple[torch.Tensor, Done]]] = {
@@ -74,12 +76,13 @@ class GradientCollector:
 
     def begin_backward(self, *, last_micro_batch: bool) -> None:
         """A backward pass begins; in the last one of an optimizer step the norm is taken."""
-        self._last_micro_batch = last_micro_batch
+        self._last_micro_batch, self._in_backward = last_micro_batch, True
         for gathering in self._gatherings.values():
             gathering.awaited = sum(1 for _ in gathering.state.unit.trainable)
 
     def end_backward(self) -> None:
         """Land what autograd left incomplete, because some parameter got no gradient."""
+        self._in_backward = False
         for gathering in self._gatherings.values():
             if gathering.target is not None or (self._last_micro_batch and gathering.square_norm is None):
                 self._land(gathering)
@@ -105,11 +108,14 @@ class GradientCollector:
 
     def discard(self) -> None:
         """Forget what was gathered: a backward pass failed, or other numbers take the place of all of this."""
+        self._in_backward = False
         for gathering in self._gatherings.values():
             if gathering.target is not None and gathering.state.host_gradients is not None:
                 slot = (gathering.target, Done.now(self._device))
                 self._idle[gathering.state.unit.shape.trainable_elements].append(slot)
             gathering.target = None
+            for f in gathering.state.unit.trainable:
+                f.parameter.grad = None  # of a hook that failed
         self.clear()
 
     def close(self) -> None:
@@ -120,6 +126,9 @@ class GradientCollector:
     def _hook(self, gathering: _Gathering, field: Field) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
+            if not self._in_backward:
+                parameter.grad = None
+                raise OffloadError("backward was called on a loss itself; call engine.backward(loss) in its place")
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
                 target = gathering.views_in(self._target(gathering))[field.name]
                 if field.name in gathering.present:
@@ -131,7 +140,7 @@ class GradientCollector:
             gathering.awaited -= 1
             if gathering.awaited == 0:
                 self._land(gathering)
-                self._on_complete(gathering.state.unit.name)
+                self.on_complete(gathering.state.unit.name)
 
         return torch.no_grad()(take)
 

@@ -28,6 +28,15 @@ KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"}
 class Listener(Protocol):
     """Who is told of a unit's uses."""
 
+    def begin_call(self) -> None:
+        """The model is about to compute."""
+
+    def end_call(self) -> None:
+        """The model's forward is over, or has failed."""
+
+    def begin_root_use(self) -> None:
+        """A module with parameters of the root unit is about to compute."""
+
     def begin_use(self, name: str) -> None:
         """The unit is about to compute."""
 
@@ -95,8 +104,10 @@ def attach(
     for path in recompute:
         yield _Recompute(root.get_submodule(path), listener)
     for unit in units:
-        if unit.name:
-            yield from _watch(unit, listener)
+        yield from _watch(unit, listener) if unit.name else _watch_root(unit, listener)
+    # Ahead of all others, as those of units are.
+    yield root.register_forward_pre_hook(lambda *_: listener.begin_call(), prepend=True)
+    yield root.register_forward_hook(lambda *_: listener.end_call(), always_call=True)
 
 
 @contextmanager
@@ -142,6 +153,14 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
     # Ahead of every other hook, the recompute's too: those hooks must find the weights there.
     yield unit.module.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
     yield unit.module.register_forward_hook(after_forward)
+
+
+def _watch_root(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
+    """The root unit is in use all through a pass; somebody may call a module of it outside of one."""
+    owned = {id(f.parameter) for f in unit.fields}
+    for module in unit.module.modules():
+        if any(id(p) in owned for p in module.parameters(recurse=False)):
+            yield module.register_forward_pre_hook(lambda *_: listener.begin_root_use(), prepend=True)
 
 
 def _needing_gradient(tree: Any) -> list[torch.Tensor]:

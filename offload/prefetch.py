@@ -1,11 +1,20 @@
 """Prefetcher: plays the static schedule while the model runs, and makes a new one when the model's order changes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from offload.plan import Tier
 from offload.schedule import Fetch, expected_order, schedule
 from offload.unit import Unit
 from offload.weights import WeightMover
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """The uses of units in one pass, and the fetches behind each."""
+
+    order: tuple[str, ...]
+    fetches: tuple[tuple[Fetch, ...], ...]
 
 
 class Prefetcher:
@@ -22,40 +31,59 @@ class Prefetcher:
             for u in units
             if u.name and u.shape.elements and u.placement.parameters is not Tier.GPU
         }
+        names = [u.name for u in units if u.name]
+        self._training = self._expected(expected_order(names, training=True))
+        self._inference = self._expected(tuple(names), again=True)
+        self._pass = self._training
         self._seen: list[str] = []
         self._position = -1
-        self._expect(expected_order([u.name for u in units if u.name], training=True))
+        self._interrupted = self._seen, self._position
+        """What was seen of training before a pass without it."""
 
-    def begin_pass(self) -> None:
-        """A forward pass begins."""
-        self._seen.clear()
-        self._position = -1
+    def begin_pass(self, *, training: bool = True) -> None:
+        """A forward pass begins, which a backward pass follows where it is one of ``training``."""
+        if not training:
+            self._interrupted = self._seen, self._position
+        self._pass = self._training if training else self._inference
+        self._seen, self._position = [], -1
 
     def used(self, name: str) -> bool:
         """A unit is in use: start the fetches behind its position. Returns whether the use is a new one."""
         if self._seen and self._seen[-1] == name:
             return False
         self._seen.append(name)
-        position = next((i for i in range(self._position + 1, len(self._order)) if self._order[i] == name), None)
+        order = self._pass.order
+        position = next((i for i in range(self._position + 1, len(order)) if order[i] == name), None)
         if position is not None:
             self._position = position
-            for fetch in self._schedule[position]:
+            for fetch in self._pass.fetches[position]:
                 self._mover.prefetch(fetch)
         return True
 
     def end_pass(self) -> None:
-        """Backward is over."""
-        if tuple(self._seen) != self._order:
-            self._expect(tuple(self._seen))
-        self.prefetch_first()
+        """Backward is over, or forward where no backward follows."""
+        seen = tuple(self._seen)
+        if self._pass is self._training:
+            if seen != self._training.order:
+                self._training = self._expected(seen)
+            self.prefetch_first()
+            return
+        if seen != self._inference.order:
+            self._inference = self._expected(seen, again=True)
+        # The backward of a pass that it came into may follow.
+        self._pass = self._training
+        self._seen, self._position = self._interrupted
 
     def prefetch_first(self) -> None:
         """Start the fetches that the next forward pass begins with."""
-        streamed = [name for name in dict.fromkeys(self._order) if name in self._ring_of]
+        streamed = [name for name in dict.fromkeys(self._training.order) if name in self._ring_of]
         for name in streamed[: self._depth]:
             self._mover.prefetch(Fetch(name, None))
 
-    def _expect(self, order: tuple[str, ...]) -> None:
-        """Make the schedule for passes that use units in this order."""
-        self._order = order
-        self._schedule = schedule(order, self._ring_of, self._capacity, self._depth)
+    def _expected(self, order: tuple[str, ...], *, again: bool = False) -> _Pass:
+        """A pass that uses units in this order; ``again``: the same one follows, as while a text is generated."""
+        if not again:
+            return _Pass(order, schedule(order, self._ring_of, self._capacity, self._depth))
+        # The one in the middle finds the slots as the one before it leaves them.
+        fetches = schedule(order * 3, self._ring_of, self._capacity, self._depth)
+        return _Pass(order, fetches[len(order) : 2 * len(order)])

@@ -21,6 +21,7 @@ from offload.slots import Slot, SlotRings
 from offload.state import UnitState
 from offload.store import Store, Ticket
 from offload.streams import Done, Lane
+from offload.unit import Field
 
 
 class WeightReference(NamedTuple):
@@ -123,11 +124,10 @@ class WeightMover:
         self._resident = {s.device_weights.data_ptr(): s for s in states if s.device_weights is not None}
         self._used: set[str] = set()
         """Units used since the last ``begin_pass``."""
+        self._lent: set[str] = set()
+        """Units whose parameters are copies of their own."""
         for state in states:
-            if state.device_weights is not None:
-                self._bind(state, state.device_weights)
-            else:
-                self._unbind(state)
+            self._show(state)
 
     @property
     def overflow_count(self) -> int:
@@ -142,6 +142,8 @@ class WeightMover:
         """The unit is about to compute: its weights are there when this returns, and stay until ``unuse``."""
         state = self._states[name]
         self._used.add(name)
+        if name in self._lent:
+            return
         if state.device_weights is not None:
             if (updated := self._updated.pop(name, None)) is not None:
                 updated.wait()
@@ -167,7 +169,7 @@ class WeightMover:
     def prefetch(self, fetch: Fetch) -> None:
         """Start a fetch of the schedule, if what it wants to displace is not in use."""
         state = self._states[fetch.unit]
-        if fetch.unit in self._slot_of:
+        if fetch.unit in self._slot_of or fetch.unit in self._lent:
             return
         if fetch.evict in self._slot_of and fetch.evict not in self._in_use:
             slot: Slot | None = self._slot_of[fetch.evict]
@@ -206,6 +208,44 @@ class WeightMover:
         """What is on the device of this unit is stale: fetch it again before its next use."""
         if (slot := self._slot_of.get(name)) is not None:
             self._vacate(slot)
+
+    def lend(self, name: str, flat: torch.Tensor) -> None:
+        """Bind the unit's parameters to a copy of its weights, and leave them alone until ``take_back``."""
+        self.forget(name)
+        self._lent.add(name)
+        for field in self._states[name].unit.fields:
+            field.parameter.data = field.view(flat)
+
+    def take_back(self, name: str) -> None:
+        """Bind the unit's parameters to what the tiers hold."""
+        self._lent.discard(name)
+        self._show(self._states[name])
+
+    def restore(self, name: str) -> None:
+        """Make the unit what its tiers hold, whatever was done to its parameters; no update may be under way."""
+        state = self._states[name]
+        if state.device_weights is not None and state.host_weights is not None:
+            state.device_weights[: len(state.host_weights)].copy_(state.host_weights)
+        self._show(state)
+
+    def _show(self, state: UnitState) -> None:
+        self.forget(state.unit.name)
+        if state.device_weights is not None:
+            self._bind(state, state.device_weights)
+        else:
+            self._unbind(state)
+
+    def address(self, name: str) -> Callable[[Field], int]:
+        """Where the data of the unit's parameters lies now."""
+        state = self._states[name]
+        flat = state.device_weights
+        if flat is None and name in self._bound:
+            flat = self._slot_of[name].buffer
+        if flat is None:
+            away = self._nan.data_ptr()
+            return lambda _: away
+        start, size = flat.data_ptr(), flat.itemsize
+        return lambda field: start + field.start * size
 
     def settle(self) -> None:
         """Wait for all updates that weights may still be under, without fetching them."""

@@ -13,7 +13,8 @@ from memplan.memory import Counts
 from memplan.problem import Family, Problem
 from memplan.search import plan_of, problem_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Plan, Tier
+from offload.plan import Buckets, Budget, Plan, Tier
+from offload.residency import footprint
 from tests.synthetic_profiles import RATES, machine_of, transformer
 
 STAGES = (0, 1, 2, 3)
@@ -95,3 +96,15 @@ def test_what_is_over_its_budget_is_found(stage, tier):
     assert audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier]})), problem.shapes) == []
     (found,) = audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier] - 1})), problem.shapes)
     assert found.startswith(f"the {tier} tier holds")
+
+
+def test_the_ring_of_a_shared_update_is_counted():
+    plan, problem = planned(0, (1, 1, 0), Counts(3, 3, 3))
+    plan = replace(plan, budget=Budget(1 << 50, 1 << 50, 1 << 50))
+    assert audit(plan, problem.shapes) == []
+    shared = replace(plan, gpu_update_share=0.5)
+    shapes, placements = problem.shapes, [next(p for p in plan.placements if p.unit == s.name) for s in problem.shapes]
+    held = footprint(shapes, placements, plan.buckets, plan.state_format, 0.5).gpu_bytes
+    assert audit(predicting(shared, gpu_peak_bytes=held), problem.shapes) == []
+    (problem_found,) = audit(predicting(shared, gpu_peak_bytes=held - 1), problem.shapes)
+    assert "model state on the gpu" in problem_found

@@ -1,0 +1,201 @@
+"""Passes: forward and backward as the engine sees them, told of every unit that begins and ends its use.
+
+[Note: calls of the model itself]
+Between steps the model may be called without gradients, by itself or by its ``generate``: such a call is a pass of its
+own, from the model's pre-forward hook to its forward hook, and so is a call of a single unit.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from offload.block_inputs import BlockInputs, WaitingInput
+from offload.errors import OffloadError
+from offload.events import EventLog, Pulse
+from offload.gradients import GradientCollector
+from offload.memory import MemoryMeter
+from offload.prefetch import Prefetcher
+from offload.setup import explained
+from offload.updater import Updater
+from offload.watch import Watch
+from offload.weights import WeightMover, WeightReference
+
+
+class Passes:
+    """Has the weights there while they are used; it is what ``offload.hooks`` tells.
+
+    ``has_root`` says whether the root unit owns parameters; ``forget`` forgets the gradients since the last step.
+    """
+
+    def __init__(
+        self,
+        has_root: bool,
+        mover: WeightMover,
+        prefetcher: Prefetcher,
+        inputs: BlockInputs,
+        gradients: GradientCollector,
+        updater: Updater,
+        watch: Watch,
+        meter: MemoryMeter,
+        events: EventLog | None,
+        forget: Callable[[], None],
+    ) -> None:
+        self._has_root = has_root
+        self._mover, self._prefetcher, self._inputs, self._updater = mover, prefetcher, inputs, updater
+        self._watch, self._meter, self._pulse, self._forget = watch, meter, Pulse(events), forget
+        gradients.on_complete = self.complete
+        self._step = 1
+        self._phase: str | None = None
+        self.computing: str | None = None
+        """The unit that was the last to begin, while it is in use; stays what it was where a pass fails."""
+        self._bounded: set[str] = set()
+        """Units of this pass whose inputs tell when their backward is over."""
+        self._called_alone = False
+        """[Note: calls of the model itself]"""
+
+    @contextmanager
+    def forward(self, step: int) -> Iterator[None]:
+        """A forward pass of this step."""
+        self._step = step
+        with self._in_phase("forward"):
+            self._begin_forward()
+            yield
+        if not torch.is_grad_enabled():
+            self._end_inference()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """A backward pass."""
+        self._use_root()  # an evaluation in between may have let it go
+        try:
+            with self._in_phase("backward"):
+                yield
+        finally:
+            self._mover.unuse_all()
+            self._inputs.begin_pass()
+        self._prefetcher.end_pass()
+
+    @contextmanager
+    def _in_phase(self, phase: str) -> Iterator[None]:
+        """What fails in this phase is explained, and leaves nothing in use."""
+        self._phase, self.computing = phase, None
+        try:
+            yield
+        except BaseException as error:
+            self._mover.unuse_all()
+            if phase == "backward":
+                self._forget()
+            if (sentence := explained(error)) is not None:
+                raise sentence from error
+            raise
+        finally:
+            self._phase = None
+
+    def _begin_forward(self) -> None:
+        self._updater.check()
+        self._watch.check()
+        self._prefetcher.begin_pass(training=torch.is_grad_enabled())
+        self._mover.begin_pass()
+        if torch.is_grad_enabled():  # the backward of a pass before may still come after one without gradients
+            self._bounded.clear()
+            self._meter.begin_forward()
+            self._inputs.begin_pass()
+        self._use_root()
+
+    def _end_inference(self) -> None:
+        self._mover.unuse_all()
+        self._prefetcher.end_pass()
+
+    def _use_root(self) -> None:
+        if self._has_root:
+            self._mover.use("")
+
+    def close(self) -> None:
+        """Hold nothing any more: a loss that somebody keeps leads here."""
+        vars(self).clear()
+
+    # hooks.Listener
+
+    def begin_call(self) -> None:
+        """Somebody calls the model: the engine, or whoever evaluates or generates between steps."""
+        if self._phase is not None:
+            return
+        if torch.is_grad_enabled():
+            raise OffloadError(
+                "the model was called with gradients, where the engine does not see it; call the engine in its place, "
+                "or the model under torch.no_grad()"
+            )
+        self._begin_forward()
+        self._phase, self._called_alone = "forward", True
+
+    def end_call(self) -> None:
+        """Its forward is over, or has failed."""
+        if self._called_alone:
+            self._phase, self._called_alone = None, False
+            self._end_inference()
+
+    def begin_root_use(self) -> None:
+        """A module with parameters of the root unit is about to compute: in a pass they are there."""
+        if self._phase is None:
+            self._use_root()
+
+    def begin_use(self, name: str) -> None:
+        """A unit is about to compute: have its weights, and start the fetches of the schedule."""
+        self.computing = name
+        self._mover.use(name)
+        if self._prefetcher.used(name):
+            self._pulse.tell(self._step, self._phase, name, self._flights)
+
+    def bounded(self, name: str) -> None:
+        """Its inputs will tell when its backward is over."""
+        self._bounded.add(name)
+
+    def end_forward_use(self, name: str) -> None:
+        """Its forward is over; a recompute's forward is part of its backward."""
+        if self._phase != "backward":
+            self._end_use(name)
+
+    def end_backward_use(self, name: str) -> None:
+        """Its backward is over."""
+        if self._phase == "backward":
+            self._end_use(name)
+
+    def complete(self, name: str) -> None:
+        """All gradients of a unit are there: without inputs that need one, its backward is over."""
+        if name and name not in self._bounded:
+            self._end_use(name)
+
+    def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
+        """A block is about to run whose inputs are kept for backward, where its recompute has nothing more to keep."""
+        if self._phase == "forward":
+            self._inputs.expect(arguments)
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
+        """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
+        reference = self._mover.reference(tensor) or self._inputs.send(tensor)
+        if reference is not None:
+            return reference
+        if not self._mover.is_resident(tensor):
+            self._meter.saved(tensor)
+        return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
+
+    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
+        """The tensor again; a unit that is away is fetched, and so is an input."""
+        if isinstance(packed, WaitingInput):
+            return packed.owner.fetch(packed)
+        if isinstance(packed, WeightReference):
+            if packed.unit:
+                self.begin_use(packed.unit)
+            return self._mover.resolve(packed)
+        return packed
+
+    def _end_use(self, name: str) -> None:
+        self._mover.unuse(name)
+        if self.computing == name:
+            self.computing = None
+
+    def _flights(self) -> list[dict[str, str]]:
+        flights = [{"unit": n, "link": "host_to_device"} for n in self._mover.in_flight()]
+        return flights + [{"unit": n, "link": "nvme_read"} for n in self._updater.in_flight()]

@@ -1,0 +1,253 @@
+"""The device runs out of memory in a step: the sentence says where, and the same engine goes on with less."""
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from offload.engine import Engine
+from offload.errors import DeviceMemoryError, OffloadError
+from offload.plan import Budget, Precision, Prediction
+from offload.shortage import shortage
+from tests.models import GPT, batches
+from tests.plans import EVERY_TIER, RESIDENT, G, H, plan_for, units_of
+
+UNITS = ("h.0", "h.1", "h.3", "wte", "ln_f")
+"""The first, a middle and the last block, and the first and the last unit."""
+LARGE, SMALL = 8, 4
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4.00 GiB"
+
+
+def fail() -> None:
+    raise torch.OutOfMemoryError(SAID)
+
+
+class Failing(torch.autograd.Function):
+    """Identity whose backward runs out of memory while ``large``."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, large: bool) -> torch.Tensor:
+        ctx.large = large
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
+        if ctx.large:
+            fail()
+        return gradient, None
+
+
+def runs_out(model: GPT, unit: str, phase: str, again: bool) -> None:
+    """Make a part of the unit run out of memory with LARGE batches; ``again``: only in the recompute."""
+    module = model.get_submodule(unit)
+    inner = module.down if hasattr(module, "down") else module
+    forward = inner.forward
+    calls = 0
+
+    def forward_of_large(x: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        large = len(x) == LARGE
+        calls += large
+        if phase == "forward" and large and calls == 1 + again:
+            fail()
+        y = forward(x)
+        return Failing.apply(y, large and calls == 1) if phase == "backward" else y
+
+    inner.forward = forward_of_large
+
+
+def engine_for(model: nn.Module, tmp_path: Path, placements: tuple = EVERY_TIER, **changes: object) -> Engine:
+    plan = plan_for(model, placements, tmp_path, **changes)
+    return Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.5)
+
+
+def step(engine: Engine, tokens: torch.Tensor) -> float:
+    loss = engine(tokens)
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_after_it_the_engine_goes_on_as_if_nothing_had_been(
+    unit: str, phase: str, recompute: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    changes = {"recompute": tuple(u for u in units_of(model) if u.startswith("h."))} if recompute else {}
+    other = copy.deepcopy(model)
+    runs_out(model, unit, phase, again=False)
+    large, small = batches(1, LARGE)[0], batches(6, SMALL, seed=4)
+    with engine_for(model, tmp_path, **changes) as engine, engine_for(other, tmp_path, **changes) as undisturbed:
+        for tokens in small[:2]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        with pytest.raises(DeviceMemoryError, match=f"in the {phase} of unit {unit}"):
+            step(engine, large)
+        for tokens in small[2:]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        assert engine.global_step == undisturbed.global_step == 6
+        assert engine.overflow_count == 0
+        whole = undisturbed.state_dict()
+        assert all(torch.equal(whole[n], t) for n, t in engine.state_dict().items())
+
+
+@pytest.mark.parametrize("unit", ["h.0", "h.3"])
+def test_a_recompute_that_runs_out_is_part_of_backward(unit: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    other = copy.deepcopy(model)
+    runs_out(model, unit, "forward", again=True)
+    recompute = tuple(u for u in units_of(model) if u.startswith("h."))
+    with (
+        engine_for(model, tmp_path, recompute=recompute) as engine,
+        engine_for(other, tmp_path, recompute=recompute) as undisturbed,
+    ):
+        with pytest.raises(DeviceMemoryError, match=f"in the backward of unit {unit}"):
+            step(engine, batches(1, LARGE)[0])
+        for tokens in batches(3, SMALL):
+            assert step(engine, tokens) == step(undisturbed, tokens)
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_the_micro_batches_of_a_step_begin_anew(phase: str, at: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    other = copy.deepcopy(model)
+    runs_out(model, "h.1", phase, again=False)
+    changes = {"gradient_accumulation_steps": 3}
+    small = batches(9, SMALL)
+    with engine_for(model, tmp_path, **changes) as engine, engine_for(other, tmp_path, **changes) as undisturbed:
+        for tokens in small[:3]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        for tokens in batches(at, SMALL, seed=9):
+            step(engine, tokens)
+        with pytest.raises(DeviceMemoryError):
+            step(engine, batches(1, LARGE)[0])
+        for tokens in small[3:]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        assert engine.global_step == 3
+
+
+def test_an_evaluation_that_runs_out_disturbs_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    other = copy.deepcopy(model)
+    runs_out(model, "h.2", "forward", again=False)
+    with engine_for(model, tmp_path) as engine, engine_for(other, tmp_path) as undisturbed:
+        for tokens in batches(2):
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        with torch.no_grad(), pytest.raises(DeviceMemoryError, match=r"forward of unit h\.2"):
+            engine(batches(1, LARGE)[0])
+        for tokens in batches(2):
+            assert step(engine, tokens) == step(undisturbed, tokens)
+
+
+def test_the_memory_of_the_failed_pass_is_free_while_the_error_is_handled(tmp_path: Path) -> None:
+    """Who tries again inside of ``except`` must not find the activations of the first try."""
+    model = GPT()
+    held: list[weakref.ref] = []
+    forward = model.h[3].forward
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        held.append(weakref.ref(x))
+        if len(x) == LARGE:
+            fail()
+        return forward(x)
+
+    model.h[3].forward = keep
+    with engine_for(model, tmp_path, (RESIDENT,)) as engine:
+        try:
+            step(engine, batches(1, LARGE)[0])
+        except DeviceMemoryError:
+            gc.collect()
+            assert held[0]() is None
+            step(engine, batches(1, SMALL)[0])
+
+
+def test_it_is_an_error_of_the_runtime_and_a_memory_error_made_from_torchs() -> None:
+    with pytest.raises(MemoryError) as caught:
+        model = GPT()
+        with Engine(model, plan_for(model, ((G, H, H),))) as engine:
+            runs_out(model, "h.0", "forward", again=False)
+            engine(batches(1, LARGE)[0])
+    assert isinstance(caught.value, OffloadError)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p, "Give the engine micro-batches smaller than 4, or plan again with --gpu-memory below 24 GiB"),
+        (lambda p: p, "which recomputes activations and offloads more of the model"),
+        (lambda p: p, "expected a peak of 20 GiB, at most 22 GiB"),
+        (lambda p: p, "when it asked for 2.00 GiB more"),
+        (lambda p: p, "this engine can go on"),
+        (lambda p: replace(p, micro_batch_size=1), "Plan again with"),
+        (lambda p: replace(p, recompute=("h.0",)), "which offloads more of the model"),
+    ],
+)
+def test_the_sentence_says_what_was_predicted_what_was_there_and_what_to_change(change: Callable, said: str) -> None:
+    plan = replace(
+        plan_for(GPT(), (RESIDENT,)),
+        budget=Budget(24 << 30, 1, 1),
+        prediction=Prediction(20 << 30, 0, 0, 0, None, None, gpu_upper_bytes=22 << 30),
+    )
+    error = shortage(torch.OutOfMemoryError(SAID), change(plan), "the forward of unit h.3", 23 << 30)
+    assert "in the forward of unit h.3: 23 GiB were allocated when" in str(error)
+    assert said in str(error)
+
+
+def test_an_update_that_runs_out_is_not_said_to_be_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT()
+    with (
+        pytest.raises(DeviceMemoryError, match=r"in the update: .* go on from a checkpoint"),
+        engine_for(model, tmp_path, (RESIDENT,)) as engine,
+    ):
+        monkeypatch.setattr(engine._updater, "begin", lambda *_: fail())
+        step(engine, batches(1)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_real_memory_runs_out_and_comes_back(phase: str, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    model, hoards = GPT(), []
+    other = copy.deepcopy(model)
+
+    class Hoarding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: torch.Tensor, large: bool) -> torch.Tensor:
+            ctx.large = large
+            if large and phase == "forward":
+                hoards.append(torch.empty(1 << 50, device="cuda"))
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, gradient: torch.Tensor) -> tuple:
+            if ctx.large and phase == "backward":
+                hoards.append(torch.empty(1 << 50, device="cuda"))
+            return gradient, None
+
+    forward = model.h[1].forward
+    model.h[1].forward = lambda x: Hoarding.apply(forward(x), len(x) == LARGE)
+    with (
+        engine_for(model, tmp_path, precision=Precision.BF16, device="cuda") as engine,
+        engine_for(other, tmp_path, precision=Precision.BF16, device="cuda") as undisturbed,
+    ):
+        for tokens in batches(2):
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        with pytest.raises(DeviceMemoryError, match=rf"{phase} of unit h\.1.*reserved"):
+            step(engine, batches(1, LARGE)[0])
+        for tokens in batches(3):
+            assert step(engine, tokens) == step(undisturbed, tokens)
