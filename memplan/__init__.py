@@ -13,6 +13,7 @@ from memplan.errors import MachineError, MemplanError, NothingFits, PlanningErro
 from memplan.machine import Machine, detect
 from offload.engine import Engine
 from offload.errors import OffloadError
+from offload.on_meta import on_meta
 from offload.plan import Plan
 from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
@@ -32,6 +33,7 @@ __all__ = [
     "detect",
     "find_machine",
     "initialize",
+    "on_meta",
     "plan",
     "profile",
 ]

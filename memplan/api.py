@@ -89,9 +89,12 @@ def initialize(
     training_data: Dataset[Any] | None = None,
     lr_scheduler: Any | Callable[[torch.optim.Optimizer], Any] | None = None,
     max_grad_norm: float | None = None,
+    weights: str | Path | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
     """(engine, optimizer, dataloader, lr_scheduler) for training ``model`` by ``plan``, a Plan or a path to one.
 
+    ``weights`` is a safetensors file, or a folder with one or with shards, to start from. Parameters on meta
+    (``on_meta``) become real unit by unit: read from there, or else by the model's own initialisation.
     ``optimizer`` is one of torch's, or ``offload.lion.Lion``, over the model's parameters, of the kind that the plan
     names; by default one with its own defaults.
     ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
@@ -99,7 +102,8 @@ def initialize(
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
-    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm)
+    files = Path(weights) if weights is not None else None
+    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm, weights=files)
     if callable(lr_scheduler):
         lr_scheduler = lr_scheduler(engine.optimizer)
     if lr_scheduler is not None:

@@ -64,16 +64,22 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
 
 
 def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
-    """ZeRO's stages divide state, then gradients, then weights, over the ranks that share one copy."""
-    parts = [(plan.shard_gpus or plan.gpus) if plan.zero_stage >= stage else 1 for stage in (1, 2, 3)]
+    """ZeRO's stages divide state, then gradients, then weights, over the ranks that share one copy.
+
+    Weights off the GPU are divided from stage 1 on. Parts are equal, and multiples of 64 elements.
+    """
+    group = plan.shard_gpus or plan.gpus
+    padding = 64 * group if plan.zero_stage >= 1 else 64
+    trained, frozen = (ceil(n / padding) * padding for n in (shape.trainable_elements, shape.frozen_elements))
+    parts = [group if plan.zero_stage >= stage else 1 for stage in (1, 2, 3)]
     return _Rank(
         shape.name,
         placement,
-        weights=ceil(shape.elements / parts[2]),
-        gradients=ceil(shape.trainable_elements / parts[1]),
-        state=ceil(shape.trainable_elements / parts[0]),
-        whole_weights=shape.elements,
-        whole_trained=shape.trainable_elements,
+        weights=(trained + frozen) // parts[2 if placement.parameters is Tier.GPU else 0],
+        gradients=trained // parts[1],
+        state=trained // parts[0],
+        whole_weights=trained + frozen,
+        whole_trained=trained,
     )
 
 
@@ -145,16 +151,14 @@ def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     weight, rest = _sizes(plan)
     elements, ring = 0, plan.buckets.prefetch_units + 1
     for r in ranks:
-        elements += weight * r.weights * (r.placement.parameters is Tier.GPU or not r.name)
+        elements += weight * r.weights * (r.placement.parameters is Tier.GPU)
         elements += weight * r.gradients * (r.placement.gradients is Tier.GPU)
         elements += rest * r.state * (r.placement.optimizer is Tier.GPU)
-    slots = _rings([r.weights for r in ranks if r.placement.parameters is not Tier.GPU and r.name], ring)
-    slots += _rings([r.gradients for r in ranks if r.placement.gradients is not Tier.GPU], 2)
-    if plan.gpus > 1:
-        slots += min(sum(r.whole_trained for r in ranks), plan.buckets.reduce_elements)
-        if plan.zero_stage == 3:
-            slots += _rings([r.whole_weights for r in ranks if r.name], ring)
-            slots += sum(r.whole_weights for r in ranks if not r.name)
+    # Whole weights and whole gradients have slots where the rank does not keep them whole on the GPU.
+    come = [r for r in ranks if r.placement.parameters is not Tier.GPU or r.weights < r.whole_weights]
+    go = [r for r in ranks if r.placement.gradients is not Tier.GPU or r.gradients < r.whole_trained]
+    slots = _rings([r.whole_weights for r in come if r.name], ring)
+    slots += sum(r.whole_weights for r in come if not r.name) + _rings([r.whole_trained for r in go], 2)
     streamed = plan.gpu_update_share > 0 and any(r.placement.optimizer is Tier.HOST for r in ranks)
     ring_of_update = 3 * plan.buckets.update_elements * (2 * weight + rest) if streamed else 0
     return elements + weight * slots + ring_of_update

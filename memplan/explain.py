@@ -42,8 +42,9 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
         )
     if problem.device == "cuda" and problem.built_bytes > problem.budget.host_bytes:
         said.append(
-            f"Building the model in fp32 takes {format_bytes(problem.built_bytes)} of a node's memory for a moment, "
-            f"over the {format_bytes(problem.budget.host_bytes)} that training may hold there."
+            f"The model as it is built in fp32 takes {format_bytes(problem.built_bytes)} of a node's memory, over the "
+            f"{format_bytes(problem.budget.host_bytes)} that training may hold there: under memplan.on_meta(), where "
+            "memplan train builds it, it is made unit by unit."
         )
     trained_with = problem.form.optimizer
     if profiled_optimizer(problem.profile) is not trained_with:

@@ -69,7 +69,7 @@ def placements_of(shapes: Sequence[UnitShape], order: Sequence[int], counts: Cou
 
 
 class ChainTables:
-    """Bytes of one rank for every candidate of a chain; with one GPU equal to ``footprint``, to the byte."""
+    """Bytes of one rank for every candidate of a chain, equal to ``footprint`` to the byte."""
 
     def __init__(
         self,
@@ -81,27 +81,32 @@ class ChainTables:
         """``shapes`` in the order of the chain."""
         self.units = len(shapes)
         self.form = form
-        self.sharding = sharding
+        shards = sharding.shards
+        shapes = [s.padded(shards) for s in shapes]
         w = form.precision.weight_bytes
-        held = [sharding.parameters(s.elements) for s in shapes]
-        gradient = [sharding.gradients(s.trainable_elements) for s in shapes]
-        state = [sharding.state(s.trainable_elements) for s in shapes]
-        self.parameter_elements = _prefix(held)
+        whole, trained = [s.elements for s in shapes], [s.trainable_elements for s in shapes]
+        away = [shards.weights(n, Tier.HOST) for n in whole]
+        gradient, state = [shards.gradients(n) for n in trained], [shards.state(n) for n in trained]
+        self.parameter_elements = _prefix([shards.weights(n, Tier.GPU) for n in whole])
+        self.away_elements = _prefix(away)
         self.gradient_elements = _prefix(gradient)
         self.state_elements = _prefix(state)
         self.state_bytes = _prefix([state_bytes(n, form) for n in state])
-        self.slot_elements = _slots(shapes, held, buckets.prefetch_units + 1, root_apart=True)
-        self.gradient_slot_elements = _slots(shapes, gradient, 2, root_apart=False)
-        self.host_parameters = _prefix([aligned(n * w, BLOCK_BYTES) for n in held])
+        self.slot_elements = _slots(shapes, whole, buckets.prefetch_units + 1, root_apart=True)
+        if not shards.on_device(Tier.GPU):
+            self.slot_elements[:] = self.slot_elements[-1]
+        self.gradient_slot_elements = _slots(shapes, trained, 2, root_apart=False)
+        if not shards.whole_gradients():
+            self.gradient_slot_elements[:] = self.gradient_slot_elements[-1]
+        self.host_parameters = _prefix([aligned(n * w, BLOCK_BYTES) for n in away])
         self.host_mirrors = _prefix([aligned(n * w, BLOCK_BYTES) for n in state])
         self.host_gradients = _prefix([aligned(n * w, BLOCK_BYTES) for n in gradient])
         self.host_state = _prefix([aligned(state_bytes(n, form), BLOCK_BYTES) for n in state])
         self.nvme_state = _prefix([state_extent_bytes(n, form, buckets) for n in state])
-        self.nvme_parameters = _prefix([weight_extent_bytes(n, form.precision, buckets) for n in held])
-        self._fixed = self._gathering(shapes, buckets) * w if sharding.gpus > 1 else 0
+        self.nvme_parameters = _prefix([weight_extent_bytes(n, form.precision, buckets) for n in away])
         # What a chunk of a unit brings through the staging ring, by what of it is on NVMe; late gradients add theirs.
         spans = [min(n, buckets.update_elements) for n in state]
-        weight = [aligned(min(n, buckets.update_elements) * w, BLOCK_BYTES) for n in held]
+        weight = [aligned(min(n, buckets.update_elements) * w, BLOCK_BYTES) for n in away]
         state_chunk = [aligned(state_bytes(n, form), BLOCK_BYTES) for n in spans]
         both = [a + b if n else 0 for a, b, n in zip(state_chunk, weight, spans, strict=True)]
         late = [aligned(n * w, BLOCK_BYTES) for n in spans]
@@ -110,14 +115,6 @@ class ChainTables:
             for chunk in (both, state_chunk, [0] * len(shapes))
         ]
         self._weights_staged = np.maximum.accumulate([0, *weight])
-
-    def _gathering(self, shapes: Sequence[UnitShape], buckets: Buckets) -> int:
-        """Elements that several ranks need beside their shards: the reduce bucket and, in stage 3, whole units."""
-        trainable = sum(s.trainable_elements for s in shapes)
-        whole = 0
-        if self.sharding.zero_stage == 3:
-            whole = int(_slots(shapes, [s.elements for s in shapes], buckets.prefetch_units + 1, root_apart=True)[-1])
-        return min(trainable, buckets.reduce_elements) + whole
 
     def gpu_bytes(self, c: Counts) -> Ints:
         """Of one GPU, activations left out."""
@@ -128,7 +125,7 @@ class ChainTables:
         gradients = (
             self.gradient_elements[-1] - self.gradient_elements[c.gradients] + self.gradient_slot_elements[c.gradients]
         )
-        return self._fixed + (parameters + gradients) * w + self.state_bytes[-1] - self.state_bytes[c.state]
+        return (parameters + gradients) * w + self.state_bytes[-1] - self.state_bytes[c.state]
 
     def host_bytes(self, c: Counts) -> Ints:
         """Of one rank, staging included."""
@@ -151,7 +148,7 @@ class ChainTables:
         """Model state that does not live on the GPU; what lives on NVMe counts twice, being further away."""
         w = self.form.precision.weight_bytes
         return (
-            (self.parameter_elements[c.parameters] + self.gradient_elements[c.gradients]) * w
+            (self.away_elements[c.parameters] + self.gradient_elements[c.gradients]) * w
             + self.state_bytes[c.state]
             + self.nvme_bytes(c)
         )

@@ -73,6 +73,19 @@ class Problem:
         """Of a node's memory, with the model of each of its ranks as it was built."""
         return self.profile.parameter_elements * BUILT_BYTES * self.gpus_per_node
 
+    def attach_bytes(self, host_bytes: int) -> int:
+        """The most of a node's memory while models are taken over into ``host_bytes`` of tiers.
+
+        A model that the host tier could not hold as it is built is made unit by unit: beside the tiers there are the
+        root unit, and the largest one twice.
+        """
+        if self.device != "cuda":
+            return host_bytes
+        if self.built_bytes <= self.budget.host_bytes:
+            return max(host_bytes, self.built_bytes)
+        elements = {shape.name: shape.elements for shape in self.shapes}
+        return host_bytes + (elements.get("", 0) + 2 * max(elements.values())) * BUILT_BYTES * self.gpus_per_node
+
     @cached_property
     def chain(self) -> list[UnitShape]:
         """The shapes in the order in which they leave the GPU."""

@@ -67,7 +67,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     busy = _busy_seconds(problem, candidate)
     state, activations = int(family.tables.gpu_bytes(counts)), family.activations
     host = family.host_bytes(counts)
-    attached = max(host, problem.built_bytes) if problem.device == "cuda" else host
+    attached = problem.attach_bytes(host)
     phases = {
         "gpu": {
             "attach": state,

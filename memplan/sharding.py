@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from memplan.rates import Rates
+from offload.shards import Shards
 
 ASSUMED_INTER_NODE_BYTES_PER_SECOND = 25e9
 """Of each GPU, where nobody said: a 200 Gb/s network card a GPU."""
@@ -30,6 +31,11 @@ class Sharding:
     def group(self) -> int:
         """Ranks over which the model is divided."""
         return self.shard_gpus or self.gpus
+
+    @property
+    def shards(self) -> Shards:
+        """What memplan's engine keeps on one rank."""
+        return Shards(self.zero_stage, self.group)
 
     def state(self, elements: int) -> int:
         """Elements of optimizer state on one rank."""

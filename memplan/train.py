@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from memplan.audit import audit
 from memplan.errors import RunDirectoryError, TrainingFailed
+from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes, format_count, format_seconds
 from offload import checkpoint
 from offload.engine import Engine
-from offload.errors import CheckpointError, OffloadError, PlanError
+from offload.errors import CheckpointError, OffloadError, PlanError, WeightsError
 from offload.events import EventLog
 from offload.hyperparameters import default_optimizer
 from offload.plan import Plan, Precision
@@ -74,7 +75,10 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
         check_directory(Path(plan.nvme_dir), plan.prediction.nvme_bytes)
     torch.manual_seed(options.seed)
     with EventLog(run_dir / "events.jsonl") as events, _stop_on_interrupt() as stop:
-        run = _Run(source, plan, run_dir, options, events)
+        start = start_of(source, plan, resume=options.resume)
+        if start.remark:
+            console.print(start.remark, soft_wrap=True, highlight=False, markup=False)
+        run = _Run(source, start, plan, run_dir, options, events)
         plan.save(run_dir / "plan.json")  # only now: a plan that is refused must not take the place of the run's own
         with _Progress(run_dir, options.dashboard, console) as progress:
             try:
@@ -109,17 +113,27 @@ class _Run:
     """One training run: the engine, its data, and what it tells."""
 
     def __init__(
-        self, source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptions, events: EventLog
+        self,
+        source: ModelSource,
+        start: Start,
+        plan: Plan,
+        run_dir: Path,
+        options: TrainingOptions,
+        events: EventLog,
     ) -> None:
         self.source, self.plan, self.run_dir, self.options, self.events = source, plan, run_dir, options, events
-        model = source.build()
+        model = start.model
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
         check_model(plan, model)
         if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
             raise PlanError(f"the plan does not add up: {problems[0]}; make it again with memplan plan")
         optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
-        self.engine = Engine(model, plan, optimizer, max_grad_norm=options.max_grad_norm, events=events)
+        max_norm = options.max_grad_norm
+        try:
+            self.engine = Engine(model, plan, optimizer, max_grad_norm=max_norm, events=events, weights=start.weights)
+        except WeightsError as error:
+            raise WeightsError(f"{error}; or name {source.path} to start from random weights") from error
         self.drawn = 0
         """Micro-batches drawn from the data."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)

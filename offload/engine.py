@@ -20,9 +20,10 @@ from torch import nn
 from offload import contents as unit_contents
 from offload import hooks, whole
 from offload.arena import Arena
-from offload.attach import host_bytes_of, take_over
+from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
+from offload.divided_gradients import DividedGradients
 from offload.errors import OffloadError, PlanError
 from offload.events import EventLog
 from offload.gradients import GradientCollector
@@ -31,6 +32,7 @@ from offload.memory import MemoryMeter
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
+from offload.ranks import Ranks, local_device
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
 from offload.setup import (
     FEEDING_CORES,
@@ -41,16 +43,18 @@ from offload.setup import (
     moved,
     update_threads,
 )
+from offload.shards import Shards
 from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
-from offload.streams import Lane
+from offload.streams import Done, Lane
 from offload.unit import check_model, check_trainable, partition
-from offload.unit_update import ClipFactor, UnitUpdate
+from offload.unit_update import ClipFactor, UnitUpdate, from_first
 from offload.updater import Updater
 from offload.watch import Watch
+from offload.weight_files import WeightFiles
 from offload.weights import WeightMover
 
 HOLDERS = (
@@ -63,10 +67,13 @@ HOLDERS = (
 class Engine:
     """Trains ``model`` as ``plan`` says.
 
-    ``optimizer`` is one of torch's, or Lion, over the model's parameters, of the plan's kind: its groups give the
+    ``optimizer`` is one of torch's, or Lion, over the model's parameters, and of the plan's kind: its groups give the
     hyperparameters, its state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch
-    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. Raises PlanError
-    where plan and model do not belong together, and TierError, before anything is allocated, where a tier is too small.
+    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are
+    safetensors files with the first values (``WeightFiles``); else those of the model count, and what of it is on meta
+    is initialised.
+    Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
+    TierError where a tier is too small, before anything is allocated.
     """
 
     def __init__(
@@ -77,6 +84,7 @@ class Engine:
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
+        weights: Path | None = None,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
@@ -88,7 +96,7 @@ class Engine:
         if lr_scheduler is not None:
             self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
-        self.device = torch.device(plan.device, 0) if plan.device != "cpu" else torch.device("cpu")
+        self.device = local_device(plan)
         self.global_step = 0
         self._events = events
         self._micro_batch = 0
@@ -97,22 +105,26 @@ class Engine:
         self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
-            self._attach()
+            self._attach(weights)
         except BaseException:
             self._release()
             raise
         close_at_exit(self)
 
-    def _attach(self) -> None:
+    def _attach(self, weights: Path | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
-        plan, device = self.plan, self.device
+        plan, device, shards = self.plan, self.device, Shards.of(self.plan)
+        files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
-        units = partition(self.model, plan.placements)
+        self._ranks = Ranks(plan, device) if plan.gpus > 1 else None
+        if self._ranks is not None:
+            self._closers.append(self._ranks.close)
+        units = partition(self.model, plan.placements, shards)
         modules = dict(self.model.named_modules())
         if missing := [path for path in plan.recompute if path not in modules]:
             raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share)
+        needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
         self.store: Store | None = None
         if needed.nvme_bytes:
             assert plan.nvme_dir is not None
@@ -120,20 +132,27 @@ class Engine:
             self._closers.append(self.store.close)
         self.arena = Arena(needed.host_bytes, device, host_bytes_of(units))
         self._closers.append(self.arena.close)
-        move_buffers(self.model, device, plan.precision)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
-        self.states = take_over(units, plan, device, self.arena, self.store, nan)
+        turns = in_turn(self.model, units, plan, device, needed, files)
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan, self._ranks)
+        self._parts = [state.part() for state in self.states]
+        move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
         # that live there, and partial sums of gradients.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
-        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format)
-        dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets)
+        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format, shards)
+        dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        self._mover = WeightMover(self.states, self._rings, self._up, self.store, reader_ring, nan)
-        self._gradients = GradientCollector(self.states, plan, device, self._down, self._returns)
+        gathers = self._lane("gathers", 1) if self._ranks is not None else None
+        self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
+        collected = self.states, plan, device, self._down, self._returns
+        if self._ranks is not None:
+            self._gradients: GradientCollector = DividedGradients(*collected, self._lane("reduces", 1), self._ranks)
+        else:
+            self._gradients = GradientCollector(*collected)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
@@ -147,7 +166,7 @@ class Engine:
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
-        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units)
+        self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units, shards)
         # [Note: parameters that are away]: the first pass is watched.
         self._guard: AbstractContextManager[Any] = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
@@ -191,16 +210,17 @@ class Engine:
 
     @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
-        """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step."""
+        """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step, on all ranks."""
         if self._forward_step != self.global_step:
             raise OffloadError(
                 "step() was called between this loss's forward pass and its backward; call it after both"
             )
         accumulation = self.plan.gradient_accumulation_steps
+        parts = accumulation * self.plan.gpus
         self._micro_batch += 1
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         with self._passes.backward(), self._guard:
-            (loss / accumulation if accumulation > 1 else loss).backward()
+            (loss / parts if parts > 1 else loss).backward()
             self._gradients.end_backward()
         self._guard = nullcontext()
 
@@ -218,16 +238,20 @@ class Engine:
         check_trainable(state.unit for state in self.states)
         self._micro_batch = 0
         self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
-        updates = []
-        for state in self.states:
+        updates, changed = [], []
+        for state, part in zip(self.states, self._parts, strict=True):
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                updates.append(UnitUpdate(state, segments, landed))
+                update = UnitUpdate(part, from_first(segments, state.updated), landed)
+                changed.append((state, update))
+                if update.segments:
+                    updates.append(update)
+                else:
+                    update.promise.finish(None)  # another rank's parameters
         self._updater.begin(updates, self._clip)
-        for update in updates:
-            if update.state.device_state is None:
-                self._mover.will_change(update.state.unit.name, update.promise)
+        for state, update in changed:
+            self._tell_changed(state, update)
         self._gradients.clear()
         self.global_step += 1
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
@@ -235,6 +259,21 @@ class Engine:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._prefetcher.prefetch_first()
+
+    def _tell_changed(self, state: UnitState, update: UnitUpdate) -> None:
+        """Whoever needs the unit's weights comes after its update, and after the gather where ranks updated parts."""
+        done, whole = update.promise, state.on_device
+        if whole and state.shards.zero_stage > 0 and self._ranks is not None:
+            done = self._mover.gather_updated(state.unit.name, self._after_now(done))
+        elif whole and state.device_state is not None:
+            return
+        self._mover.will_change(state.unit.name, done)
+
+    def _after_now(self, done: Done) -> Done:
+        """Behind this and behind all that the device was given so far."""
+        both = Done()
+        both.follow_all((done, Done.now(self.device)))
+        return both
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""

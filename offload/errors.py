@@ -21,5 +21,9 @@ class CheckpointError(OffloadError):
     """A checkpoint is missing, incomplete, damaged, or belongs to another model."""
 
 
+class WeightsError(OffloadError):
+    """Files of weights are missing, damaged, or of another model."""
+
+
 class DeviceMemoryError(OffloadError, MemoryError):
     """The device ran out of memory in a step. The engine can go on, with less at a time: the step begins anew."""

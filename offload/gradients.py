@@ -15,13 +15,14 @@ import torch
 from offload.errors import OffloadError
 from offload.plan import Plan
 from offload.residency import gradient_slot_counts
+from offload.shards import Shards
 from offload.state import UnitState, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit import Field
 
 
 @dataclass(eq=False)
-class _Gathering:
+class Gathering:
     """One unit's gradients in the running optimizer step."""
 
     state: UnitState
@@ -55,14 +56,15 @@ class GradientCollector:
         down: Lane,
         up: Lane,
     ) -> None:
-        self._gatherings = {s.unit.name: _Gathering(s) for s in states}
+        self._gatherings = {s.unit.name: Gathering(s) for s in states}
         self._down, self._up, self._device = down, up, device
         self.on_complete: Callable[[str], None] = lambda _: None
         """Told the name of every unit whose gradients are all there."""
         self._last_micro_batch = True
         self._in_backward = False
-        dtype = weight_dtype(plan.precision)
-        counts = gradient_slot_counts([s.unit.shape for s in states], [s.unit.placement for s in states])
+        self._dtype = dtype = weight_dtype(plan.precision)
+        shapes, placements = [s.unit.shape for s in states], [s.unit.placement for s in states]
+        counts = gradient_slot_counts(shapes, placements, Shards.of(plan))
         self._idle: dict[int, deque[tuple[torch.Tensor, Done]]] = {
             elements: deque((torch.zeros(elements, dtype=dtype, device=device), Done.now(device)) for _ in range(count))
             for elements, count in counts.items()
@@ -123,7 +125,7 @@ class GradientCollector:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, gathering: _Gathering, field: Field) -> Callable[[torch.Tensor], None]:
+    def _hook(self, gathering: Gathering, field: Field) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             gradient = parameter.grad
             if not self._in_backward:
@@ -131,11 +133,12 @@ class GradientCollector:
                 raise OffloadError("backward was called on a loss itself; call engine.backward(loss) in its place")
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
                 target = gathering.views_in(self._target(gathering))[field.name]
-                if field.name in gathering.present:
+                if field.name in self._summed(gathering):
                     target.add_(gradient)
                 else:
                     target.copy_(gradient)
                     gathering.present.add(field.name)
+                    self._summed(gathering).add(field.name)
                 parameter.grad = None
             gathering.awaited -= 1
             if gathering.awaited == 0:
@@ -144,7 +147,11 @@ class GradientCollector:
 
         return torch.no_grad()(take)
 
-    def _target(self, gathering: _Gathering) -> torch.Tensor:
+    def _summed(self, gathering: Gathering) -> set[str]:
+        """Parameters whose sum so far is in the buffer that is gathered into."""
+        return gathering.present
+
+    def _target(self, gathering: Gathering) -> torch.Tensor:
         """The device buffer to gather into, holding the partial sum of earlier micro-batches."""
         if gathering.target is not None:
             return gathering.target
@@ -171,7 +178,7 @@ class GradientCollector:
             self._land(next(g for g in gathering if g.state.host_gradients is not None))
         return ring.popleft()
 
-    def _land(self, gathering: _Gathering) -> None:
+    def _land(self, gathering: Gathering) -> None:
         """The unit's gradient of this backward pass is complete: take its norm, send it home."""
         if not gathering.present:
             return

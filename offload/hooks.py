@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from offload.block_inputs import WaitingInput
+from offload.compiled import check_compiled, hookable
 from offload.unit import Unit
 from offload.weights import WeightReference
 
@@ -85,10 +86,11 @@ class _Recompute:
             return args, _without_cache(kwargs)
 
         # Ahead of the recompute's own hook, which saves the arguments.
-        self._handle = module.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
-        if checkpoint.state(module) is None:
-            checkpoint(module, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
-        self._state = checkpoint.state(module)
+        called = hookable(module)
+        self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
+        if checkpoint.state(called) is None:
+            checkpoint(called, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
+        self._state = checkpoint.state(called)
         self._state.enable_hook = True
 
     def remove(self) -> None:
@@ -100,14 +102,15 @@ class _Recompute:
 def attach(
     units: list[Unit], recompute: tuple[str, ...], root: nn.Module, listener: Listener
 ) -> Iterator[RemovableHandle | _Recompute]:
-    """Watch the uses of every unit but the root, and recompute the modules of these paths; undone by the handles."""
+    """Watch the uses of every unit, and recompute the modules of these paths; undone by the handles."""
+    check_compiled(root, units)
     for path in recompute:
         yield _Recompute(root.get_submodule(path), listener)
     for unit in units:
         yield from _watch(unit, listener) if unit.name else _watch_root(unit, listener)
     # Ahead of all others, as those of units are.
-    yield root.register_forward_pre_hook(lambda *_: listener.begin_call(), prepend=True)
-    yield root.register_forward_hook(lambda *_: listener.end_call(), always_call=True)
+    yield hookable(root).register_forward_pre_hook(lambda *_: listener.begin_call(), prepend=True)
+    yield hookable(root).register_forward_hook(lambda *_: listener.end_call(), always_call=True)
 
 
 @contextmanager
@@ -151,8 +154,8 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
             tensor.register_hook(lambda _: listener.begin_use(name))
 
     # Ahead of every other hook, the recompute's too: those hooks must find the weights there.
-    yield unit.module.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
-    yield unit.module.register_forward_hook(after_forward)
+    yield hookable(unit.module).register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
+    yield hookable(unit.module).register_forward_hook(after_forward)
 
 
 def _watch_root(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
@@ -160,7 +163,7 @@ def _watch_root(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
     owned = {id(f.parameter) for f in unit.fields}
     for module in unit.module.modules():
         if any(id(p) in owned for p in module.parameters(recurse=False)):
-            yield module.register_forward_pre_hook(lambda *_: listener.begin_root_use(), prepend=True)
+            yield hookable(module).register_forward_pre_hook(lambda *_: listener.begin_root_use(), prepend=True)
 
 
 def _needing_gradient(tree: Any) -> list[torch.Tensor]:

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.plan import Tier
 from offload.schedule import Fetch, expected_order, schedule
+from offload.shards import ALONE, Shards
 from offload.unit import Unit
 from offload.weights import WeightMover
 
@@ -24,12 +24,14 @@ class Prefetcher:
     is still right, for units are fetched when they are used; its order is expected from then on.
     """
 
-    def __init__(self, mover: WeightMover, units: Sequence[Unit], capacity: dict[int, int], depth: int) -> None:
+    def __init__(
+        self, mover: WeightMover, units: Sequence[Unit], capacity: dict[int, int], depth: int, shards: Shards = ALONE
+    ) -> None:
         self._mover, self._capacity, self._depth = mover, capacity, depth
         self._ring_of = {
             u.name: u.shape.elements
             for u in units
-            if u.name and u.shape.elements and u.placement.parameters is not Tier.GPU
+            if u.name and u.shape.elements and not shards.on_device(u.placement.parameters)
         }
         names = [u.name for u in units if u.name]
         self._training = self._expected(expected_order(names, training=True))

@@ -18,9 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
+from offload.shards import ALIGN_ELEMENTS, ALONE, Shards
 
-ALIGN_ELEMENTS = 64
-"""Every parameter starts at a multiple of this in its unit's flat buffer: 128 bytes in bf16, what vector loads like."""
 BLOCK_BYTES = 4096
 """Extents in the NVMe tier and allocations in the arena are multiples of this: what direct I/O asks for."""
 UPDATE_RING = 3
@@ -34,7 +33,10 @@ def aligned(count: int, multiple: int) -> int:
 
 @dataclass(frozen=True)
 class UnitShape:
-    """The flat buffers of one unit: its trainable parameters first, then the frozen ones, each aligned."""
+    """The flat buffers of one unit: its trainable parameters first, then the frozen ones, each aligned.
+
+    Over several ranks both are padded: ``padded``.
+    """
 
     name: str
     trainable_elements: int
@@ -45,6 +47,11 @@ class UnitShape:
         """From the element counts of its parameters."""
         trained, other = (sum(aligned(n, ALIGN_ELEMENTS) for n in counts) for counts in (trainable, frozen))
         return cls(name, trained, other)
+
+    def padded(self, shards: Shards) -> "UnitShape":
+        """The same, so that the ranks' parts are equal."""
+        align = shards.align_elements
+        return UnitShape(self.name, aligned(self.trainable_elements, align), aligned(self.frozen_elements, align))
 
     @property
     def elements(self) -> int:
@@ -80,13 +87,16 @@ class Footprint:
     nvme_bytes: int
 
 
-def slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets) -> dict[int, int]:
+def slot_counts(
+    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, shards: Shards = ALONE
+) -> dict[int, int]:
     """Device slots for weights that come and go: {elements of the slot: how many}.
 
     Units of one size share a ring: the one that computes, and those fetched ahead. The root unit is in use all
     through a step and has a slot of its own.
     """
-    streamed = [s for s, p in zip(shapes, placements, strict=True) if p.parameters is not Tier.GPU and s.elements]
+    pairs = zip(shapes, placements, strict=True)
+    streamed = [s for s, p in pairs if not shards.on_device(p.parameters) and s.elements]
     sizes = Counter(s.elements for s in streamed if s.name)
     counts = {size: min(units, buckets.prefetch_units + 1) for size, units in sizes.items()}
     for s in streamed:
@@ -95,12 +105,17 @@ def slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement], bu
     return counts
 
 
-def gradient_slot_counts(shapes: Sequence[UnitShape], placements: Sequence[Placement]) -> dict[int, int]:
-    """Device slots in which a unit's gradients gather on their way to the host: two a size, or one for a lone unit."""
+def gradient_slot_counts(
+    shapes: Sequence[UnitShape], placements: Sequence[Placement], shards: Shards = ALONE
+) -> dict[int, int]:
+    """Device slots in which a unit's gradients gather on their way home: two a size, or one for a lone unit.
+
+    Home is the host, or the rank's part on the device.
+    """
     sizes = Counter(
         s.trainable_elements
         for s, p in zip(shapes, placements, strict=True)
-        if p.gradients is not Tier.GPU and s.trainable_elements
+        if s.trainable_elements and not (p.gradients is Tier.GPU and shards.whole_gradients())
     )
     return {size: min(units, 2) for size, units in sizes.items()}
 
@@ -111,7 +126,11 @@ def mirrored(placement: Placement) -> bool:
 
 
 def staging_bytes(
-    shapes: Sequence[UnitShape], placements: Sequence[Placement], buckets: Buckets, form: StateFormat
+    shapes: Sequence[UnitShape],
+    placements: Sequence[Placement],
+    buckets: Buckets,
+    form: StateFormat,
+    shards: Shards = ALONE,
 ) -> tuple[int, int]:
     """Bytes of one slot of the update's staging ring and of one slot of the weight reader's, 0 where none is needed.
 
@@ -121,17 +140,18 @@ def staging_bytes(
     update = weights = 0
     w = form.precision.weight_bytes
     for s, p in zip(shapes, placements, strict=True):
+        kept = shards.weights(s.elements, p.parameters)
         if s.trainable_elements and p.optimizer is not Tier.GPU:
-            span = min(s.trainable_elements, buckets.update_elements)
+            span = min(shards.state(s.trainable_elements), buckets.update_elements)
             held = aligned(span * w, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
             if p.optimizer is Tier.NVME:
                 held += aligned(state_bytes(span, form), BLOCK_BYTES)
             if p.parameters is Tier.NVME:
                 # Weights are read and written in whole chunks, frozen elements at the end of the last one included.
-                held += aligned(min(s.elements, buckets.update_elements) * w, BLOCK_BYTES)
+                held += aligned(min(kept, buckets.update_elements) * w, BLOCK_BYTES)
             update = max(update, held)
         if s.elements and p.parameters is Tier.NVME:
-            weights = max(weights, aligned(min(s.elements, buckets.update_elements) * w, BLOCK_BYTES))
+            weights = max(weights, aligned(min(kept, buckets.update_elements) * w, BLOCK_BYTES))
     return update, weights
 
 
@@ -161,29 +181,32 @@ def footprint(
     buckets: Buckets,
     form: StateFormat,
     gpu_update_share: float = 0.0,
+    shards: Shards = ALONE,
 ) -> Footprint:
-    """What the runtime allocates for these units, to the byte.
+    """What one rank of the runtime allocates for these units, to the byte.
 
-    ``shapes`` and ``placements`` go in pairs. Gradients that autograd holds for the moment before they are gathered are
-    not in it: they are part of a pass, as activations are.
+    ``shapes``, padded for ``shards``, and ``placements`` go in pairs. Gradients that autograd holds for the moment
+    before they are gathered are not in it: they are part of a pass, as activations are.
     """
     w = form.precision.weight_bytes
     gpu = host = nvme = 0
     for s, p in zip(shapes, placements, strict=True):
-        t = s.trainable_elements
-        gpu += s.elements * w if p.parameters is Tier.GPU else 0
-        gpu += t * w if p.gradients is Tier.GPU else 0
-        gpu += state_bytes(t, form) if p.optimizer is Tier.GPU else 0
-        host += aligned(s.elements * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
-        host += aligned(t * w, BLOCK_BYTES) if mirrored(p) else 0
-        host += aligned(t * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
-        host += aligned(state_bytes(t, form), BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
+        weights = shards.weights(s.elements, p.parameters)
+        gradients, state = shards.gradients(s.trainable_elements), shards.state(s.trainable_elements)
+        gpu += weights * w if p.parameters is Tier.GPU else 0
+        gpu += gradients * w if p.gradients is Tier.GPU else 0
+        gpu += state_bytes(state, form) if p.optimizer is Tier.GPU else 0
+        host += aligned(weights * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
+        host += aligned(state * w, BLOCK_BYTES) if mirrored(p) else 0
+        host += aligned(gradients * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
+        host += aligned(state_bytes(state, form), BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
         if p.optimizer is Tier.NVME:
-            nvme += sum(aligned(state_bytes(b - a, form), BLOCK_BYTES) for a, b in chunks(t, buckets.update_elements))
+            spans = chunks(state, buckets.update_elements)
+            nvme += sum(aligned(state_bytes(b - a, form), BLOCK_BYTES) for a, b in spans)
         if p.parameters is Tier.NVME:
-            nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(s.elements, buckets.update_elements))
-    gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets).items())
-    gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements).items())
+            nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(weights, buckets.update_elements))
+    gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets, shards).items())
+    gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements, shards).items())
     gpu += streamed_bytes(placements, buckets, form, gpu_update_share)
-    update, weights = staging_bytes(shapes, placements, buckets, form)
-    return Footprint(gpu, host + UPDATE_RING * update + UPDATE_RING * weights, nvme)
+    update, staged = staging_bytes(shapes, placements, buckets, form, shards)
+    return Footprint(gpu, host + UPDATE_RING * (update + staged), nvme)

@@ -47,8 +47,6 @@ def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
     if plan.target is not Target.MEMPLAN:
         raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
-    if plan.gpus != 1:
-        raise OffloadError(f"this plan is for {plan.gpus} GPUs; this version trains on one. Plan with --gpus 1.")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
 

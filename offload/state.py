@@ -1,13 +1,15 @@
 """Where a unit's numbers are: its buffers in each tier, made once, before the first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from offload.arena import Arena
 from offload.plan import Plan, Precision, StateFormat, Tier
+from offload.ranks import Ranks
 from offload.residency import MOMENT_BYTES, chunks, mirrored, state_bytes
+from offload.shards import ALONE, Shards
 from offload.store import Extent, Store
 from offload.unit import Unit
 
@@ -49,31 +51,97 @@ def weight_dtype(precision: Precision) -> torch.dtype:
 
 @dataclass(eq=False)
 class UnitState:
-    """The buffers of one unit; ``None`` where its placement has none.
+    """The buffers that one rank has of a unit; ``None`` where its placement has none.
 
-    Weights and gradients are in the weight dtype; ``*_extents`` hold one extent a chunk of ``spans``.
+    Weights and gradients are in the weight dtype; ``*_extents`` hold one extent a chunk of ``spans``. Of a unit that is
+    divided over ranks every buffer holds this rank's part, or all of it: [Note: sharding] in ``offload.shards``.
     """
 
     unit: Unit
     spans: list[tuple[int, int]]
-    """Chunks of the trainable elements, in which state is updated and streamed."""
+    """Chunks of the optimizer state that this rank has, in which it is updated and streamed."""
     weight_spans: list[tuple[int, int]]
-    """Chunks of all elements, in which weights are read from the NVMe tier."""
+    """Chunks of the weights that this rank keeps, in which they are read from the NVMe tier."""
     device_weights: torch.Tensor | None = None
     device_gradients: torch.Tensor | None = None
     device_state: OptimizerState | None = None
     host_weights: torch.Tensor | None = None
-    """Of all elements where the weights live on the host; of the trainable ones where they are a mirror."""
+    """Those that are kept where the weights live on the host; where they are a mirror, those that are updated here."""
     host_gradients: torch.Tensor | None = None
     host_state: OptimizerState | None = None
     weight_extents: list[Extent] | None = None
     state_extents: list[Extent] | None = None
+    ranks: Ranks | None = None
+    """Those that share the unit; ``None`` where there is one."""
+
+    @property
+    def shards(self) -> Shards:
+        """How it is divided over them."""
+        return self.ranks.shards if self.ranks is not None else ALONE
+
+    @property
+    def on_device(self) -> bool:
+        """Whether all its weights lie on the device always."""
+        return self.shards.on_device(self.unit.placement.parameters)
+
+    @property
+    def updated(self) -> slice:
+        """The unit's elements that this rank updates."""
+        size = self.shards.state(self.unit.shape.trainable_elements)
+        divided = self.ranks is not None and size < self.unit.shape.trainable_elements
+        start = self.ranks.position * size if self.ranks is not None and divided else 0
+        return slice(start, start + size)
+
+    @property
+    def kept_weights(self) -> list[slice]:
+        """The unit's elements whose weights this rank keeps, in the order in which it does."""
+        shape = self.unit.shape
+        if self.ranks is None or self.shards.whole_weights(self.unit.placement.parameters):
+            return [slice(0, shape.elements)]
+        frozen = shape.frozen_elements // self.shards.group
+        start = shape.trainable_elements + self.ranks.position * frozen
+        return [self.updated, slice(start, start + frozen)]
+
+    def places(self, flat: torch.Tensor, start: int, stop: int) -> list[torch.Tensor]:
+        """Where in a flat buffer of the whole unit the kept weights from ``start`` to ``stop`` belong."""
+        found, before = [], 0
+        for part in self.kept_weights:
+            size = part.stop - part.start
+            a, b = max(start - before, 0), min(stop - before, size)
+            if a < b:
+                found.append(flat[part.start + a : part.start + b])
+            before += size
+        return found
+
+    def part(self) -> "UnitState":
+        """The same buffers as the update sees them: only what this rank updates, from its first element on."""
+        if self.ranks is None:
+            return self
+        here, placement = self.updated, self.unit.placement
+
+        def own(kept: torch.Tensor | None, *, whole: bool) -> torch.Tensor | None:
+            # What is divided already begins with it.
+            return None if kept is None else kept[here] if whole else kept[: here.stop - here.start]
+
+        weights, gradients = self.shards.whole_weights(placement.parameters), self.shards.whole_gradients()
+        return replace(
+            self,
+            device_weights=own(self.device_weights, whole=weights),
+            host_weights=own(self.host_weights, whole=weights and not mirrored(placement)),
+            device_gradients=own(self.device_gradients, whole=gradients),
+            host_gradients=own(self.host_gradients, whole=gradients),
+        )
 
 
-def allocate(unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: Store | None) -> UnitState:
+def allocate(
+    unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: Store | None, ranks: Ranks | None = None
+) -> UnitState:
     """The buffers of a unit, zero, in the tiers of the plan: what ``residency.footprint`` counts."""
-    place, form = unit.placement, plan.state_format
-    dtype, trainable, all_elements = weight_dtype(form.precision), unit.shape.trainable_elements, unit.shape.elements
+    place, form, shards = unit.placement, plan.state_format, Shards.of(plan)
+    dtype = weight_dtype(form.precision)
+    weights = shards.weights(unit.shape.elements, place.parameters)
+    gradients = shards.gradients(unit.shape.trainable_elements)
+    updated = shards.state(unit.shape.trainable_elements)
 
     def on_device(elements: int) -> torch.Tensor:
         return torch.zeros(elements, dtype=dtype, device=device)
@@ -83,26 +151,27 @@ def allocate(unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: 
 
     state = UnitState(
         unit,
-        chunks(trainable, plan.buckets.update_elements),
-        chunks(all_elements, plan.buckets.update_elements),
+        chunks(updated, plan.buckets.update_elements),
+        chunks(weights, plan.buckets.update_elements),
+        ranks=ranks,
     )
     if place.parameters is Tier.GPU:
-        state.device_weights = on_device(all_elements)
+        state.device_weights = on_device(weights)
         if mirrored(place):
-            state.host_weights = on_host(trainable)
+            state.host_weights = on_host(updated)
     elif place.parameters is Tier.HOST:
-        state.host_weights = on_host(all_elements)
+        state.host_weights = on_host(weights)
     else:
         state.weight_extents = [_extent(store, (b - a) * dtype.itemsize) for a, b in state.weight_spans]
     if place.gradients is Tier.GPU:
-        state.device_gradients = on_device(trainable)
+        state.device_gradients = on_device(gradients)
     else:
-        state.host_gradients = on_host(trainable)
-    size = state_bytes(trainable, form)
+        state.host_gradients = on_host(gradients)
+    size = state_bytes(updated, form)
     if place.optimizer is Tier.GPU:
-        state.device_state = carve_state(torch.zeros(size, dtype=torch.uint8, device=device), trainable, form)
+        state.device_state = carve_state(torch.zeros(size, dtype=torch.uint8, device=device), updated, form)
     elif place.optimizer is Tier.HOST or not size:  # where there is no state, it is nowhere
-        state.host_state = carve_state(arena.take(size), trainable, form)
+        state.host_state = carve_state(arena.take(size), updated, form)
     else:
         state.state_extents = [_extent(store, state_bytes(b - a, form)) for a, b in state.spans]
     return state

@@ -8,7 +8,8 @@ from torch import nn
 
 from offload.errors import OffloadError, PlanError
 from offload.plan import Placement, Plan
-from offload.residency import ALIGN_ELEMENTS, UnitShape, aligned
+from offload.residency import UnitShape, aligned
+from offload.shards import ALIGN_ELEMENTS, ALONE, Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ def check_trainable(units: Iterable[Unit]) -> None:
                 raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
 
-def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, ...]:
+def partition(model: nn.Module, placements: Sequence[Placement], shards: Shards = ALONE) -> tuple[Unit, ...]:
     """One Unit a placement, in the same order.
 
     A parameter belongs to the unit whose path begins its name; one that several units share, or none has, belongs
@@ -99,18 +100,18 @@ def partition(model: nn.Module, placements: Sequence[Placement]) -> tuple[Unit, 
         if owner not in owned:
             raise PlanError(f"parameter {aliases[0]} belongs to the root unit, which the plan does not place")
         owned[owner].append((aliases[0], parameter))
-    return tuple(_unit(p, modules[p.unit], owned[p.unit]) for p in placements)
+    return tuple(_unit(p, modules[p.unit], owned[p.unit], shards) for p in placements)
 
 
-def _unit(placement: Placement, module: nn.Module, owned: list[tuple[str, nn.Parameter]]) -> Unit:
-    owned = sorted(owned, key=lambda item: not item[1].requires_grad)
-    fields, start = [], 0
-    for name, parameter in owned:
-        fields.append(Field(name, parameter, start, parameter.shape, parameter.requires_grad))
-        start += aligned(parameter.numel(), ALIGN_ELEMENTS)
-    shape = UnitShape.of(
-        placement.unit,
-        (f.shape.numel() for f in fields if f.trainable),
-        (f.shape.numel() for f in fields if not f.trainable),
-    )
+def _unit(placement: Placement, module: nn.Module, owned: list[tuple[str, nn.Parameter]], shards: Shards) -> Unit:
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for _, parameter in owned:
+        sizes[parameter.requires_grad].append(parameter.numel())
+    shape = UnitShape.of(placement.unit, sizes[True], sizes[False]).padded(shards)
+    fields = []
+    next_start = {True: 0, False: shape.trainable_elements}
+    for name, parameter in sorted(owned, key=lambda item: not item[1].requires_grad):
+        trainable = parameter.requires_grad
+        fields.append(Field(name, parameter, next_start[trainable], parameter.shape, trainable))
+        next_start[trainable] += aligned(parameter.numel(), ALIGN_ELEMENTS)
     return Unit(placement, module, tuple(fields), shape)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from offload.residency import ALIGN_ELEMENTS, aligned
+from offload.residency import aligned
 from offload.rules import UpdateStep
+from offload.shards import ALIGN_ELEMENTS
 from offload.state import UnitState
 from offload.streams import Done
 
@@ -64,8 +65,19 @@ class UnitUpdate:
 
     def within(self, start: int, stop: int) -> "UnitUpdate":
         """What this update does between two elements, with a promise of its own."""
-        cut = (replace(s, start=max(s.start, start), stop=min(s.stop, stop)) for s in self.segments)
-        return UnitUpdate(self.state, tuple(s for s in cut if s.start < s.stop), self.landed)
+        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed)
+
+
+def within(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:
+    """The parts of segments that lie between two elements."""
+    cut = (replace(s, start=max(s.start, start), stop=min(s.stop, stop)) for s in segments)
+    return tuple(s for s in cut if s.start < s.stop)
+
+
+def from_first(segments: Iterable[Segment], part: slice) -> tuple[Segment, ...]:
+    """What of these segments lies in a part of the unit, counted from its first element."""
+    inside = within(segments, part.start, part.stop)
+    return tuple(replace(s, start=s.start - part.start, stop=s.stop - part.start) for s in inside)
 
 
 def shared(
@@ -79,7 +91,8 @@ def shared(
     host: list[UnitUpdate] = []
     device: list[UnitUpdate] = []
     for update in updates:
-        state, elements = update.state, update.state.unit.shape.trainable_elements
+        state = update.state
+        elements = state.updated.stop - state.updated.start
         within_reach = state.host_state is not None and state.host_weights is not None
         edge = aligned(round(elements * (1 - device_share)), ALIGN_ELEMENTS)
         if not within_reach or elements - edge < least_elements:

@@ -8,12 +8,13 @@ that a model which uses a parameter outside of its module is refused with that p
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from offload.compiled import uncompiled
 from offload.errors import OffloadError
 from offload.residency import UPDATE_RING
 from offload.schedule import Fetch
@@ -67,6 +68,15 @@ class AwayGuard(TorchDispatchMode):
         super().__init__()
         self._nan, self._names, self._stale, self._held = storage_address(nan), names, stale, held
 
+    def __enter__(self) -> Self:
+        self._uncompiled = uncompiled()
+        self._uncompiled.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._uncompiled.__exit__(*error)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -102,10 +112,13 @@ class WeightMover:
         states: Sequence[UnitState],
         rings: SlotRings,
         lane: Lane,
+        gathers: Lane | None,
         store: Store | None,
         reader_ring: Sequence[torch.Tensor],
         nan: torch.Tensor,
     ) -> None:
+        """``gathers`` is the lane that brings the ranks' parts together, where units are divided."""
+        self._gathers = gathers
         self._states = {s.unit.name: s for s in states}
         self._rings = rings
         self._lane = lane
@@ -121,7 +134,9 @@ class WeightMover:
         self._updated: dict[str, Done] = {}
         # [Note: parameters that are away]
         self._nan = nan
-        self._resident = {s.device_weights.data_ptr(): s for s in states if s.device_weights is not None}
+        self._resident = {
+            s.device_weights.data_ptr(): s for s in states if s.device_weights is not None and s.on_device
+        }
         self._used: set[str] = set()
         """Units used since the last ``begin_pass``."""
         self._lent: set[str] = set()
@@ -144,7 +159,7 @@ class WeightMover:
         self._used.add(name)
         if name in self._lent:
             return
-        if state.device_weights is not None:
+        if state.on_device:
             if (updated := self._updated.pop(name, None)) is not None:
                 updated.wait()
             return
@@ -224,13 +239,13 @@ class WeightMover:
     def restore(self, name: str) -> None:
         """Make the unit what its tiers hold, whatever was done to its parameters; no update may be under way."""
         state = self._states[name]
-        if state.device_weights is not None and state.host_weights is not None:
-            state.device_weights[: len(state.host_weights)].copy_(state.host_weights)
+        if state.on_device and state.device_weights is not None and state.host_weights is not None:
+            state.device_weights[state.updated].copy_(state.host_weights)
         self._show(state)
 
     def _show(self, state: UnitState) -> None:
         self.forget(state.unit.name)
-        if state.device_weights is not None:
+        if state.on_device and state.device_weights is not None:
             self._bind(state, state.device_weights)
         else:
             self._unbind(state)
@@ -238,7 +253,7 @@ class WeightMover:
     def address(self, name: str) -> Callable[[Field], int]:
         """Where the data of the unit's parameters lies now."""
         state = self._states[name]
-        flat = state.device_weights
+        flat = state.device_weights if state.on_device else None
         if flat is None and name in self._bound:
             flat = self._slot_of[name].buffer
         if flat is None:
@@ -301,40 +316,73 @@ class WeightMover:
         after = [Done.now(slot.buffer.device)]
         if (updated := self._updated.pop(name, None)) is not None:
             after.append(updated)
-        if state.host_weights is not None:
-            slot.arrived = self._lane.copy(slot.buffer, state.host_weights, after)
+        kept = state.device_weights if state.device_weights is not None else state.host_weights
+        if kept is not None:
+            slot.arrived = self._lane.submit(lambda: self._copy(state, slot.buffer, kept), after)
         else:
             slot.arrived = self._lane.submit(lambda: self._read(state, slot.buffer), after)
+        if not state.shards.whole_weights(state.unit.placement.parameters):
+            slot.arrived = self._gather(state, slot.buffer, slot.arrived)
+
+    def gather_updated(self, name: str, updated: Done) -> Done:
+        """After an update of its part on every rank: bring together a unit whose weights are whole on the device."""
+        state = self._states[name]
+        assert state.device_weights is not None
+        return self._gather(state, state.device_weights, updated)
+
+    def _gather(self, state: UnitState, flat: torch.Tensor, after: Done) -> Done:
+        ranks, trainable, gathers = state.ranks, state.unit.shape.trainable_elements, self._gathers
+        assert ranks is not None
+        assert gathers is not None
+        trained, frozen = flat[:trainable], flat[trainable:]
+        whole = [trained] if state.on_device else [trained, frozen]  # frozen ones stay as they are
+
+        def gather() -> None:
+            for part in whole:
+                ranks.gather(part)
+
+        return gathers.submit(gather, after=[after])
+
+    def _copy(self, state: UnitState, target: torch.Tensor, kept: torch.Tensor) -> None:
+        """Weights from where this rank keeps them. On the lane."""
+        start = 0
+        for place in state.places(target, 0, len(kept)):
+            place.copy_(kept[start : start + len(place)], non_blocking=True)
+            start += len(place)
+        if kept.device != target.device:
+            self._lane.bytes_moved += kept.nbytes
 
     def _read(self, state: UnitState, target: torch.Tensor) -> None:
         """Weights from the NVMe tier through the reader's ring: reads run ahead of the copies. On the lane."""
         assert self._store is not None
         assert state.weight_extents is not None
-        waiting: deque[tuple[int, int, int]] = deque()
+        waiting: deque[tuple[int, list[torch.Tensor]]] = deque()
         tickets: dict[int, Ticket] = {}
         for i, (span, extent) in enumerate(zip(state.weight_spans, state.weight_extents, strict=True)):
             place = i % UPDATE_RING
             if len(waiting) == UPDATE_RING:
-                self._land(target, *waiting.popleft(), tickets)
+                self._land(*waiting.popleft(), tickets)
             buffer, idle = self._reader_ring[place]
             idle.synchronize()
             tickets[place] = self._store.read(extent, buffer[: extent.size_bytes])
-            waiting.append((place, *span))
+            waiting.append((place, state.places(target, *span)))
         while waiting:
-            self._land(target, *waiting.popleft(), tickets)
+            self._land(*waiting.popleft(), tickets)
 
-    def _land(self, target: torch.Tensor, place: int, start: int, stop: int, tickets: dict[int, Ticket]) -> None:
+    def _land(self, place: int, parts: list[torch.Tensor], tickets: dict[int, Ticket]) -> None:
         tickets[place].result()
         buffer, _ = self._reader_ring[place]
-        part = target[start:stop]
-        part.copy_(buffer[: part.nbytes].view(part.dtype), non_blocking=True)
-        self._lane.bytes_moved += part.nbytes
-        self._reader_ring[place] = (buffer, Done.now(target.device))
+        start = 0
+        for part in parts:
+            part.copy_(buffer[start : start + part.nbytes].view(part.dtype), non_blocking=True)
+            start += part.nbytes
+        self._lane.bytes_moved += start
+        self._reader_ring[place] = (buffer, Done.now(parts[0].device))
 
     def _bind(self, state: UnitState, flat: torch.Tensor) -> None:
         for field in state.unit.fields:
             field.parameter.data = field.view(flat)
-        if state.device_weights is None:
+        if not state.on_device:
             self._bound.add(state.unit.name)
 
     def _unbind(self, state: UnitState) -> None:

@@ -41,6 +41,13 @@ class ModelSource(ABC):
 
     path: Path
     name: str
+    folder: Path | None = None
+    """The folder that was named, in whose files the model's weights may be."""
+
+    @property
+    def without_weights(self) -> str | None:
+        """Why a person who may expect trained weights gets random ones, unless they are in the folder."""
+        return None
 
     @abstractmethod
     def build(self) -> nn.Module:

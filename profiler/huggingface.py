@@ -1,6 +1,6 @@
 """A model from a Hugging Face config.json: transformers' own class, built from the configuration alone.
 
-Nothing is downloaded, no weights are read, and code that a configuration points to (``auto_map``) is never run.
+Nothing is downloaded, no weights are read here, and code that a configuration points to (``auto_map``) is never run.
 """
 
 import json
@@ -65,8 +65,11 @@ class HuggingFaceSource(ModelSource):
         self._assumptions = dict.fromkeys(assumptions)
 
     @classmethod
-    def load(cls, path: Path, sequence_length: int | None = None) -> "HuggingFaceSource":
-        """Read a configuration; raises SourceError if it is none of a model that transformers has."""
+    def load(cls, path: Path, sequence_length: int | None = None, folder: Path | None = None) -> "HuggingFaceSource":
+        """Read a configuration; raises SourceError if it is none of a model that transformers has.
+
+        ``folder`` is its own where that was named, and its weights may be there.
+        """
         data = _read(path)
         transformers = _transformers(path)
         assumptions: list[str] = []
@@ -78,12 +81,21 @@ class HuggingFaceSource(ModelSource):
         if not isinstance(config, model_class.config_class):
             parts = [c for c in _parts(config) if isinstance(c, model_class.config_class)]
             config = parts[0] if parts else config  # some classes take the configuration of a like model
-        return cls(path, config, model_class, assumptions, sequence_length)
+        source = cls(path, config, model_class, assumptions, sequence_length)
+        source.folder = folder
+        return source
 
     @property
     def assumptions(self) -> tuple[str, ...]:
         """The class, the batch and the loss, where the configuration leaves them open."""
         return (*self._assumptions, *self._batches.assumptions)
+
+    @property
+    def without_weights(self) -> str:
+        """A configuration alone has none."""
+        if self.folder is not None:
+            return f"{self.folder} has no weights in safetensors files"
+        return f"{self.path.name} has none; name its folder to start from safetensors files in it"
 
     def build(self) -> nn.Module:
         """The model with random weights, in the default dtype."""

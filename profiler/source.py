@@ -139,14 +139,15 @@ def load_source(path: Path | str, sequence_length: int | None = None) -> ModelSo
     file is missing, is neither, or raises.
     """
     path = Path(path).resolve()
-    if path.is_dir() and (path / CONFIG_NAME).is_file():
+    folder = path if path.is_dir() else None
+    if folder and (folder / CONFIG_NAME).is_file():
         path /= CONFIG_NAME
     if not path.exists():
         raise SourceError(f"{path} does not exist")
     if path.is_dir():
         raise SourceError(f"{path} is a folder without {CONFIG_NAME}; name the .py file that defines the model")
     if path.suffix == ".json":
-        return HuggingFaceSource.load(path, sequence_length)
+        return HuggingFaceSource.load(path, sequence_length, folder)
     if path.suffix != ".py":
         raise SourceError(
             f"{path.name} is neither a Python file nor a Hugging Face {CONFIG_NAME}; "

@@ -82,8 +82,8 @@ def test_another_stage_than_the_bytes_were_counted_for_is_found(stage):
     plan, problem = planned(stage, (4, 1, 0), PARTLY_AWAY if stage == 3 else Counts(4, 3, 2, 2))
     for other in STAGES:
         found = audit(replace(plan, zero_stage=other), problem.shapes)
-        # A higher stage keeps less: only its host and disk bytes can tell.
-        assert (other == stage) == (found == []), (stage, other, found)
+        # Stages 2 and 3 differ on the GPU only, where activations hide it; the others on the host and on disk.
+        assert (other == stage or {stage, other} == {2, 3}) == (found == []), (stage, other, found)
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -174,3 +174,17 @@ def test_an_evaluation_that_fails_leaves_the_engine_as_it_was(tmp_path: Path) ->
         with torch.enable_grad():
             engine.backward(engine(batches(1)[0]))
         assert torch.equal(model(batches(1)[0]), plain(batches(1)[0]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placements", [(RESIDENT,), EVERY_TIER])
+def test_generate_on_a_gpu_says_what_it_says_without_the_engine(placements: tuple, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = language_model("llama")
+    plain = copy.deepcopy(model).cuda()
+    prompt = torch.randint(1, 60, (2, 5), device="cuda")
+    how = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    with Engine(model, replace(plan_of(model, placements, tmp_path), device="cuda")):
+        for _ in range(3):
+            assert torch.equal(model.generate(prompt, **how), plain.generate(prompt, **how))

@@ -293,3 +293,25 @@ def test_a_partial_state_dict_is_loaded_where_that_is_wanted(tmp_path: Path) -> 
         after = engine.state_dict()
         assert differing(before, after) == {"h.0.up.bias"}
         assert torch.equal(after["h.0.up.bias"], exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placements", [(RESIDENT,), EVERY_TIER])
+def test_parameters_are_gathered_and_written_on_a_gpu(placements: tuple, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = model_of()
+    plan = plan_for(model, placements, tmp_path, Precision.BF16, device="cuda")
+    with Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2)) as engine:
+        for tokens in batches(2):
+            step(engine, tokens)
+        before = everything(engine)
+        with engine.gathered(model) as parameters:
+            assert all(p.is_cuda and p.isfinite().all() for p in parameters.values())
+        assert differing(before, everything(engine)) == set()
+        with engine.gathered("h.1"):
+            model.h[1].up.bias.fill_(0.5)
+        assert differing(before, everything(engine)) == {"weight/h.1.up.bias"}
+        with torch.no_grad():
+            assert model(batches(1)[0].cuda()).isfinite()
+        step(engine, batches(1)[0])

@@ -1,0 +1,125 @@
+"""Ranks: the processes that train one model together, and what they tell each other.
+
+[Note: order of collectives]
+Ranks must call collectives of one group in one order. There are three groups of the same ranks, each used by one thread
+alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
+host, in step, what must be agreed on. Gathers and reductions have lanes of their own, so they overlap with computing.
+"""
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from offload.errors import OffloadError
+from offload.plan import Plan
+from offload.shards import Shards
+
+# Newer versions have other names for these two.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+TIMEOUT = timedelta(minutes=10)
+"""After which a rank that waits for another gives up."""
+
+
+def local_device(plan: Plan) -> torch.device:
+    """The device of this process: on a node with several GPUs that of its local rank."""
+    if plan.device == "cpu":
+        return torch.device("cpu")
+    return torch.device(plan.device, int(os.environ.get("LOCAL_RANK", "0")) if plan.gpus > 1 else 0)
+
+
+class Ranks:
+    """All ranks of a plan, and those that share a copy of the model with this one.
+
+    Raises OffloadError where torch.distributed is not as the plan has it.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world != plan.gpus:
+            raise OffloadError(
+                f"this plan is for {plan.gpus} GPUs, one process each, and torch.distributed has {world}; start "
+                f"{plan.gpus} processes (torchrun --nproc-per-node ...), or plan with --gpus {world}"
+            )
+        self.world, self.rank = world, dist.get_rank()
+        self.shards = Shards.of(plan)
+        self._device = device
+        group = self.shards.group
+        self.position = self.rank % group
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        sharing = [list(range(first, first + group)) for first in range(0, world, group)]
+        replicas = [list(range(position, world, group)) for position in range(group)]
+        self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
+        self._replicas = self._own(replicas, backend) if group < world else None
+        self._agreeing = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
+        self._sharing_on_host = self._own(sharing, "gloo")
+
+    def close(self) -> None:
+        """Give the groups back."""
+        for group in (self._gathering, self._reducing, self._replicas, self._agreeing, self._sharing_on_host):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+    def _own(self, sets: Sequence[list[int]], backend: str) -> dist.ProcessGroup:
+        """The group of the set that this rank is in; every rank makes all of them."""
+        groups = [dist.new_group(ranks, timeout=TIMEOUT, backend=backend) for ranks in sets]
+        return next(g for ranks, g in zip(sets, groups, strict=True) if self.rank in ranks)
+
+    # Gathers: by the lane that does nothing else
+
+    def gather(self, whole: torch.Tensor) -> None:
+        """Bring together what every rank has at its own place in ``whole``."""
+        if len(whole):
+            _gather(whole, self.own(whole), group=self._gathering)
+
+    def own(self, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's place in what is divided evenly."""
+        size = len(whole) // self.shards.group
+        return whole[self.position * size : (self.position + 1) * size]
+
+    # Reductions: by the lane that does nothing else
+
+    def reduce(self, gradients: torch.Tensor) -> torch.Tensor:
+        """Sum gradients over the ranks that share a copy, in place; returns what this rank has of the sum."""
+        if self.shards.zero_stage == 0:
+            dist.all_reduce(gradients, group=self._reducing)
+            return gradients
+        own = self.own(gradients)
+        _reduce_scatter(own, gradients, group=self._reducing)
+        return own
+
+    def sum_over_replicas(self, own: torch.Tensor) -> None:
+        """Sum what this rank has over the others that have the same, in place."""
+        if self._replicas is not None:
+            dist.all_reduce(own, group=self._replicas)
+
+    def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
+        """The sum of a scalar over the parts of one copy."""
+        if self.shards.zero_stage >= 1:
+            dist.all_reduce(square_norm, group=self._reducing)
+        return square_norm
+
+    # Agreement: by the main thread
+
+    def any_rank(self, flags: Sequence[bool]) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
+        told = torch.tensor(flags, dtype=torch.uint8)
+        if len(told):
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
+        return [bool(flag) for flag in told.tolist()]
+
+    def from_first(self, tensor: torch.Tensor) -> None:
+        """Have what the first rank has."""
+        here = tensor.cpu()
+        dist.broadcast(here, 0, group=self._agreeing)
+        if here is not tensor:
+            tensor.copy_(here)
+
+    def gather_on_host(self, whole: torch.Tensor) -> None:
+        """``gather`` in host memory."""
+        if len(whole):
+            _gather(whole, self.own(whole), group=self._sharing_on_host)
