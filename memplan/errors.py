@@ -41,3 +41,7 @@ class TrainingFailed(MemplanError):  # noqa: N818 - it says what happened
     def __init__(self, message: str, traceback: str) -> None:
         super().__init__(message)
         self.traceback = traceback
+
+
+class LaunchError(MemplanError):
+    """The processes of a training were started in a way that can not work."""

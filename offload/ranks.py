@@ -47,7 +47,8 @@ class Ranks:
             )
         self.world, self.rank = world, dist.get_rank()
         self.shards = Shards.of(plan)
-        self._device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # NCCL asks for the current one
         group = self.shards.group
         self.position = self.rank % group
         backend = "nccl" if device.type == "cuda" else "gloo"

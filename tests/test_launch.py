@@ -1,0 +1,57 @@
+"""Which of several processes this one is: from torchrun, Kubernetes or Slurm."""
+
+import pytest
+
+from memplan.errors import LaunchError
+from memplan.launch import Place, torchrun_command
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SLURM = {
+    "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+    "SLURM_JOB_ID": "123456",
+}  # fmt: skip
+
+
+def test_a_process_that_nobody_placed_is_alone_and_speaks() -> None:
+    assert Place.here({}) == Place()
+    assert Place().speaks
+
+
+def test_torchruns_names_are_read() -> None:
+    assert Place.here(TORCHRUN) == Place(3, 4, 1, "node1", 29500)
+    assert not Place.here(TORCHRUN).speaks
+
+
+def test_slurms_names_are_read_where_torchruns_are_missing() -> None:
+    place = Place.here(SLURM)
+    assert (place.rank, place.world, place.local_rank, place.master) == (5, 8, 1, "10.0.0.7")
+    assert place.port == Place.here({**SLURM, "SLURM_PROCID": "0"}).port
+    assert Place.here({**SLURM, **TORCHRUN}) == Place.here(TORCHRUN)
+    assert Place.here({**SLURM, "MASTER_ADDR": "head", "MASTER_PORT": "1234"}).port == 1234
+
+
+def test_a_slurm_job_of_one_task_is_alone() -> None:
+    assert Place.here({**SLURM, "SLURM_NTASKS": "1"}) == Place()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"RANK": "4"}, r"rank 4 .* of 4; start"),
+        ({"LOCAL_RANK": "7"}, r"local 7"),
+        ({"WORLD_SIZE": ""}, r"WORLD_SIZE is not set.*torchrun"),
+        ({"RANK": "one"}, r"RANK is 'one'; it must be a number"),
+        ({"MASTER_ADDR": ""}, r"MASTER_ADDR is not set"),
+    ],
+)
+def test_an_environment_that_can_not_be_is_refused(change: dict[str, str], sentence: str) -> None:
+    with pytest.raises(LaunchError, match=sentence):
+        Place.here({**TORCHRUN, **change})
+
+
+def test_the_short_form_is_torchrun() -> None:
+    command = torchrun_command(2, ["train", "model.py", "--steps", "3"])
+    assert command[1:] == [
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+        *("-m", "memplan", "train", "model.py", "--steps", "3"),
+    ]
