@@ -90,6 +90,9 @@ def initialize(
     lr_scheduler: Any | Callable[[torch.optim.Optimizer], Any] | None = None,
     max_grad_norm: float | None = None,
     weights: str | Path | None = None,
+    grad_scaler: torch.amp.GradScaler | None = None,
+    *,
+    update_in_backward: bool = False,
 ) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
     """(engine, optimizer, dataloader, lr_scheduler) for training ``model`` by ``plan``, a Plan or a path to one.
 
@@ -99,11 +102,21 @@ def initialize(
     names; by default one with its own defaults.
     ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
     dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
+    ``grad_scaler`` has the rules of fp16's loss scale, by default torch's; ``update_in_backward`` is described at
+    ``Engine``.
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
     files = Path(weights) if weights is not None else None
-    engine = Engine(model, plan, optimizer, max_grad_norm=max_grad_norm, weights=files)
+    engine = Engine(
+        model,
+        plan,
+        optimizer,
+        max_grad_norm=max_grad_norm,
+        weights=files,
+        grad_scaler=grad_scaler,
+        update_in_backward=update_in_backward,
+    )
     if callable(lr_scheduler):
         lr_scheduler = lr_scheduler(engine.optimizer)
     if lr_scheduler is not None:

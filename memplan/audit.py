@@ -97,7 +97,8 @@ def _differs(tier: str, counted: int, predicted: int) -> list[str]:
 def _sizes(plan: Plan) -> tuple[int, int]:
     """Bytes an element of a weight (and a gradient), and of the rest of the optimizer's state."""
     moments = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "sgd-momentum": 1, "adagrad": 1}[plan.optimizer]
-    return (2, 2 + 4 * moments) if plan.precision is Precision.BF16 else (4, 4 * moments)
+    weight, rest = {Precision.BF16: (2, 2), Precision.FP16: (2, 4)}.get(plan.precision, (4, 0))
+    return weight, rest + 4 * moments
 
 
 def _pages(size: int) -> int:

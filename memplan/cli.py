@@ -20,6 +20,9 @@ from memplan.described import find_machine
 from memplan.described_disk import local_nvme
 from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
+from memplan.export import Dtype
+from memplan.export import export as export_run
+from memplan.formatting import format_bytes
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -124,7 +127,11 @@ def train(
     ] = None,
     seq: Seq = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-TIME if not given.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in --out.")] = False,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between two checkpoints; one at the end only, if not given.")
+    ] = None,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="How many of the newest stay.")] = 2,
     no_tui: Annotated[bool, typer.Option("--no-tui", help="Progress lines instead of the dashboard.")] = False,
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
@@ -167,7 +174,7 @@ def train(
         chosen = planned_for(source, machine, batch_size or DEFAULT_BATCH_SIZE, precision, optimizer=optimizer).plan
         console.print(show.plan_summary(chosen))
     dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
-    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard)
+    options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard, checkpoint_every, keep_checkpoints)
     raise typer.Exit(run_training(source, chosen, run_dir, options, console))
 
 
@@ -186,6 +193,21 @@ def report(
     target = out or run / "report.html"
     write_report(run, target)
     console.print(f"written: {target}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Directory of a run, or one checkpoint of it.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="That of the run's precision if not given.")] = None,
+) -> None:
+    """The weights of the last whole checkpoint as safetensors that from_pretrained reads. Needs no GPU."""
+    written = export_run(run, out, dtype)
+    for sentence in written.damaged:
+        errors.print(f"warning: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    what = f"{len(written.files)} file{'s' * (len(written.files) > 1)}, {format_bytes(written.size_bytes)}"
+    said = f"written: {out} ({what} in {written.dtype}, of {written.checkpoint.path.name})"
+    console.print(said, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -34,7 +34,7 @@ from memplan.options import (
     Seq,
 )
 from memplan.quick_rates import rates_of
-from memplan.rates import Rates
+from memplan.rates import PLANNED, Rates
 from memplan.search import check_wishes, precision_of
 from memplan.show_timeline import timeline_view
 from memplan.show_verdict import verdict_tables
@@ -132,6 +132,11 @@ def planned_for(
     optimizer: OptimizerKind | None = None,
 ) -> Planned:
     """The plan of a model file, or of a profile, for a machine."""
+    if precision is not None and precision not in PLANNED:
+        raise PlanningError(
+            f"plans in {precision} are not made yet: plan in one of {', '.join(PLANNED)}; the engine itself trains in "
+            f"{precision} by a plan with that precision"
+        )
     if isinstance(source, ModelProfile):
         if precision is not None and precision != source.precision:
             raise PlanningError(

@@ -17,7 +17,7 @@ from memplan.calibrate.parts import best_seconds
 from memplan.errors import MachineError
 from memplan.gpus import HostLink
 from memplan.machine import Machine
-from memplan.rates import Curve, Rates
+from memplan.rates import PLANNED, Curve, Rates
 from offload.arithmetic import HOWS
 from offload.errors import TierError
 from offload.optimizer import update_in_torch
@@ -52,12 +52,12 @@ REFERENCE = Rates(
     host_to_device=Curve.flat(55.4e9),
     device_to_host=Curve.flat(55.4e9),
     duplex_share=50.9 / 55.4,
-    cpu_update_seconds=dict.fromkeys(Precision, 0.34e-9),
+    cpu_update_seconds=dict.fromkeys(PLANNED, 0.34e-9),
     cpu_update_beside_links=0.50 / 0.34,
     links_beside_update=51 / 55.4,
     # 26 bytes an element through memory that copies 4270 GB/s.
-    gpu_update_seconds=dict.fromkeys(Precision, 26 / 4270e9),
-    streamed_update_seconds=dict.fromkeys(Precision, 0.277e-9),
+    gpu_update_seconds=dict.fromkeys(PLANNED, 26 / 4270e9),
+    streamed_update_seconds=dict.fromkeys(PLANNED, 0.277e-9),
     nvme_read_bytes_per_second=1.7e9,
     nvme_write_bytes_per_second=1.7e9,
     # Without a faster fabric the GPUs talk over their host links.

@@ -13,6 +13,9 @@ from memplan.errors import MachineError
 from offload.plan import Precision
 from profiler.calibration import Calibration
 
+PLANNED = (Precision.FP32, Precision.AMP, Precision.BF16)
+"""Precisions that plans are made for: nobody has measured an update in fp16 yet."""
+
 SCHEMA = "memplan.rates/1"
 
 

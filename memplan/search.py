@@ -13,7 +13,7 @@ from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
 from memplan.pipeline import LANES, timeline
 from memplan.problem import Problem, profiled_optimizer
-from memplan.rates import Rates
+from memplan.rates import PLANNED, Rates
 from memplan.units import units_of
 from offload.plan import Budget, OptimizerKind, Plan, Precision, Prediction, StateFormat, Target, Tier
 from profiler.profile import ModelProfile
@@ -154,8 +154,8 @@ def check_wishes(machine: Machine, batch_size: int, target: Target) -> None:
 
 def precision_of(profile: ModelProfile) -> Precision:
     """The profile's, of those that are planned for; raises PlanningError."""
-    if profile.precision not in {*Precision}:
-        known = ", ".join(Precision)
+    if profile.precision not in PLANNED:
+        known = ", ".join(PLANNED)
         raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
     return Precision(profile.precision)
 

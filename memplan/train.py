@@ -20,9 +20,11 @@ from torch.utils._pytree import tree_leaves
 
 from memplan.audit import audit
 from memplan.errors import RunDirectoryError, TrainingFailed
+from memplan.export import keep_config
 from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes, format_count, format_seconds
-from offload import checkpoint
+from memplan.saving import RunCheckpoints, to_resume
+from offload import checkpoint, restore
 from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError, PlanError, WeightsError
 from offload.events import EventLog
@@ -35,6 +37,8 @@ from profiler.contract import ModelSource, call_model
 from profiler.errors import ProfilerError, SourceError
 
 INTERRUPTED = 130
+CHECKPOINTS = "checkpoints"
+"""The folder of a run with its checkpoints."""
 LOSSES_AVERAGED = 10
 PROGRESS_SECONDS = 2.0
 """Shortest time between two progress lines."""
@@ -51,13 +55,18 @@ class TrainingOptions:
     seed: int
     resume: bool
     dashboard: bool
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None for one at the end only."""
+    keep_checkpoints: int = 2
+    """How many of the newest stay."""
 
 
 def prepare_run(run_dir: Path, *, resume: bool) -> None:
     """Make the run's directory; raises RunDirectoryError when it holds another run's files, or none to resume."""
     events = run_dir / "events.jsonl"
     if resume:
-        checkpoint.latest(run_dir / "checkpoints")
+        if not checkpoint.found(run_dir / CHECKPOINTS):
+            raise CheckpointError(f"there is no checkpoint in {run_dir / CHECKPOINTS}; train without --resume first")
         return
     if events.exists() and '"event": "step"' in events.read_text():
         raise RunDirectoryError(f"{run_dir} holds a run already; go on with it by --resume, or name another --out")
@@ -79,13 +88,14 @@ def train(source: ModelSource, plan: Plan, run_dir: Path, options: TrainingOptio
         if start.remark:
             console.print(start.remark, soft_wrap=True, highlight=False, markup=False)
         run = _Run(source, start, plan, run_dir, options, events)
+        keep_config(source, start.model, run_dir)
         plan.save(run_dir / "plan.json")  # only now: a plan that is refused must not take the place of the run's own
         with _Progress(run_dir, options.dashboard, console) as progress:
             try:
                 with run.engine:
-                    run.start()
+                    run.start(progress)
                     run.loop(stop, progress)
-                    path = run.save()
+                    path = run.checkpoints.finish(run.position())
             except BaseException as error:
                 reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
                 events.write("end", reason=reason, step=run.step, message=str(error) or type(error).__name__)
@@ -146,21 +156,18 @@ class _Run:
         """Optimizer steps done."""
         return self.engine.global_step
 
-    def start(self) -> None:
+    def start(self, progress: "_Progress") -> None:
         """Restore the checkpoint when resuming, put the data where it was, and announce the run."""
-        self.batches = self.source.train_batches(self.plan.micro_batch_size)
-        if self.options.resume:
-            path = checkpoint.latest(self.run_dir / "checkpoints")
-            used = checkpoint.read_manifest(path)["extra"]
-            if used["micro_batch_size"] != self.plan.micro_batch_size:
-                raise CheckpointError(
-                    f"{path} was trained in micro-batches of {used['micro_batch_size']}, the plan has "
-                    f"{self.plan.micro_batch_size}: the data could not go on where it was; keep the micro-batch"
-                )
-            for _ in range(used["batches"]):
+        engine, plan, options, folder = self.engine, self.plan, self.options, self.run_dir / CHECKPOINTS
+        self.batches = self.source.train_batches(plan.micro_batch_size)
+        warnings: list[str] = []
+        if options.resume:
+            found, warnings = to_resume(folder, plan.micro_batch_size)
+            for _ in range(found.training["client_state"]["batches"]):
                 self._draw(1)
-            checkpoint.load(self.engine, path)
-        engine, plan = self.engine, self.plan
+            restore.load(engine, found)
+        kept = options.checkpoint_every, options.keep_checkpoints
+        self.checkpoints = RunCheckpoints(engine, folder, *kept, self.events, progress.say)
         self.events.write(
             "run",
             model=plan.model,
@@ -187,6 +194,13 @@ class _Run:
                 for state in engine.states
             ],
         )
+        for message in warnings:
+            self.events.write("warning", step=self.step, message=message)
+            progress.say(f"warning: {message}")
+
+    def position(self) -> dict[str, Any]:
+        """Where the data is, for a checkpoint."""
+        return {"batches": self.drawn, "micro_batch_size": self.plan.micro_batch_size}
 
     def predicted_bytes(self) -> dict[str, int]:
         """What the plan expects in each tier."""
@@ -213,6 +227,7 @@ class _Run:
                 "loss": loss,
                 "gradient_norm": norm,
                 "nonfinite_steps": self.nonfinite_steps,
+                "skipped_steps": self.engine.skipped_steps,
                 "learning_rate": float(self.engine.optimizer.param_groups[0]["lr"]),
                 "seconds": seconds,
                 "tokens": sum(token_count(batch) for batch in micro_batches),
@@ -222,6 +237,7 @@ class _Run:
             }
             before = moved
             self.events.write("step", **step)
+            self.checkpoints.after_step(self.position())
             stop.requested |= progress.tell(step, self.options.last_step)
             if stop.requested:
                 self.events.write("note", message="stopping after this step; a checkpoint is being saved")
@@ -232,18 +248,9 @@ class _Run:
         self.nonfinite_steps += 1
         if self.nonfinite_steps == 1:
             step = self.engine.global_step
-            message = f"the gradients of step {step} are not finite (their norm is {norm}); more such steps are counted"
+            then = "; in fp16 it is skipped and the loss scale lowered" if self.engine.loss_scale is not None else ""
+            message = f"the gradients of step {step} are not finite (their norm is {norm}){then}; more are counted"
             self.events.write("note", message=message)
-
-    def save(self) -> Path:
-        """Write a checkpoint of where the run is."""
-        began = time.perf_counter()
-        used = {"batches": self.drawn, "micro_batch_size": self.plan.micro_batch_size}
-        path = checkpoint.save(self.engine, self.run_dir / "checkpoints", used)
-        size = sum(p.stat().st_size for p in path.iterdir())
-        step, seconds = self.engine.global_step, time.perf_counter() - began
-        self.events.write("checkpoint", step=step, path=str(path), seconds=seconds, bytes=size)
-        return path
 
     def _draw(self, count: int) -> list[Any]:
         """The next batches, fewer at the end of the data.
@@ -322,6 +329,11 @@ class _Progress:
         """The end of the run is in the events: the dashboard shows it and leaves by itself."""
         if self._process is not None:
             self._process.wait()
+
+    def say(self, message: str) -> None:
+        """A line for the person, where no dashboard shows it."""
+        if self._process is None:
+            self._console.print(message, highlight=False, soft_wrap=True, markup=False)
 
     def tell(self, step: dict[str, Any], last_step: int) -> bool:
         """One more step; returns whether the person asked to stop from the dashboard."""

@@ -17,10 +17,10 @@ from offload.residency import BLOCK_BYTES, aligned
 def page_aligned(size_bytes: int) -> torch.Tensor:
     """A uint8 tensor of its own on zeroed, page-aligned memory, in huge pages where the system has them."""
     # Every page is touched now, so that running out of memory is seen here and not in step 40.
-    return _mapped(size_bytes).zero_()
+    return mapped(size_bytes).zero_()
 
 
-def _mapped(size_bytes: int) -> torch.Tensor:
+def mapped(size_bytes: int) -> torch.Tensor:
     """The same, not yet touched: it takes no memory until then."""
     memory = mmap.mmap(-1, max(size_bytes, BLOCK_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -46,7 +46,7 @@ class Arena:
         self.taken_bytes = 0
         self._pinned = False
         self._device = device
-        self._bytes = _mapped(aligned(capacity_bytes, BLOCK_BYTES))
+        self._bytes = mapped(aligned(capacity_bytes, BLOCK_BYTES))
 
     def pin(self) -> None:
         """Touch what was not taken yet, and register all of it with the driver of a GPU; raises TierError."""

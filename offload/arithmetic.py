@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from offload.masters import over_masters
 from offload.native import native_update
 from offload.optimizer import UpdateSpan, update_in_torch
 from offload.plan import OptimizerKind, StateFormat
@@ -31,14 +32,14 @@ HOWS: dict[OptimizerKind, UpdateStep] = {
 
 
 def host_update(device: torch.device, form: StateFormat) -> UpdateSpan:
-    """For spans in host memory, beside this compute device."""
+    """For spans in host memory, beside this compute device; of masters where the weights are fp16 (``masters``)."""
     native = native_update() if device.type == "cuda" else None
     return native if native is not None and agrees(native, torch.device("cpu"), form) else update_in_torch
 
 
 @cache
 def device_update(device: torch.device, form: StateFormat) -> UpdateSpan:
-    """For spans in the device's memory."""
+    """For spans in the device's memory; of masters where the weights are fp16 (``masters``)."""
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from offload.device_update import update_on_device
 
@@ -59,9 +60,9 @@ def _agrees(update: UpdateSpan, device: torch.device, form: StateFormat) -> bool
     found, expected = (_numbers(device, form) for _ in range(2))
     clip = torch.full((), 0.7, device=device)
     for way, (weight, gradient, state) in ((update, found), (update_in_torch, expected)):
-        way(weight, gradient, state, HOWS[form.optimizer], clip)
+        over_masters(way)(weight, gradient, state, HOWS[form.optimizer], clip)
     pairs = zip((found[0], *found[2].moments), (expected[0], *expected[2].moments), strict=True)
-    rounding = 2.0**-8 if found[0].dtype is torch.bfloat16 else 1e-6
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}.get(found[0].dtype, 1e-6)
     return all(torch.allclose(a.float(), b.float(), rtol=rounding, atol=1e-6) for a, b in pairs)
 
 
@@ -75,4 +76,6 @@ def _numbers(device: torch.device, form: StateFormat) -> tuple[torch.Tensor, tor
     if state.remainder is not None:
         state.remainder.random_(-(2**15), 2**15, generator=draw)
     weight, gradient = (torch.randn(n, generator=draw, device=device).to(dtype) for _ in range(2))
+    if state.master is not None:
+        state.master.copy_(weight)
     return weight, gradient, state

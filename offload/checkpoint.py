@@ -1,246 +1,269 @@
-"""Checkpoints: one safetensors file a unit and a manifest, written aside and renamed when complete. Nothing is pickled.
+"""A directory of checkpoints: each is complete and on the disk, or not there at all.
 
-A checkpoint names parameters, not places: it can be loaded under another plan. In ``DIR/step-N/``:
+[Note: how a checkpoint appears]
+Its files are written into ``.TAG.partial`` and synced, then the manifest with their sizes and checksums, then the
+directory; only then it is renamed to ``TAG``, and after that ``latest``, a file with the newest one's tag, is replaced
+by renaming another over it. One of the same tag is renamed to ``.TAG.old`` before, and back by whoever comes next if
+that was the end. Whenever the process or the machine stops, what has a tag is whole, and the one before is still there.
 
-``manifest.json``        schema, step, optimizer, files{name: {bytes, crc32c}}, steps of parameters, scheduler, extra
-``unit-K.safetensors``   ``weight/NAME`` (fp32 master), and what the optimizer keeps: ``exp_avg/NAME``, ...
-``rest.safetensors``     ``buffer/NAME``, ``random/cpu``, ``random/cuda``
+``docs/checkpoints.md`` describes the files.
 """
 
 import json
 import os
-import random
+import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from crc32c import crc32c
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from offload import contents
-from offload.contents import Contents
-from offload.engine import Engine
 from offload.errors import CheckpointError
 from offload.plan import OptimizerKind
 
-SCHEMA = "memplan.checkpoint/1"
+SCHEMA = "memplan.checkpoint/2"
+MANIFEST, TRAINING, REST, LATEST = "manifest.json", "training.json", "rest.safetensors", "latest"
+STEP_TAG = re.compile(r"step-\d+")
+"""Tags that are made for a step; only these checkpoints are ever removed."""
 _READ_BYTES = 8 << 20
+_SEAL = b'"crc32c": '
 
 
-def save(engine: Engine, directory: Path, extra: dict[str, Any]) -> Path:
-    """Write the engine's whole state as ``directory/step-N`` and return that path; ``extra`` is any JSON of the caller.
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that was found whole: every file has the size and the checksum of its manifest."""
 
-    The checkpoint appears complete and durable, or not at all. Earlier ones stay.
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.manifest["step"]
+
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """What is no tensor: counts, hyperparameters, the scheduler, the caller's own."""
+        return json.loads((self.path / TRAINING).read_text())
+
+    @property
+    def optimizer(self) -> str:
+        """The kind of what updated it; AdamW where it was made before there was a choice."""
+        return self.training.get("optimizer", OptimizerKind.ADAMW)
+
+    def rank_files(self) -> list[Path]:
+        """The files with parameters and their state."""
+        return [self.path / name for name in self.manifest["files"] if name.startswith("rank-")]
+
+
+def rank_file(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank}.safetensors"
+
+
+def step_tag(step: int) -> str:
+    """The tag of a checkpoint that nobody gave one."""
+    return f"step-{step}"
+
+
+def check_tag(tag: str) -> str:
+    """The tag; raises CheckpointError where it can not name a directory."""
+    if not tag or tag.startswith(".") or "/" in tag or tag == LATEST:
+        raise CheckpointError(f"{tag!r} can not be the tag of a checkpoint: it names a directory; use letters")
+    return tag
+
+
+def begin(directory: Path, tag: str) -> Path:
+    """Make the directory that the files of a new checkpoint go into; what was left by one that broke off is removed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    _recover(directory)
+    for left in directory.glob(".*.partial"):
+        shutil.rmtree(left)
+    partial = partial_of(directory, tag)
+    partial.mkdir()
+    return partial
+
+
+def partial_of(directory: Path, tag: str) -> Path:
+    """Where the files of a checkpoint are until it is one."""
+    return directory / f".{check_tag(tag)}.partial"
+
+
+def publish(partial: Path, tag: str, facts: dict[str, Any], files: dict[str, dict[str, int]]) -> Path:
+    """Make it a checkpoint: its synced ``files`` {name: {bytes, crc32c}} and ``facts`` go into the manifest.
+
+    Returns its path; it is the latest then. [Note: how a checkpoint appears]
     """
-    engine.finish()
-    target = directory / f"step-{engine.global_step}"
-    partial = directory / f".{target.name}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for index, state in enumerate(engine.states):
-        whole = contents.read(state, engine.plan.state_format, engine.store)
-        tensors = {
-            f"{what}/{name}": tensor.contiguous()
-            for name, parts in contents.named(state, whole)
-            for what, tensor in parts.items()
-        }
-        save_file(tensors, partial / f"unit-{index}.safetensors")
-    # Clones: buffers may share memory with each other.
-    rest = {f"buffer/{name}": b.detach().cpu().clone().contiguous() for name, b in engine.model.named_buffers()}
-    save_file(rest | _random_states(engine.device), partial / "rest.safetensors")
-    manifest = {
-        "schema": SCHEMA,
-        "step": engine.global_step,
-        "optimizer": engine.plan.optimizer,
-        "files": {p.name: {"bytes": p.stat().st_size, "crc32c": _checksum(p)} for p in sorted(partial.iterdir())},
-        "parameter_steps": engine.hyperparameters.steps,
-        "scheduler": _plain(engine.lr_scheduler.state_dict()) if engine.lr_scheduler is not None else None,
-        "groups": [_plain(_settings(group)) for group in engine.optimizer.param_groups],
-        "python_random": random.getstate(),
-        "extra": extra,
-    }
-    try:
-        text = json.dumps(manifest, indent=1)
-    except TypeError as error:
-        raise CheckpointError(f"the scheduler's state can not be written as JSON: {error}") from error
-    (partial / "manifest.json").write_text(text + "\n")
-    _make_durable(partial)
+    directory = partial.parent
+    target, old = directory / tag, directory / f".{tag}.old"
+    body = {"schema": SCHEMA, "tag": tag, "time": time.time(), **facts, "files": files}
+    write_durably(partial / MANIFEST, _sealed(body))
+    sync_directory(partial)
     if target.exists():
-        shutil.rmtree(target)
+        target.rename(old)
     partial.rename(target)
-    _sync(directory)
+    sync_directory(directory)
+    replacement = directory / f".{LATEST}"
+    write_durably(replacement, f"{tag}\n".encode())
+    replacement.rename(directory / LATEST)
+    sync_directory(directory)
+    _remove(old)
     return target
 
 
-def latest(directory: Path) -> Path:
-    """The newest complete checkpoint in a directory; raises CheckpointError when there is none."""
-    found = {int(p.name.removeprefix("step-")): p for p in directory.glob("step-*") if p.name[5:].isdigit()}
-    if not found:
-        raise CheckpointError(f"there is no checkpoint in {directory}; train without --resume first")
-    return found[max(found)]
+def prune(directory: Path, keep: int) -> None:
+    """Remove all but the ``keep`` newest of those that are named for their step."""
+    numbered = [path for tag, path in found(directory).items() if STEP_TAG.fullmatch(tag)]
+    for path in numbered[keep:]:
+        trash = directory / f".{path.name}.partial"  # a directory that is half removed must not look like a checkpoint
+        path.rename(trash)
+        _remove(trash)
 
 
-def load(engine: Engine, path: Path) -> dict[str, Any]:
-    """Restore the engine, its scheduler and the random states; returns ``extra``.
+def found(directory: Path) -> dict[str, Path]:
+    """The checkpoints in a directory by their tags, whole or not: what ``latest`` names, then the newest first."""
+    paths = {p.parent.name: p.parent for p in directory.glob(f"*/{MANIFEST}") if not p.parent.name.startswith(".")}
+    for old in directory.glob(".*.old"):  # [Note: how a checkpoint appears]
+        paths.setdefault(old.name[1:].removesuffix(".old"), old)
+    if (latest := _latest(directory)) is not None:
+        paths.setdefault(latest, directory / latest)
 
-    Every file is checked against the manifest before anything is changed.
-    """
-    manifest = _checked_manifest(path)
-    trained_with = manifest.get("optimizer", OptimizerKind.ADAMW)  # the only one when it was not said
-    if trained_with != engine.plan.optimizer:
-        raise CheckpointError(
-            f"{path} was trained with {trained_with}, and the plan is for {engine.plan.optimizer}: the state of one is "
-            "none for the other; go on with the optimizer that it was begun with"
-        )
-    files = [path / name for name in manifest["files"]]
-    places = {name: file for file in files for name in _tensor_names(file)}
-    needed = {f"weight/{field.name}" for state in engine.states for field in state.unit.fields}
-    held = {key for key in places if key.startswith("weight/")}
-    if needed != held:
-        name = min(needed ^ held).removeprefix("weight/")
-        raise CheckpointError(f"{path} is of another model: parameter {name} is in only one of the two")
-    _check_fits(engine, manifest, places, path)
-    engine.finish()
-    engine.zero_grad()
-    for state in engine.states:
-        whole = Contents.zeros(state, engine.plan.optimizer)
-        for name, parts in contents.named(state, whole):
-            for what, tensor in parts.items():
-                _read_into(tensor, places, f"{what}/{name}")
-        engine.replace(state, whole)
-    rest = load_file(path / "rest.safetensors")
-    with torch.no_grad():
-        for name, buffer in engine.model.named_buffers():
-            buffer.copy_(rest[f"buffer/{name}"])
-    engine.global_step = manifest["step"]
-    engine.hyperparameters.steps = dict(manifest["parameter_steps"])
-    for group, saved in zip(engine.optimizer.param_groups, manifest["groups"], strict=True):
-        group.update(_restored(saved))
-    if engine.lr_scheduler is not None and manifest["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(_restored(manifest["scheduler"]))
-    version, internal, gauss = manifest["python_random"]
-    random.setstate((version, tuple(internal), gauss))
-    torch.set_rng_state(rest["random/cpu"])
-    if "random/cuda" in rest and engine.device.type == "cuda":
-        torch.cuda.set_rng_state(rest["random/cuda"], engine.device)
-    return manifest["extra"]
+    def age(item: tuple[str, Path]) -> tuple[bool, float]:
+        with suppress(CheckpointError):
+            return item[0] == latest, _manifest(item[1])["time"]
+        return item[0] == latest, 0.0
+
+    return dict(sorted(paths.items(), key=age, reverse=True))
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises CheckpointError when it can not be read."""
+def opened(directory: Path, tag: str | None = None) -> Checkpoint:
+    """The checkpoint of this tag, or the latest; raises CheckpointError where it is not there or not whole."""
+    paths = _some(directory)
+    chosen = next(iter(paths)) if tag is None else tag
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError) as error:
+        return checked(paths.get(chosen, directory / chosen))
+    except CheckpointError as error:
+        others = ", ".join(name for name in paths if name != chosen)
+        raise CheckpointError(
+            f"{error}; others are there, by their tags: {others}" if others else str(error)
+        ) from error
+
+
+def newest_whole(directory: Path) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each that is newer and damaged.
+
+    Raises CheckpointError where there is none.
+    """
+    damaged: list[str] = []
+    for path in _some(directory).values():
+        try:
+            return checked(path), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    raise CheckpointError(f"no checkpoint in {directory} is whole: {'; '.join(damaged)}")
+
+
+def _some(directory: Path) -> dict[str, Path]:
+    if not (paths := found(directory)):
+        raise CheckpointError(f"there is no checkpoint in {directory}")
+    return paths
+
+
+def checked(path: Path) -> Checkpoint:
+    """The checkpoint in this directory; every byte is read. Raises CheckpointError where one is not as it was."""
+    manifest = _manifest(path)
+    for name, written in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if (size := file.stat().st_size) != written["bytes"]:
+            raise CheckpointError(f"{file} is damaged: it has {size} bytes, {written['bytes']} were written")
+        if (found := file_crc32c(file)) != written["crc32c"]:
+            raise CheckpointError(
+                f"{file} is damaged: its checksum is {found:08x}, that of what was written {written['crc32c']:08x}"
+            )
+    return Checkpoint(path, manifest)
+
+
+def write_durably(path: Path, data: bytes) -> dict[str, int]:
+    """Write a whole file and sync it; returns its size and checksum."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "crc32c": crc32c(data)}
+
+
+def as_json(value: Any) -> bytes:
+    """As JSON; raises CheckpointError where JSON can not hold it."""
+    try:
+        return json.dumps(value, indent=1).encode() + b"\n"
+    except TypeError as error:
+        raise CheckpointError(f"the scheduler's or the caller's state can not be written as JSON: {error}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make what was created and renamed in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_crc32c(path: Path) -> int:
+    """The checksum of a file; raises CheckpointError where it can not be read."""
+    value = 0
+    try:
+        with path.open("rb") as file:
+            while data := file.read(_READ_BYTES):
+                value = crc32c(data, value)
+    except OSError as error:
+        raise CheckpointError(f"{path} can not be read: {error}") from error
+    return value
+
+
+def _sealed(body: dict[str, Any]) -> bytes:
+    """As JSON whose last key is the checksum of all bytes before that key."""
+    text = json.dumps(body, indent=1).encode().removesuffix(b"\n}") + b",\n "
+    return text + _SEAL + f'"{crc32c(text):08x}"\n}}\n'.encode()
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        data = file.read_bytes()
+    except OSError as error:
         raise CheckpointError(f"{path} is not a checkpoint: {error}") from error
+    text, seal, rest = data.rpartition(_SEAL)
+    if not seal or rest != f'"{crc32c(text):08x}"\n}}\n'.encode():
+        raise CheckpointError(f"{file} is damaged: it does not have its own checksum, or was changed by hand")
+    manifest = json.loads(data)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"{path} has schema {manifest.get('schema')!r}, expected {SCHEMA!r}")
     return manifest
 
 
-def _checked_manifest(path: Path) -> dict[str, Any]:
-    manifest = read_manifest(path)
-    for name, written in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != written["bytes"]:
-            raise CheckpointError(f"{file} is missing or has another size than when it was written")
-        if _checksum(file) != written["crc32c"]:
-            raise CheckpointError(f"{file} is damaged: its checksum differs from the manifest's")
-    return manifest
+def _latest(directory: Path) -> str | None:
+    with suppress(OSError, UnicodeDecodeError):
+        return (directory / LATEST).read_text().strip() or None
+    return None
 
 
-def _tensor_names(file: Path) -> Iterator[str]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield from tensors.keys()
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} can not be read: {error}") from error
+def _recover(directory: Path) -> None:
+    """[Note: how a checkpoint appears]: put back what was renamed before another could take its place."""
+    for old in directory.glob(".*.old"):
+        target = directory / old.name[1:].removesuffix(".old")
+        if target.exists():
+            _remove(old)
+        else:
+            old.rename(target)
 
 
-def _check_fits(engine: Engine, manifest: dict[str, Any], places: dict[str, Path], path: Path) -> None:
-    """Raise CheckpointError unless everything that will be read is there in the shape it must have."""
-    wanted = {f"buffer/{name}": tuple(b.shape) for name, b in engine.model.named_buffers()}
-    for state in engine.states:
-        for field in state.unit.fields:
-            kinds = ("weight", *engine.plan.optimizer.moments) if field.trainable else ("weight",)
-            wanted |= {f"{kind}/{field.name}": tuple(field.shape) for kind in kinds}
-    for key, shape in wanted.items():
-        if key not in places:
-            raise CheckpointError(f"{path} has no {key}; it was made of another model, or with that parameter frozen")
-        with safe_open(places[key], framework="pt") as tensors:
-            saved = tuple(tensors.get_slice(key).get_shape())
-        if saved != shape:
-            raise CheckpointError(f"{path} is of another model: {key} is {list(saved)}, not {list(shape)}")
-    groups, here = len(manifest["groups"]), len(engine.optimizer.param_groups)
-    if groups != here:
-        raise CheckpointError(f"{path} was made with {groups} parameter groups, the optimizer has {here}")
-
-
-def _read_into(tensor: torch.Tensor, places: dict[str, Path], key: str) -> None:
-    with safe_open(places[key], framework="pt") as tensors:
-        tensor.copy_(tensors.get_tensor(key))
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters; numbers in tensors as numbers."""
-    return {k: float(v) if isinstance(v, torch.Tensor) else v for k, v in group.items() if k != "params"}
-
-
-def _plain(value: Any) -> Any:
-    """The value for JSON; dicts whose keys are not all strings (and Counters) as tagged pairs, tuples as such."""
-    if isinstance(value, dict):
-        if type(value) is dict and all(isinstance(key, str) for key in value):
-            return {key: _plain(item) for key, item in value.items()}
-        kind = "Counter" if isinstance(value, Counter) else "dict"
-        return {"__kind__": kind, "pairs": [[_plain(key), _plain(item)] for key, item in value.items()]}
-    if isinstance(value, tuple):
-        return {"__kind__": "tuple", "items": [_plain(item) for item in value]}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
-
-
-def _restored(value: Any) -> Any:
-    """The inverse of ``_plain``."""
-    if isinstance(value, list):
-        return [_restored(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    kind = value.get("__kind__")
-    if kind == "tuple":
-        return tuple(_restored(item) for item in value["items"])
-    if kind is None:
-        return {key: _restored(item) for key, item in value.items()}
-    pairs = {_restored(key): _restored(item) for key, item in value["pairs"]}
-    return Counter(pairs) if kind == "Counter" else pairs
-
-
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    states = {"random/cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["random/cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            value = crc32c(data, value)
-    return value
-
-
-def _make_durable(directory: Path) -> None:
-    for path in directory.iterdir():
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what is left takes space, and the next one tries again
+        shutil.rmtree(path)

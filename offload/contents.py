@@ -39,7 +39,7 @@ class Contents:
 def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
     if precision is not Precision.BF16:
-        return contents.weights, None
+        return contents.weights.to(weight_dtype(precision)), None
     trainable = contents.trainable_elements
     flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
     remainder = torch.zeros(trainable, dtype=torch.int16)
@@ -64,7 +64,7 @@ def write(state: UnitState, contents: Contents, form: StateFormat, store: Store 
             raw = page_aligned(extent.size_bytes)
             raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(kept[a:b])
             store.write(extent, raw).result()
-    source = OptimizerState(tuple(contents.moments.values()), remainder).span(updated.start, updated.stop)
+    source = _state_of(contents, remainder, form.precision).span(updated.start, updated.stop)
     for a, b, target, stored in _state_spans(state, form):
         _copy_state(target, source.span(a, b))
         if stored is not None:
@@ -82,13 +82,13 @@ def read(state: UnitState, form: StateFormat, store: Store | None) -> Contents:
     for part in state.kept_weights:
         flat[part] = kept[start : start + part.stop - part.start]
         start += part.stop - part.start
-    target = OptimizerState(tuple(contents.moments.values()), remainder).span(updated.start, updated.stop)
+    contents.weights.copy_(flat)
+    target = _state_of(contents, remainder, form.precision).span(updated.start, updated.stop)
     for a, b, source, stored in _state_spans(state, form):
         if stored is not None:
             assert store is not None
             store.read(*stored).result()
         _copy_state(target.span(a, b), source)
-    contents.weights.copy_(flat)
     if remainder is not None:
         contents.weights[updated] = join_master(flat[updated], remainder[updated])
     if state.ranks is not None and updated.stop - updated.start < trainable:
@@ -97,6 +97,12 @@ def read(state: UnitState, form: StateFormat, store: Store | None) -> Contents:
     if state.ranks is not None and len(kept) < len(flat):
         state.ranks.gather_on_host(contents.weights[trainable:])
     return contents
+
+
+def _state_of(contents: Contents, remainder: torch.Tensor | None, precision: Precision) -> OptimizerState:
+    """The state of all trainable elements, on these tensors; in fp16 with the weights as its masters."""
+    master = contents.weights[: contents.trainable_elements] if precision is Precision.FP16 else None
+    return OptimizerState(tuple(contents.moments.values()), remainder, master)
 
 
 def _kept_weights(state: UnitState, precision: Precision, store: Store | None) -> torch.Tensor:

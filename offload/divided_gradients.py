@@ -168,6 +168,22 @@ class DividedGradients(GradientCollector):
         gathering.target = None
 
 
+def collector(
+    states: Sequence[UnitState],
+    plan: Plan,
+    device: torch.device,
+    down: Lane,
+    up: Lane,
+    reduces: Lane | None,
+    ranks: Ranks | None,
+) -> GradientCollector:
+    """What collects the gradients of one rank, or of several, which reduce them on the lane ``reduces``."""
+    if ranks is None:
+        return GradientCollector(states, plan, device, down, up)
+    assert reduces is not None
+    return DividedGradients(states, plan, device, down, up, reduces, ranks)
+
+
 def _brought(home: torch.Tensor | None, buffer: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """The sum of earlier micro-batches on the device: from the host it comes to where another rank's part was."""
     assert home is not None

@@ -17,28 +17,31 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from offload import checkpoint, hooks, restore, whole
 from offload import contents as unit_contents
-from offload import hooks, whole
 from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
 from offload.chunked_loss import ChunkedCausalLoss
-from offload.divided_gradients import DividedGradients
-from offload.errors import OffloadError, PlanError
+from offload.divided_gradients import collector
+from offload.errors import OffloadError
 from offload.events import EventLog
-from offload.gradients import GradientCollector
 from offload.hyperparameters import Hyperparameters
+from offload.loss_scale import loss_scale
 from offload.memory import MemoryMeter
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.ranks import Ranks, local_device
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
+from offload.saver import Saver, Saving
 from offload.setup import (
-    FEEDING_CORES,
     check_can_run,
+    check_scheduler,
+    close_all,
     close_at_exit,
     grow_segments,
+    leave_cores_to_the_update,
     move_buffers,
     moved,
     update_threads,
@@ -47,11 +50,12 @@ from offload.shards import Shards
 from offload.shortage import explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
+from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
-from offload.streams import Done, Lane
-from offload.unit import check_model, check_trainable, partition
-from offload.unit_update import ClipFactor, UnitUpdate, from_first
+from offload.streams import Lane
+from offload.unit import check_model, check_recompute, check_trainable, partition
+from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
 from offload.watch import Watch
 from offload.weight_files import WeightFiles
@@ -59,7 +63,7 @@ from offload.weights import WeightMover
 
 HOLDERS = (
     *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
-    *("_guard", "_watch", "_passes"),
+    *("_guard", "_watch", "_passes", "_steps", "early_updates"),
 )
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
@@ -71,7 +75,14 @@ class Engine:
     hyperparameters, its state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch
     scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are
     safetensors files with the first values (``WeightFiles``); else those of the model count, and what of it is on meta
-    is initialised.
+    is initialised. In fp16 the loss is scaled by the rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its
+    defaults): a step whose gradients are not finite changes nothing, and schedulers step when the next one knows it.
+
+    With ``update_in_backward`` units are updated as their gradients land in the backward of a step's last micro-batch,
+    and ``step`` updates what is left; not with clipping or fp16, which need all gradients first. Learning rates are
+    then read in backward; and after a failure inside of it, or ``zero_grad`` behind it, some units are a step ahead of
+    others: whatever computes with them or saves them raises OffloadError until a checkpoint is loaded.
+
     Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
     TierError where a tier is too small, before anything is allocated.
     """
@@ -85,9 +96,16 @@ class Engine:
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
         weights: Path | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        *,
+        update_in_backward: bool = False,
     ) -> None:
         check_can_run(plan)
         check_model(plan, model)
+        check_recompute(plan, model)
+        if update_in_backward:
+            check_early_updates(plan, max_grad_norm)
+        self._update_in_backward = update_in_backward
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, plan.optimizer, optimizer)
@@ -97,12 +115,13 @@ class Engine:
             self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
         self.device = local_device(plan)
+        self.loss_scale = loss_scale(grad_scaler, plan.precision, self.device)
         self.global_step = 0
+        """Steps so far, those that were skipped too."""
         self._events = events
         self._micro_batch = 0
         self._forward_step = 0
         """Value of ``global_step`` at the last forward pass with gradients."""
-        self._clip: ClipFactor | None = None
         self._closers: list[Callable[[], None]] = []
         try:
             self._attach(weights)
@@ -116,13 +135,9 @@ class Engine:
         plan, device, shards = self.plan, self.device, Shards.of(self.plan)
         files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
-        self._ranks = Ranks(plan, device) if plan.gpus > 1 else None
-        if self._ranks is not None:
-            self._closers.append(self._ranks.close)
+        if (ranks := Ranks.of(plan, device)) is not None:
+            self._closers.append(ranks.close)
         units = partition(self.model, plan.placements, shards)
-        modules = dict(self.model.named_modules())
-        if missing := [path for path in plan.recompute if path not in modules]:
-            raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
         needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
         self.store: Store | None = None
@@ -134,8 +149,7 @@ class Engine:
         self._closers.append(self.arena.close)
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
         turns = in_turn(self.model, units, plan, device, needed, files)
-        self.states = take_over(turns, plan, device, self.arena, self.store, nan, self._ranks)
-        self._parts = [state.part() for state in self.states]
+        self.states = take_over(turns, plan, device, self.arena, self.store, nan, ranks)
         move_buffers(self.model, device, plan.precision)
 
         # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
@@ -146,13 +160,10 @@ class Engine:
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        gathers = self._lane("gathers", 1) if self._ranks is not None else None
+        gathers = self._lane("gathers", 1) if ranks is not None else None
         self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
-        collected = self.states, plan, device, self._down, self._returns
-        if self._ranks is not None:
-            self._gradients: GradientCollector = DividedGradients(*collected, self._lane("reduces", 1), self._ranks)
-        else:
-            self._gradients = GradientCollector(*collected)
+        reduces = self._lane("reduces", 1) if ranks is not None else None
+        self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
@@ -162,7 +173,7 @@ class Engine:
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
-            self._leave_cores_to_the_update()
+            self._closers.append(leave_cores_to_the_update())
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
@@ -177,25 +188,25 @@ class Engine:
         self._closers.append(self._passes.close)
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
-        self._closers.append(self._gradients.close)
+        self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1), ranks)
+        self._closers += [self._gradients.close, self._saver.close]
+        updating = (self._gradients, self._updater, self._mover, self.loss_scale)
+        self._steps = Steps(
+            self.states, self.hyperparameters, *updating, self._step_schedulers, self._saver.copied, device
+        )
+        self.early_updates = self._steps.early
+        self._passes.early = self.early_updates if self._update_in_backward else None
 
     def _lane(self, name: str, cpu_threads: int) -> Lane:
         lane = Lane(name, self.device, cpu_threads)
         self._closers.append(lane.close)
         return lane
 
-    def _leave_cores_to_the_update(self) -> None:
-        """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations."""
-        threads = torch.get_num_threads()
-        self._closers.append(lambda: torch.set_num_threads(threads))
-        torch.set_num_threads(min(FEEDING_CORES, threads))
-        torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
-
     # The training loop
 
     @explaining_shortage("forward")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Forward. Tensors go to the device, and in bf16 floating-point ones to bf16, as the model's weights are."""
+        """Forward. Tensors go to the device, and floating-point ones to bf16 or fp16 where the weights are."""
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
@@ -205,7 +216,7 @@ class Engine:
             return self._forward(*args, **kwargs)
 
     def to_device(self, batch: Any) -> Any:
-        """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+        """The batch with its tensors on the device; in bf16 and fp16 the floating-point ones in that type."""
         return moved(batch, self.device, self.plan.precision)
 
     @explaining_shortage("backward")
@@ -215,12 +226,16 @@ class Engine:
             raise OffloadError(
                 "step() was called between this loss's forward pass and its backward; call it after both"
             )
-        accumulation = self.plan.gradient_accumulation_steps
+        self.early_updates.check()
+        accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
         parts = accumulation * self.plan.gpus
         self._micro_batch += 1
+        if self._update_in_backward and self._micro_batch >= accumulation:
+            self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
         with self._passes.backward(), self._guard:
-            (loss / parts if parts > 1 else loss).backward()
+            loss = loss / parts if parts > 1 else loss
+            (loss if scale is None else scale.scaled(loss)).backward()
             self._gradients.end_backward()
         self._guard = nullcontext()
 
@@ -228,74 +243,52 @@ class Engine:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
         self._micro_batch = 0
+        self.early_updates.forget()
 
     @explaining_shortage("update")
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
+        self._check_can_update()
+        self._micro_batch = 0
+        self._steps.begin(self.max_grad_norm)
+        self.global_step += 1
+        self._prefetcher.prefetch_first()
+
+    def _check_can_update(self) -> None:
         self._watch.check_none_lent()
         check_trainable(state.unit for state in self.states)
-        self._micro_batch = 0
-        self._clip = ClipFactor(self._gradients.norm(), self.max_grad_norm)
-        updates, changed = [], []
-        for state, part in zip(self.states, self._parts, strict=True):
-            name, landed = state.unit.name, self._gradients.landed(state.unit.name)
-            segments = self.hyperparameters.begin_update(state.unit, self._gradients.present(name))
-            if segments and landed is not None:
-                update = UnitUpdate(part, from_first(segments, state.updated), landed)
-                changed.append((state, update))
-                if update.segments:
-                    updates.append(update)
-                else:
-                    update.promise.finish(None)  # another rank's parameters
-        self._updater.begin(updates, self._clip)
-        for state, update in changed:
-            self._tell_changed(state, update)
-        self._gradients.clear()
-        self.global_step += 1
+        if self._update_in_backward:
+            check_early_updates(self.plan, self.max_grad_norm)
+
+    def _step_schedulers(self) -> None:
         # None of its parameters has a gradient, so it changes nothing: schedulers and step hooks count on being called.
         self.optimizer.step()
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._prefetcher.prefetch_first()
-
-    def _tell_changed(self, state: UnitState, update: UnitUpdate) -> None:
-        """Whoever needs the unit's weights comes after its update, and after the gather where ranks updated parts."""
-        done, whole = update.promise, state.on_device
-        if whole and state.shards.zero_stage > 0 and self._ranks is not None:
-            done = self._mover.gather_updated(state.unit.name, self._after_now(done))
-        elif whole and state.device_state is not None:
-            return
-        self._mover.will_change(state.unit.name, done)
-
-    def _after_now(self, done: Done) -> Done:
-        """Behind this and behind all that the device was given so far."""
-        both = Done()
-        both.follow_all((done, Done.now(self.device)))
-        return both
 
     def step_scheduler(self, scheduler: Any) -> None:
         """Step this torch scheduler after every update; raises OffloadError for one that the engine can not step."""
-        if getattr(scheduler, "optimizer", None) is not self.optimizer:
-            raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
+        check_scheduler(scheduler, self.optimizer)
         self.lr_scheduler = scheduler
 
     @property
     def gradient_norm(self) -> float | None:
         """Global norm of the last step's gradients before clipping; waits for it."""
-        return self._clip.norm() if self._clip is not None else None
+        return self._steps.gradient_norm
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps whose gradients were not finite in fp16, so that nothing was updated; waits for the last one."""
+        return self._steps.skipped_count
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
-        fetched, sent = self._inputs.fetched_bytes, self._inputs.sent_bytes
-        if self._streamed is not None:
-            fetched, sent = fetched + self._streamed.fetched_bytes, sent + self._streamed.sent_bytes
+        beside: list[BlockInputs | StreamedUpdate] = [self._inputs, *filter(None, [self._streamed])]
         return {
-            "host_to_device": self._up.bytes_moved + self._returns.bytes_moved + fetched,
-            "device_to_host": self._down.bytes_moved + sent,
+            "host_to_device": sum(x.fetched_bytes for x in beside) + self._up.bytes_moved + self._returns.bytes_moved,
+            "device_to_host": sum(x.sent_bytes for x in beside) + self._down.bytes_moved,
             "nvme_read": self.store.bytes_read if self.store else 0,
             "nvme_write": self.store.bytes_written if self.store else 0,
         }
@@ -315,11 +308,13 @@ class Engine:
     def finish(self) -> None:
         """Wait until the last update has reached its tiers; raises what went wrong in it, or was changed since."""
         self._watch.check_none_lent()
+        self._steps.conclude()
         self._settle()
         self._watch.check()
 
     def _settle(self) -> None:
         self._updater.finish()
+        self._saver.settle()
         self._mover.settle()
 
     def gathered(
@@ -331,10 +326,12 @@ class Engine:
         device as a whole, beside all that the plan puts there, and there is no gradient. What was written to is written
         to the tiers at the end, also after an error; in bf16 such a weight's master becomes the weight. Moments stay.
         """
+        self.early_updates.check()
         return whole.gathered(self, self._watch, chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
+        self.early_updates.check()
         return whole.state_dict(self)
 
     def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
@@ -343,12 +340,40 @@ class Engine:
         As with torch, the optimizer's moments and counts stay as they are, and missing or unexpected keys raise
         (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
         """
+        self.early_updates.check()
         return whole.load_state_dict(self, tensors, strict)
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
         self._mover.forget(state.unit.name)
         unit_contents.write(state, whole, self.plan.state_format, self.store)
+
+    # Checkpoints
+
+    def save_checkpoint(
+        self, directory: str | Path, tag: str | None = None, client_state: Any = None, keep: int | None = None
+    ) -> Saving:
+        """Begin to save everything as ``directory/tag``, by default ``step-N``, and go on; ``Saving.wait`` waits.
+
+        Between steps only. The next updates of units wait until these are copied, and so does ``finish``: call it
+        before you change parameters yourself. ``client_state`` is any JSON of yours. Of the checkpoints named for
+        their step only the ``keep`` newest stay. One is saved at a time: this waits for the one before.
+        """
+        if self._micro_batch:
+            raise OffloadError("a checkpoint has no gradients: save after the last micro-batch's step(), not before")
+        self.early_updates.check()
+        self._watch.check_none_lent()
+        self._watch.check()
+        self._steps.conclude()  # whether the last step counts
+        return self._saver.save(self, Path(directory), tag, client_state, keep, after=self._updater.settled())
+
+    def load_checkpoint(self, directory: str | Path, tag: str | None = None) -> tuple[Path, Any]:
+        """Go on from the checkpoint of this tag, or from the latest; gives its path and its ``client_state``.
+
+        Raises CheckpointError, with nothing changed, where it is damaged or of another model.
+        """
+        found = checkpoint.opened(Path(directory), tag)
+        return found.path, restore.load(self, found)
 
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
@@ -362,17 +387,14 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._saver.abandon()
         self._release() if error is not None else self.close()
 
     def _release(self) -> None:
         """Close everything, the last made first; what fails is raised when all is closed."""
-        failed: BaseException | None = None
-        while self._closers:
-            try:
-                self._closers.pop()()
-            except BaseException as error:  # noqa: BLE001 - raised below
-                failed = failed or error
-        for name in HOLDERS:
-            vars(self).pop(name, None)
-        if failed is not None:
-            raise failed
+        try:
+            close_all(self._closers)
+        finally:
+            for name in HOLDERS:
+                vars(self).pop(name, None)

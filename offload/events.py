@@ -11,11 +11,13 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 ``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
                 null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
 ``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), nonfinite_steps (of
-                this run so far, with NaN or infinite gradients), learning_rate, seconds, tokens,
+                this run so far, with NaN or infinite gradients), skipped_steps (those of them that fp16's loss
+                scale skipped), learning_rate, seconds, tokens,
                 memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far,
                 traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step
 ``checkpoint``  step, path, seconds, bytes
 ``note``        message: something a person should know
+``warning``     step, message: something went wrong, and training goes on
 ``end``         reason (finished, interrupted, failed), step, message
 """
 
@@ -25,7 +27,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 NOW_SECONDS = 0.1
 """Shortest time between two ``now`` events."""
@@ -36,7 +38,8 @@ class EventLog:
     """Appends events to a file, one whole line a write, from any thread."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._file = path.open("a+", buffering=1, encoding="utf-8")
+        _end_broken_line(self._file)
         self._lock = threading.Lock()
 
     def write(self, event: str, **fields: Any) -> None:
@@ -56,6 +59,14 @@ class EventLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _end_broken_line(file: TextIO) -> None:
+    """A run that was killed may have left half a line; what comes must not continue it."""
+    if (end := file.seek(0, 2)) > 0:
+        file.seek(end - 1)
+        if file.read(1) != "\n":
+            file.write("\n")
 
 
 class Pulse:

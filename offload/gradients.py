@@ -34,6 +34,8 @@ class Gathering:
     """The device buffer being gathered into; ``None`` outside of a backward pass."""
     landed: Done | None = None
     square_norm: torch.Tensor | None = None
+    taken: bool = False
+    """Whether an update has begun with it."""
     views: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
     """By the address of a buffer, the parameters' places in it: making them anew for every gradient takes time."""
 
@@ -97,6 +99,13 @@ class GradientCollector:
         """When the unit's gradient is in the buffer of its tier; ``None`` when it has none."""
         return self._gatherings[name].landed
 
+    def taken(self, name: str) -> bool:
+        """Take the unit's gradient for an update, before backward is over; whether it is complete."""
+        gathering = self._gatherings[name]
+        complete = self._last_micro_batch and gathering.awaited == 0 and gathering.landed is not None
+        gathering.taken = complete
+        return complete
+
     def norm(self) -> torch.Tensor:
         """Global norm of all gradients, an fp32 scalar on the device."""
         squares = [g.square_norm for g in self._gatherings.values() if g.square_norm is not None]
@@ -105,7 +114,7 @@ class GradientCollector:
     def clear(self) -> None:
         """Forget the gradients: the optimizer has taken what it needs to know."""
         for gathering in self._gatherings.values():
-            gathering.present = set()
+            gathering.present, gathering.taken = set(), False
             gathering.landed = gathering.square_norm = None
 
     def discard(self) -> None:
@@ -156,6 +165,11 @@ class GradientCollector:
         if gathering.target is not None:
             return gathering.target
         state = gathering.state
+        if gathering.taken:
+            raise OffloadError(
+                f"unit {state.unit.name!r} got one more gradient when its update had begun (update_in_backward), as "
+                "with reentrant checkpoints: use the other kind (use_reentrant=False), or leave update_in_backward out"
+            )
         if state.device_gradients is not None:
             gathering.target = state.device_gradients
             return gathering.target

@@ -60,10 +60,10 @@ def update_in_torch(
     for start in range(0, len(weight), at_once):
         part = slice(start, start + at_once)
         scaled = gradient[part].float().mul(clip)
-        moments, remainder = state.span(start, start + at_once)
-        if remainder is None:
-            how.update_(weight[part], scaled, moments)
+        span = state.span(start, start + at_once)
+        if span.remainder is None:
+            how.update_(weight[part], scaled, span.moments)
         else:
-            master = join_master(weight[part], remainder)
-            how.update_(master, scaled, moments)
-            split_master_(master, weight[part], remainder)
+            master = join_master(weight[part], span.remainder)
+            how.update_(master, scaled, span.moments)
+            split_master_(master, weight[part], span.remainder)

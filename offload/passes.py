@@ -18,6 +18,7 @@ from offload.gradients import GradientCollector
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
 from offload.setup import explained
+from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
 from offload.watch import Watch
 from offload.weights import WeightMover, WeightReference
@@ -46,6 +47,8 @@ class Passes:
         self._mover, self._prefetcher, self._inputs, self._updater = mover, prefetcher, inputs, updater
         self._watch, self._meter, self._pulse, self._forget = watch, meter, Pulse(events), forget
         gradients.on_complete = self.complete
+        self.early: UpdateInBackward | None = None
+        """Told what it needs to begin updates in backward."""
         self._step = 1
         self._phase: str | None = None
         self.computing: str | None = None
@@ -94,6 +97,8 @@ class Passes:
             self._phase = None
 
     def _begin_forward(self) -> None:
+        if self.early is not None:
+            self.early.check()
         self._updater.check()
         self._watch.check()
         self._prefetcher.begin_pass(training=torch.is_grad_enabled())
@@ -151,6 +156,8 @@ class Passes:
     def bounded(self, name: str) -> None:
         """Its inputs will tell when its backward is over."""
         self._bounded.add(name)
+        if self.early is not None and self._phase == "forward":  # a recompute's call has no backward of its own
+            self.early.called(name)
 
     def end_forward_use(self, name: str) -> None:
         """Its forward is over; a recompute's forward is part of its backward."""
@@ -161,11 +168,15 @@ class Passes:
         """Its backward is over."""
         if self._phase == "backward":
             self._end_use(name)
+            if self.early is not None:
+                self.early.passed(name)
 
     def complete(self, name: str) -> None:
         """All gradients of a unit are there: without inputs that need one, its backward is over."""
         if name and name not in self._bounded:
             self._end_use(name)
+        if self.early is not None:
+            self.early.complete(name)
 
     def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
         """A block is about to run whose inputs are kept for backward, where its recompute has nothing more to keep."""

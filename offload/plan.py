@@ -36,11 +36,13 @@ class Precision(StrEnum):
     """fp32 parameters, forward under autocast to bf16."""
     BF16 = "bf16"
     """bf16 weights with an exact fp32 master, split into the weight and a 16-bit remainder."""
+    FP16 = "fp16"
+    """fp16 weights beside whole fp32 masters, with a loss scale that follows the gradients."""
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of one weight (and of one gradient)."""
-        return 2 if self is Precision.BF16 else 4
+        return 2 if self in (Precision.BF16, Precision.FP16) else 4
 
 
 class OptimizerKind(StrEnum):

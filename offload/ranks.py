@@ -1,9 +1,10 @@
 """Ranks: the processes that train one model together, and what they tell each other.
 
 [Note: order of collectives]
-Ranks must call collectives of one group in one order. There are three groups of the same ranks, each used by one thread
+Ranks must call collectives of one group in one order. There are four groups of the same ranks, each used by one thread
 alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
-host, in step, what must be agreed on. Gathers and reductions have lanes of their own, so they overlap with computing.
+host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
+so they overlap with computing.
 """
 
 import os
@@ -58,10 +59,23 @@ class Ranks:
         self._replicas = self._own(replicas, backend) if group < world else None
         self._agreeing = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
         self._sharing_on_host = self._own(sharing, "gloo")
+        self._saving = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> "Ranks | None":
+        """A plan's; None where it is for one."""
+        return cls(plan, device) if plan.gpus > 1 else None
 
     def close(self) -> None:
         """Give the groups back."""
-        for group in (self._gathering, self._reducing, self._replicas, self._agreeing, self._sharing_on_host):
+        for group in (
+            self._gathering,
+            self._reducing,
+            self._replicas,
+            self._agreeing,
+            self._sharing_on_host,
+            self._saving,
+        ):
             if group is not None:
                 dist.destroy_process_group(group)
 
@@ -124,3 +138,12 @@ class Ranks:
         """``gather`` in host memory."""
         if len(whole):
             _gather(whole, self.own(whole), group=self._sharing_on_host)
+
+    # Checkpoints: by the lane that writes them
+
+    def tell_all(self, numbers: Sequence[int]) -> list[list[int]]:
+        """What every rank says, by rank; all say equally many."""
+        here = torch.tensor(numbers, dtype=torch.int64)
+        said = [torch.empty_like(here) for _ in range(self.world)]
+        dist.all_gather(said, here, group=self._saving)
+        return [numbers.tolist() for numbers in said]

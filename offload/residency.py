@@ -2,15 +2,18 @@
 
 Bytes an element of optimizer state and weights:
 
-==========  ======  =========  ============  =======
-precision   weight  remainder  each moment   gradient
-==========  ======  =========  ============  =======
-fp32, amp   4       0          4             4
-bf16        2       2          4             2
-==========  ======  =========  ============  =======
+==========  ======  =====================  ============  ========
+precision   weight  remainder or master    each moment   gradient
+==========  ======  =====================  ============  ========
+fp32, amp   4       0                      4             4
+bf16        2       2                      4             2
+fp16        2       4                      4             2
+==========  ======  =====================  ============  ========
 
 AdamW and Adam keep two moments of an element; Lion, SGD with momentum and Adagrad one; plain SGD none. In bf16 weight
-and remainder together are the exact fp32 master, so state of AdamW on the host is 12 bytes a parameter.
+and remainder together are the exact fp32 master, so state of AdamW on the host is 12 bytes a parameter. In fp16 the
+master is there as a whole: fp16 has fewer exponents than fp32, so a weight that overflows or vanishes in it would leave
+more to a remainder than 16 bits hold.
 """
 
 from collections import Counter
@@ -63,9 +66,9 @@ MOMENT_BYTES = 4
 
 
 def state_bytes(elements: int, form: StateFormat) -> int:
-    """Bytes of the optimizer state of ``elements`` beside their weights: remainders (bf16 only) and moments."""
-    remainder = 2 if form.precision is Precision.BF16 else 0
-    return elements * (remainder + MOMENT_BYTES * len(form.optimizer.moments))
+    """Bytes of the optimizer state of ``elements`` beside their weights: moments, and what their masters need more."""
+    rest = {Precision.BF16: 2, Precision.FP16: 4}.get(form.precision, 0)
+    return elements * (rest + MOMENT_BYTES * len(form.optimizer.moments))
 
 
 def update_traffic_bytes(elements: int, form: StateFormat) -> int:

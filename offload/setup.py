@@ -4,6 +4,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
+from offload.state import weight_dtype
 
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
@@ -23,6 +25,18 @@ class SupportsClose(Protocol):
 
     def close(self) -> None:
         """End them."""
+
+
+def close_all(closers: list[Callable[[], None]]) -> None:
+    """Call all, the last first, and forget them; what the first that failed raised is raised then."""
+    failed: BaseException | None = None
+    while closers:
+        try:
+            closers.pop()()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failed = failed or error
+    if failed is not None:
+        raise failed
 
 
 def close_at_exit(engine: SupportsClose) -> None:
@@ -43,12 +57,31 @@ def update_threads(device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
 
 
+def leave_cores_to_the_update() -> Callable[[], None]:
+    """Shrink this thread's own team, for teams that together outnumber the cores sleep between operations.
+
+    Gives what undoes it.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(FEEDING_CORES, threads))
+    torch.ones(1 << 18).add_(1)  # a team changes its size with its next work
+    return lambda: torch.set_num_threads(threads)
+
+
 def check_can_run(plan: Plan) -> None:
     """Raise OffloadError for a plan that this version, or this machine, can not carry out."""
     if plan.target is not Target.MEMPLAN:
         raise OffloadError(f"this plan is for {plan.target}: give that engine the files beside it, or plan anew")
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise OffloadError("this plan is for a CUDA GPU and there is none here; make a plan on this machine")
+
+
+def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
+    """Raise OffloadError for a scheduler that an engine with this optimizer can not step."""
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        raise OffloadError("the scheduler is for another optimizer than the engine's; make it with the same one")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise OffloadError("ReduceLROnPlateau needs a metric: keep it out of the engine and step it yourself")
 
 
 def grow_segments(device: torch.device) -> None:
@@ -75,11 +108,11 @@ def explained(error: BaseException) -> OffloadError | None:
 
 
 def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
-    """The batch with its tensors on the device; in bf16 the floating-point ones in bf16."""
+    """The batch with its tensors on the device; in bf16 and fp16 the floating-point ones in that type."""
+    half = weight_dtype(precision) if precision.weight_bytes == 2 else None
 
     def move(leaf: torch.Tensor) -> torch.Tensor:
-        dtype = torch.bfloat16 if precision is Precision.BF16 and leaf.is_floating_point() else None
-        return leaf.to(device=device, dtype=dtype, non_blocking=True)
+        return leaf.to(device=device, dtype=half if leaf.is_floating_point() else None, non_blocking=True)
 
     return tree_map_only(torch.Tensor, move, batch)
 
@@ -87,13 +120,14 @@ def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
 def move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
     """Buffers, and parameters that no unit owns, to the device.
 
-    In bf16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's must;
-    those of other modules (rotary tables, masks) keep their precision.
+    In bf16 and fp16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's
+    must; those of other modules (rotary tables, masks) keep their precision.
     """
+    half = weight_dtype(precision) if precision.weight_bytes == 2 else None
     for module in model.modules():
-        follows = precision is Precision.BF16 and any(p.is_floating_point() for p in module.parameters(recurse=False))
+        follows = any(p.is_floating_point() for p in module.parameters(recurse=False))
         for name, buffer in module.named_buffers(recurse=False):
-            dtype = torch.bfloat16 if follows and buffer.is_floating_point() else None
+            dtype = half if follows and buffer.is_floating_point() else None
             persistent = name not in module._non_persistent_buffers_set
             module.register_buffer(name, buffer.to(device=device, dtype=dtype), persistent=persistent)
         for parameter in module.parameters(recurse=False):

@@ -33,6 +33,11 @@ class Shards:
         """What trainable and frozen elements of a unit are padded to a multiple of, each."""
         return ALIGN_ELEMENTS * self._parts(1)
 
+    @property
+    def state_parts(self) -> int:
+        """Ranks that a unit's optimizer state is divided over."""
+        return self._parts(1)
+
     def state(self, trainable_elements: int) -> int:
         """Elements of optimizer state on one rank."""
         return trainable_elements // self._parts(1)

@@ -33,9 +33,10 @@ def explaining_shortage(phase: str) -> Callable[[Method], Method]:
             except torch.OutOfMemoryError as error:
                 unit = engine.computing if phase != UPDATE else None
                 where = f"the {phase}" if unit is None else f"the {phase} of unit {unit}"
-                sentence = shortage(error, engine.plan, where, engine.meter.now_bytes()["gpu"])
                 if phase != UPDATE:
                     engine.zero_grad()
+                half_done = phase == UPDATE or engine.early_updates.failed
+                sentence = shortage(error, engine.plan, where, engine.meter.now_bytes()["gpu"], half_done=half_done)
                 # [Note: memory of a failed pass]
                 error.add_note("".join(["It was raised here:\n", *traceback.format_tb(error.__traceback__)]))
                 raise sentence from error.with_traceback(None)
@@ -45,7 +46,9 @@ def explaining_shortage(phase: str) -> Callable[[Method], Method]:
     return decorate
 
 
-def shortage(error: torch.OutOfMemoryError, plan: Plan, where: str, held_bytes: int) -> DeviceMemoryError:
+def shortage(
+    error: torch.OutOfMemoryError, plan: Plan, where: str, held_bytes: int, *, half_done: bool = False
+) -> DeviceMemoryError:
     """The error for a person; ``where`` says what was computing, ``held_bytes`` what the device held then."""
     held = f"{_text(held_bytes)} were allocated"
     if plan.device == "cuda":
@@ -55,7 +58,7 @@ def shortage(error: torch.OutOfMemoryError, plan: Plan, where: str, held_bytes: 
     expected = plan.prediction
     after = (
         "The gradients since the last step are forgotten and the model is as that step left it: this engine can go on."
-        if where != f"the {UPDATE}"
+        if not half_done
         else "The update is half done: go on from a checkpoint."
     )
     return DeviceMemoryError(

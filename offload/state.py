@@ -1,5 +1,6 @@
 """Where a unit's numbers are: its buffers in each tier, made once, before the first step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,38 +16,46 @@ from offload.unit import Unit
 
 
 class OptimizerState(NamedTuple):
-    """Optimizer state of a span of elements: what the optimizer keeps of them, and in bf16 what masters have beyond it.
+    """Optimizer state of a span of elements: what the optimizer keeps of them, and what masters have beyond weights.
 
-    ``moments`` are fp32, in the order of ``OptimizerKind.moments``; the remainder exists in bf16 only.
+    ``moments`` are fp32, in the order of ``OptimizerKind.moments``; the remainder exists in bf16 only, the
+    master, of fp32, in fp16 only.
     """
 
     moments: tuple[torch.Tensor, ...]
     remainder: torch.Tensor | None
+    master: torch.Tensor | None = None
 
     def span(self, start: int, stop: int) -> "OptimizerState":
         """A part of it."""
-        remainder = None if self.remainder is None else self.remainder[start:stop]
-        return OptimizerState(tuple(m[start:stop] for m in self.moments), remainder)
+        return self.each(lambda tensor: tensor[start:stop])
+
+    def each(self, make: Callable[[torch.Tensor], torch.Tensor]) -> "OptimizerState":
+        """The same of what ``make`` makes of its tensors."""
+        rest = (None if t is None else make(t) for t in (self.remainder, self.master))
+        return OptimizerState(tuple(map(make, self.moments)), *rest)
 
     def tensors(self) -> list[torch.Tensor]:
         """All of it, in the same order for every state of a format."""
-        return [*self.moments, *([] if self.remainder is None else [self.remainder])]
+        return [*self.moments, *(t for t in (self.remainder, self.master) if t is not None)]
 
 
 def carve_state(buffer: torch.Tensor, elements: int, form: StateFormat) -> OptimizerState:
-    """The state of ``elements`` in a uint8 buffer: moments, one kind after the other, then remainders."""
+    """The state of ``elements`` in a uint8 buffer: moments, one kind after the other, then remainders or masters."""
     count = len(form.optimizer.moments)
     end = elements * MOMENT_BYTES * count
     moments = buffer[:end].view(torch.float32).view(count, elements)
-    remainder = None
+    remainder = master = None
     if form.precision is Precision.BF16:
         remainder = buffer[end : end + 2 * elements].view(torch.int16)
-    return OptimizerState(tuple(moments), remainder)
+    if form.precision is Precision.FP16:
+        master = buffer[end : end + 4 * elements].view(torch.float32)
+    return OptimizerState(tuple(moments), remainder, master)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
     """Of weights and gradients."""
-    return torch.bfloat16 if precision is Precision.BF16 else torch.float32
+    return {Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}.get(precision, torch.float32)
 
 
 @dataclass(eq=False)

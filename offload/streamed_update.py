@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from offload.arithmetic import device_update
+from offload.masters import over_masters
 from offload.plan import StateFormat
 from offload.residency import UPDATE_RING, chunks, streamed_slot_bytes
 from offload.rules import UpdateStep
@@ -66,7 +67,7 @@ class StreamedUpdate:
         """``elements``: of one piece. ``lane``'s stream is the one on which pieces arrive."""
         self._split = UpdateSplit(device_share)
         self._device, self._elements, self._lane = device, elements, lane
-        self._update = device_update(device, form)
+        self._update = over_masters(device_update(device, form))
         self._computing, self._leaving = (torch.Stream(device) if device.type != "cpu" else None for _ in range(2))
         size, dtype = streamed_slot_bytes(elements, form), weight_dtype(form.precision)
         raw = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(UPDATE_RING)]
@@ -105,13 +106,24 @@ class StreamedUpdate:
 
     def finish(self) -> None:
         """Wait until everything is back on the host; raises what went wrong."""
-        if self._last is not None:
-            self._last.synchronize()
+        for done in self.settled():
+            done.synchronize()
+
+    def settled(self) -> list[Done]:
+        """When everything that has begun is back on the host."""
+        last = [self._last] if self._last is not None else []
+        return [*last, self._lane.submit(self._wait_left)]
+
+    def _wait_left(self) -> None:
         for slot in self._ring:
             slot.left.synchronize()
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
         try:
+            if clip.skipped():
+                for update in updates:
+                    update.promise.finish(None)
+                return
             elements = sum(update.elements for update in updates)
             clock = self._clock = _Clock(elements) if self._computing is not None else None
             with _on(self._computing):
@@ -121,6 +133,7 @@ class StreamedUpdate:
             for update in updates:
                 left = begun
                 update.landed.wait()
+                update.wait_copied()
                 if clock is not None:
                     clock.start()
                 for segment in update.segments:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -72,11 +72,24 @@ class Done:
         """Whether finish or fail was called."""
         return self._enqueued.done() and all(other.settled for other in self._others)
 
+    def check(self) -> None:
+        """Raise what went wrong so far; waits for nothing."""
+        for other in self._others:
+            other.check()
+        for known in (self._enqueued, *self._parts):
+            if known.done():
+                known.result()
+
     def _host_part(self) -> torch.Event | None:
         event = self._enqueued.result()
         for part in self._parts:
             part.result()
         return event
+
+    def settle(self) -> None:
+        """Let this thread go on when the work is done or has failed."""
+        with suppress(Exception):
+            self.synchronize()
 
     def wait(self) -> None:
         """Let the current stream (on the CPU: this thread) go on only when the work is done."""

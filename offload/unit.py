@@ -68,6 +68,13 @@ def check_model(plan: Plan, model: nn.Module) -> None:
             )
 
 
+def check_recompute(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError where the plan recomputes what the model does not have."""
+    modules = dict(model.named_modules())
+    if missing := [path for path in plan.recompute if path not in modules]:
+        raise PlanError(f"the plan recomputes {missing[0]!r}, but the model has no module of that name")
+
+
 def check_trainable(units: Iterable[Unit]) -> None:
     """Raise OffloadError where a parameter was frozen or unfrozen since the units were made."""
     for unit in units:

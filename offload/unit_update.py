@@ -1,5 +1,6 @@
 """What one optimizer step does to one unit, and how two engines share it."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
@@ -16,12 +17,18 @@ class ClipFactor:
     """What gradients are multiplied with so that their global norm is at most ``max_norm``.
 
     min(1, max_norm / (norm + 1e-6)), the rule of ``torch.nn.utils.clip_grad_norm_``. Known on the device at once, and
-    on the host when it has arrived there.
+    on the host when it has arrived there. Gradients of a loss that was multiplied with ``scale`` are divided by it, and
+    where they are not finite the step is skipped.
     """
 
-    def __init__(self, norm: torch.Tensor, max_norm: float | None) -> None:
+    def __init__(self, norm: torch.Tensor, max_norm: float | None, scale: torch.Tensor | None = None) -> None:
+        self.skip: torch.Tensor | None = None
+        """Whether the step is skipped, a boolean scalar on the device; ``None`` where that can not be."""
+        if scale is not None:
+            self.skip = norm.isfinite().logical_not()
+            norm = norm / scale
         factor = torch.ones_like(norm) if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.on_device = factor
+        self.on_device = factor = factor if scale is None else factor / scale
         pinned = norm.device.type == "cuda"
         self._host = torch.zeros(2, pin_memory=pinned)
         self._host.copy_(torch.stack([factor, norm]), non_blocking=pinned)
@@ -33,9 +40,13 @@ class ClipFactor:
         return float(self._host[0])
 
     def norm(self) -> float:
-        """The norm before clipping; waits for it."""
+        """The norm before clipping, of the loss itself; waits for it."""
         self._arrived.synchronize()
         return float(self._host[1])
+
+    def skipped(self) -> bool:
+        """Whether the step is skipped; waits for it where that can be."""
+        return self.skip is not None and not math.isfinite(self.norm())
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,8 @@ class UnitUpdate:
     segments: tuple[Segment, ...]
     landed: Done
     """When its gradient is in the buffer of its tier."""
+    copied: Done | None = None
+    """When what a checkpoint wants of the numbers before is copied: only then they may change. None: at once."""
     promise: Done = field(default_factory=Done)
     """When its new weights can be had where they live."""
 
@@ -65,7 +78,12 @@ class UnitUpdate:
 
     def within(self, start: int, stop: int) -> "UnitUpdate":
         """What this update does between two elements, with a promise of its own."""
-        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed)
+        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed, self.copied)
+
+    def wait_copied(self) -> None:
+        """Let this thread go on when the unit's numbers may change."""
+        if self.copied is not None:
+            self.copied.synchronize()
 
 
 def within(segments: Iterable[Segment], start: int, stop: int) -> tuple[Segment, ...]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from offload.arithmetic import device_update, host_update
+from offload.masters import over_masters, unless
 from offload.plan import StateFormat
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
 from offload.split import Took
@@ -75,7 +76,8 @@ class Updater:
         self._ring = [_StagingSlot(buffer) for buffer in ring]
         self._streamed = streamed
         self._device = device
-        self._update_on_host, self._update_on_device = host_update(device, form), device_update(device, form)
+        here, there = host_update(device, form), device_update(device, form)
+        self._update_on_host, self._update_on_device = over_masters(here), over_masters(there)
         self._last: Done | None = None
         self._reading: set[str] = set()
         self._took: Took | None = None
@@ -93,7 +95,8 @@ class Updater:
             if self._took is not None:
                 self._streamed.learn(self._took)
             away, streamed = self._streamed.shared(away)
-            self._streamed.begin(streamed, clip, begun)
+            if streamed:
+                self._streamed.begin(streamed, clip, begun)
         if away:
             self._last = self._lane.submit(lambda: self._run(away, clip, begun))
         for update in updates:
@@ -101,9 +104,9 @@ class Updater:
                 self._update_resident(update, clip)
 
     def check(self) -> None:
-        """Raise what went wrong in the last step, if it has ended."""
-        if self._last is not None and self._last.settled:
-            self._last.synchronize()
+        """Raise what went wrong in the last step, if that is known."""
+        if self._last is not None:
+            self._last.check()
 
     def finish(self) -> None:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""
@@ -113,21 +116,35 @@ class Updater:
             self._streamed.finish()
         self._finish_writes()
 
+    def settled(self) -> list[Done]:
+        """When the last step has reached its tiers; what begins later is not waited for."""
+        done = [Done.now(self._device), self._lane.submit(self._finish_writes)]
+        if self._last is not None:
+            done.append(self._last)
+        return done + (self._streamed.settled() if self._streamed is not None else [])
+
     def _update_resident(self, update: UnitUpdate, clip: ClipFactor) -> None:
         state = update.state
         assert state.device_weights is not None
         assert state.device_gradients is not None
         assert state.device_state is not None
+        update.wait_copied()
+        make = self._update_on_device if clip.skip is None else unless(clip.skip, self._update_on_device)
         for s in update.segments:
             part, moments = slice(s.start, s.stop), state.device_state.span(s.start, s.stop)
             weights, gradients = state.device_weights[part], state.device_gradients[part]
-            self._update_on_device(weights, gradients, moments, s.how, clip.on_device)
+            make(weights, gradients, moments, s.how, clip.on_device)
         update.promise.finish(None)
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
         try:
             self._finish_writes()  # of the step before: its extents are read again now
             factor = clip.on_host()
+            if clip.skipped():
+                for update in updates:
+                    update.promise.finish(None)
+                self._took = None
+                return
             started = time.perf_counter()
             window: deque[_Chunk] = deque()
             staged = 0
@@ -202,6 +219,7 @@ class Updater:
             read.result()
         self._reading.discard(chunk.update.state.unit.name)
         chunk.gradients_there.synchronize()
+        chunk.update.wait_copied()
         for s in chunk.update.segments:
             a, b = max(s.start, chunk.start) - chunk.start, min(s.stop, chunk.stop) - chunk.start
             if a < b:

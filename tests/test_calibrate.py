@@ -22,7 +22,7 @@ from memplan.disks import Disk
 from memplan.errors import MachineError
 from memplan.machine import Machine
 from memplan.quick_rates import REFERENCE
-from memplan.rates import Rates
+from memplan.rates import PLANNED, Rates
 from memplan.show_rates import rates_tables
 from offload.errors import TierError
 from offload.plan import Precision
@@ -64,7 +64,7 @@ def test_a_machine_without_a_gpu_is_measured_for_what_it_has(quick, tmp_path):
     assert rates.kernels is None
     assert rates.streamed_update_seconds == {}
     assert rates.host_to_device.sizes_bytes == TINY.link_bytes
-    assert set(rates.cpu_update_seconds) == set(Precision)
+    assert set(rates.cpu_update_seconds) == set(PLANNED)
     assert rates.gpu_update_seconds == rates.cpu_update_seconds
     assert rates.nvme_read_bytes_per_second != REFERENCE.nvme_read_bytes_per_second
     assert rates.facts["disk"]
@@ -169,7 +169,7 @@ def test_links_give_a_curve_of_the_sizes_that_fit_and_an_arena_its_rate():
 
 def test_the_update_in_the_devices_memory_has_a_time_for_every_precision():
     part = resident_update(CPU, 1024)
-    assert set(part.rates["gpu_update_seconds"]) == set(Precision)
+    assert set(part.rates["gpu_update_seconds"]) == set(PLANNED)
 
 
 def test_a_disk_is_measured_by_block_and_depth_and_no_file_stays(tmp_path):
@@ -248,7 +248,7 @@ def test_a_machine_with_a_gpu_is_measured_whole(tmp_path):
     assert rates.cpu_update_beside_links >= 1
     assert 0 < rates.links_beside_update <= 1
     assert 0 < rates.duplex_share <= 1
-    assert set(rates.streamed_update_seconds) == set(Precision)
+    assert set(rates.streamed_update_seconds) == set(PLANNED)
     assert rates.gpu_update_seconds[Precision.BF16] < rates.streamed_update_seconds[Precision.BF16]
     assert not [s for s in rates.skipped if "Error" in s and not s.startswith("kernels:")]
     rates.save(tmp_path / "rates.json")

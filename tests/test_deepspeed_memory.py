@@ -16,6 +16,7 @@ from memplan.engines.deepspeed_traffic import deepspeed_traffic
 from memplan.engines.held import FORWARD, PHASES, STEP, Held
 from memplan.engines.pinned import PinnedCache, rounded
 from memplan.errors import PlanningError
+from memplan.rates import PLANNED
 from offload.plan import Precision, Target, Tier
 from profiler.profile import ModelProfile, ParameterProfile
 from tests.deepspeed_plans import plan_of
@@ -185,7 +186,7 @@ def cases(draw: st.DrawFn) -> tuple[list[ParameterProfile], DeepSpeedSetup, int]
     least = 3 if placed is not GPU or optimizer is NVME else 1 if optimizer is HOST else 0
     stage = draw(st.integers(least, 3))
     found = DeepSpeedSetup(
-        stage, draw(st.sampled_from([1, 2, 8])), 1, draw(st.sampled_from(list(Precision))), placed, optimizer,
+        stage, draw(st.sampled_from([1, 2, 8])), 1, draw(st.sampled_from(PLANNED)), placed, optimizer,
         gpu_update_share=draw(st.floats(0, 1)) if stage == 3 and optimizer is HOST else 0.0,
         reduce_elements=draw(st.integers(2, 1 << 24)), live_elements=draw(st.integers(0, 1 << 24)),
         sub_group_elements=draw(st.integers(1, 1 << 24)), pin_memory=draw(st.booleans()),

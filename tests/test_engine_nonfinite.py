@@ -110,6 +110,7 @@ def test_a_run_counts_them_in_its_events_and_says_so_once(tmp_path: Path) -> Non
     events = [json.loads(line) for line in log.read_text().splitlines()]
     # What such a step leaves in the weights makes the next one like it, as in plain PyTorch.
     assert [e["nonfinite_steps"] for e in events if e["event"] == "step"] == [0, 0, 1, 2]
+    assert [e["skipped_steps"] for e in events if e["event"] == "step"] == [0, 0, 0, 0]
     notes = [e["message"] for e in events if e["event"] == "note" and "not finite" in e["message"]]
     assert len(notes) == 1
     assert "the gradients of step 3 are not finite" in notes[0]

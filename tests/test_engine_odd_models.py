@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from offload import checkpoint
 from offload.engine import Engine
 from offload.errors import OffloadError, PlanError
 from offload.plan import Placement, Plan
@@ -238,12 +237,12 @@ def test_a_scheduler_with_counted_milestones_goes_on_after_a_resume(tmp_path: Pa
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[2, 4], gamma=0.1)
         with Engine(model, plan_for(model, (RESIDENT,)), optimizer, scheduler) as engine:
             if resumed:
-                checkpoint.load(engine, checkpoint.latest(tmp_path))
+                engine.load_checkpoint(tmp_path)
             for step, tokens in enumerate(batches(6)[engine.global_step :], start=engine.global_step + 1):
                 engine.backward(engine(tokens))
                 engine.step()
                 if step == 3:
-                    checkpoint.save(engine, tmp_path, {})
+                    engine.save_checkpoint(tmp_path).wait()
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.01, 0.01])
 

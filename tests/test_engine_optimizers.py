@@ -15,6 +15,7 @@ from offload.hyperparameters import default_optimizer, kind_of
 from offload.lion import Lion
 from offload.plan import OptimizerKind, Plan, Precision, StateFormat
 from offload.residency import footprint, state_bytes
+from offload.state import weight_dtype
 from tests.models import GPT, SkippingGPT, batches
 from tests.plans import EVERY_TIER, G, H, N, plan_for
 
@@ -92,49 +93,60 @@ def test_twenty_steps_in_fp32_through_every_tier_end_where_its_own_steps_do(name
         assert apart(found[parameter_name], parameter.detach()) <= tolerance, parameter_name
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
 @pytest.mark.parametrize("name", CASES)
-def test_bf16_keeps_masters_that_move_by_less_than_a_bf16_can_tell(name: str, tmp_path: Path) -> None:
+def test_masters_move_by_less_than_a_weight_of_16_bits_can_tell(
+    name: str, precision: Precision, tmp_path: Path
+) -> None:
     kind, make = CASES[name]
     torch.manual_seed(0)
     model = GPT()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    plan = plan_for(model, EVERY_TIER, tmp_path, Precision.BF16, optimizer=kind)
+    plan = plan_for(model, EVERY_TIER, tmp_path, precision, optimizer=kind)
     data = batches(1) * 8
     with engine_for(model, make, plan) as engine:
         losses = run(engine, data)
         after = engine.state_dict()
     assert losses[-1] < losses[0]
-    changed = [n for n in before if not torch.equal(after[n].bfloat16().float(), after[n])]
+    changed = [n for n in before if not torch.equal(after[n].to(weight_dtype(precision)).float(), after[n])]
     assert changed
 
 
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.FP16])
 @pytest.mark.parametrize("name", CASES)
-def test_resumed_training_is_the_undisturbed_training(name: str, tmp_path: Path) -> None:
+def test_resumed_training_is_the_undisturbed_training(name: str, precision: Precision, tmp_path: Path) -> None:
     kind, make = CASES[name]
     torch.manual_seed(0)
     data = batches(8)
     model = GPT()
-    with engine_for(model, make, plan_for(model, EVERY_TIER, tmp_path, optimizer=kind)) as engine:
+    with engine_for(model, make, plan_for(model, EVERY_TIER, tmp_path, precision, optimizer=kind)) as engine:
         run(engine, data[:4])
-        path = checkpoint.save(engine, tmp_path / "checkpoints", {})
+        path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
         undisturbed = run(engine, data[4:])
-    assert checkpoint.read_manifest(path)["optimizer"] == kind
+    assert checkpoint.checked(path).optimizer == kind
     again = GPT()
-    with engine_for(again, make, plan_for(again, EVERY_TIER[2:], tmp_path, optimizer=kind)) as engine:
-        checkpoint.load(engine, path)
+    with engine_for(again, make, plan_for(again, EVERY_TIER[2:], tmp_path, precision, optimizer=kind)) as engine:
+        engine.load_checkpoint(tmp_path / "checkpoints")
         assert run(engine, data[4:]) == pytest.approx(undisturbed, rel=1e-5)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     model = GPT(layers=1)
     with engine_for(model, CASES["adam"][1], plan_for(model, (EVERY_TIER[0],), optimizer=OptimizerKind.ADAM)) as engine:
-        path = checkpoint.save(engine, tmp_path, {})
+        run(engine, batches(1))
+        engine.save_checkpoint(tmp_path).wait()
     other = GPT(layers=1)
-    with (
-        engine_for(other, CASES["lion"][1], plan_for(other, (EVERY_TIER[0],), optimizer=OptimizerKind.LION)) as engine,
-        pytest.raises(CheckpointError, match="was trained with adam, and the plan is for lion"),
-    ):
-        checkpoint.load(engine, path)
+    with engine_for(other, CASES["lion"][1], plan_for(other, (EVERY_TIER[0],), optimizer=OptimizerKind.LION)) as engine:
+        before = engine.state_dict()
+        with pytest.raises(CheckpointError, match="was trained with adam, and the plan is for lion"):
+            engine.load_checkpoint(tmp_path)
+        assert engine.global_step == 0
+        assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state_dict().items())
+
+
+def test_a_checkpoint_that_names_no_optimizer_is_of_adamw(tmp_path: Path) -> None:
+    (tmp_path / checkpoint.TRAINING).write_text("{}")
+    assert checkpoint.Checkpoint(tmp_path, {}).optimizer == OptimizerKind.ADAMW
 
 
 @pytest.mark.parametrize("placement", [(G, G, N), (H, H, N), (N, H, N)])
@@ -149,26 +161,28 @@ def test_what_has_no_state_keeps_none_on_disk(placement: tuple, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "fp32", "bf16"),
+    ("kind", "fp32", "bf16", "fp16"),
     [
-        (OptimizerKind.ADAMW, 8, 10),
-        (OptimizerKind.ADAM, 8, 10),
-        (OptimizerKind.LION, 4, 6),
-        (OptimizerKind.SGD_MOMENTUM, 4, 6),
-        (OptimizerKind.ADAGRAD, 4, 6),
-        (OptimizerKind.SGD, 0, 2),
+        (OptimizerKind.ADAMW, 8, 10, 12),
+        (OptimizerKind.ADAM, 8, 10, 12),
+        (OptimizerKind.LION, 4, 6, 8),
+        (OptimizerKind.SGD_MOMENTUM, 4, 6, 8),
+        (OptimizerKind.ADAGRAD, 4, 6, 8),
+        (OptimizerKind.SGD, 0, 2, 4),
     ],
 )
-def test_state_is_the_remainder_and_the_moments(kind: OptimizerKind, fp32: int, bf16: int) -> None:
+def test_state_is_moments_and_what_masters_need_more(kind: OptimizerKind, fp32: int, bf16: int, fp16: int) -> None:
     assert state_bytes(100, StateFormat(Precision.FP32, kind)) == 100 * fp32
     assert state_bytes(100, StateFormat(Precision.BF16, kind)) == 100 * bf16
+    assert state_bytes(100, StateFormat(Precision.FP16, kind)) == 100 * fp16
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
 @pytest.mark.parametrize("name", CASES)
-def test_the_engine_allocates_what_was_counted(name: str, tmp_path: Path) -> None:
+def test_the_engine_allocates_what_was_counted(name: str, precision: Precision, tmp_path: Path) -> None:
     kind, make = CASES[name]
     model = GPT()
-    plan = plan_for(model, EVERY_TIER, tmp_path, Precision.BF16, optimizer=kind)
+    plan = plan_for(model, EVERY_TIER, tmp_path, precision, optimizer=kind)
     with engine_for(model, make, plan) as engine:
         shapes = [state.unit.shape for state in engine.states]
         needed = footprint(shapes, plan.placements, plan.buckets, plan.state_format)

@@ -189,10 +189,11 @@ def test_recompute_and_a_shared_update_change_nothing(tmp_path: Path) -> None:
     assert_all_train_alike(2, cases, tmp_path)
 
 
-def test_in_bf16_the_stage_changes_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
+def test_in_half_precision_the_stage_changes_no_bit(precision: Precision, tmp_path: Path) -> None:
     """Two ranks add two numbers, in any order: whatever is divided, sums and updates are the same."""
     cases = [
-        Case(stage, PLACEMENTS[kept], precision=Precision.BF16, max_norm=None)
+        Case(stage, PLACEMENTS[kept], precision=precision, max_norm=None)
         for stage, kept in ((0, "gpu"), (1, "gpu"), (2, "mixed"), (3, "mixed"), (3, "nvme"))
     ]
     first, *others = on_ranks(2, many, cases, str(tmp_path))[0]

@@ -63,7 +63,7 @@ def exact(weight: np.ndarray, gradient: np.ndarray, m: np.ndarray, v: np.ndarray
 
 @compiled
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3000), st.sampled_from(list(Precision)), HOWS, st.floats(1e-3, 1.0))
+@given(st.integers(1, 3000), st.sampled_from([Precision.FP32, Precision.BF16]), HOWS, st.floats(1e-3, 1.0))
 def test_one_update_is_torchs_within_the_rounding_of_a_root(
     elements: int, precision: Precision, how: AdamWStep, clip: float
 ) -> None:

@@ -203,6 +203,12 @@ def test_another_precision_than_the_profiles_is_refused(memplan: Command, saved:
     assert memplan("plan", saved, *TWO_GPUS, "--precision", "bf16").code == 0
 
 
+def test_fp16_is_trained_in_but_not_planned_for_yet(memplan: Command, saved: Path) -> None:
+    done = memplan("plan", saved, *TWO_GPUS, "--precision", "fp16")
+    assert done.code == 2
+    assert "plans in fp16 are not made yet" in done.err.replace("\n", " ")
+
+
 def test_a_sequence_length_beside_a_profile_is_refused(memplan: Command, saved: Path) -> None:
     done = memplan("plan", saved, *TWO_GPUS, "--seq", 128)
     assert done.code == 2

@@ -14,7 +14,7 @@ from memplan.memory import ChainTables, Counts, chain_order
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE, PassSeconds
 from memplan.pipeline import step_seconds, timeline
 from memplan.quick_rates import REFERENCE
-from memplan.rates import Curve, Rates
+from memplan.rates import PLANNED, Curve, Rates
 from memplan.sharding import Sharding
 from memplan.work import StepWork
 from offload.plan import Buckets, Precision, StateFormat
@@ -86,7 +86,7 @@ def small(seed: int) -> tuple[StepWork, Counts]:
         nvme_write_bytes_per_second=10 ** r.uniform(5, 6.5),
     )
     buckets = Buckets(prefetch_units=r.choice([1, 2]), update_elements=r.choice([1 << 14, 1 << 16, 1 << 20]))
-    precision = r.choice(list(Precision))
+    precision = r.choice(PLANNED)
     work = work_of(shapes, seconds, rest, buckets, r.randint(1, 5), precision=precision, rates=rates)
     return work, counts_for(r, len(shapes))
 

@@ -5,11 +5,12 @@ import torch
 
 from memplan.errors import MachineError
 from memplan.quick_rates import REFERENCE, measure_rates, rates_of
+from memplan.rates import PLANNED
 from offload.plan import Precision
 from tests.synthetic_profiles import machine_of
 
 
-@pytest.mark.parametrize("precision", Precision)
+@pytest.mark.parametrize("precision", PLANNED)
 def test_every_measured_rate_is_positive_and_leaves_no_file(tmp_path, precision):
     machine = replace(machine_of(1 << 30, 1 << 30, 1 << 30), nvme_dir=tmp_path)
     rates = measure_rates(machine, precision)
@@ -32,7 +33,7 @@ def test_a_described_machine_gets_the_reference_and_says_so():
     machine = replace(machine_of(1 << 30, 1 << 30, device="cuda"), described=True)
     assert rates_of(machine, Precision.BF16) is REFERENCE
     assert "H200" in REFERENCE.source
-    assert set(REFERENCE.compute_flops_per_second) == set(Precision)
+    assert set(REFERENCE.compute_flops_per_second) == set(PLANNED)
 
 
 @pytest.mark.gpu

@@ -259,6 +259,11 @@ def _on_note(view: RunView, event: Event) -> RunView:
     return _noted(view, event, message) if message else view
 
 
+def _on_warning(view: RunView, event: Event) -> RunView:
+    message = _text(event, "message")
+    return _noted(view, event, f"warning: {message}") if message else view
+
+
 def _on_end(view: RunView, event: Event) -> RunView:
     end = End(_text(event, "reason") or "ended", _whole(event, "step"), _text(event, "message"))
     return replace(view, end=end, now=Now(view.now.step))
@@ -276,6 +281,7 @@ _HANDLERS: dict[str, Callable[[RunView, Event], RunView]] = {
     "step": _on_step,
     "checkpoint": _on_checkpoint,
     "note": _on_note,
+    "warning": _on_warning,
     "end": _on_end,
 }
 

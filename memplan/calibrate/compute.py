@@ -21,7 +21,7 @@ def compute(device: torch.device) -> Part:
     flops[Precision.AMP] = flops[Precision.BF16]
     memory, call = device_bytes_per_second(kind), call_seconds(kind)
     head = ("forward and backward of a feed-forward block", "")
-    rows = [(f"{precision.value}", f"{flops[precision] / 1e12:.3g} TFLOP/s") for precision in Precision]
+    rows = [(f"{precision.value}", f"{flops[precision] / 1e12:.3g} TFLOP/s") for precision in flops]
     rows += [("device memory, read and written", gigabytes(memory)), ("a module's call", f"{call * 1e6:.3g} µs")]
     rates = {"compute_flops_per_second": flops, "device_bytes_per_second": memory, "call_seconds": call}
     return Part(rates, {"compute": (head, *rows)})

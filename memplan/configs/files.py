@@ -9,7 +9,8 @@ from memplan.configs.huggingface import huggingface_deepspeed, huggingface_fsdp2
 from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
 from memplan.configs.torchrun import launch_script
 from memplan.configs.torchtitan import torchtitan_module
-from offload.plan import Plan, Target
+from offload.errors import PlanError
+from offload.plan import Plan, Precision, Target
 from profiler.profile import ModelProfile
 
 NOTES = "NOTES.md"
@@ -34,8 +35,10 @@ def configurations(plan: Plan, block_classes: Sequence[str] = ()) -> dict[str, s
 
     What a target can not express stands in a comment in its file, or where JSON has none in ``NOTES.md``.
     ``block_classes`` are the class names of the model's blocks (``block_classes_of``), which FSDP2 asks for; a model of
-    transformers is known without.
+    transformers is known without. Raises PlanError for a plan in fp16.
     """
+    if plan.precision is Precision.FP16:
+        raise PlanError("plans in fp16 are for memplan's own engine only: there are no configurations of others for it")
     files, notes = {"launch.sh": launch_script(plan)}, {}
     if plan.target is not Target.FSDP2:
         config, notes["ds_config.json"] = ds_config(plan)

@@ -1,0 +1,79 @@
+"""The checkpoints of a run: when one is due, what is told of it, and which one a resumed run goes on from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offload import checkpoint
+from offload.checkpoint import Checkpoint
+from offload.engine import Engine
+from offload.errors import CheckpointError
+from offload.events import EventLog
+from offload.saver import Saving
+
+
+class RunCheckpoints:
+    """Saves beside the training every so many steps, and at the end. One that fails is a warning, but for the last."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        every: int | None,
+        keep: int,
+        events: EventLog,
+        say: Callable[[str], None],
+    ) -> None:
+        self._engine, self._directory, self._every, self._keep = engine, directory, every, keep
+        self._events, self._say = events, say
+        self._saving: Saving | None = None
+        self._begun_at = engine.global_step
+
+    def after_step(self, client_state: dict[str, Any]) -> None:
+        """Begin a checkpoint where one is due, and none is being written; tell of one that has ended."""
+        if self._saving is not None and self._saving.done:
+            self._tell(self._saving)
+            self._saving = None
+        step = self._engine.global_step
+        if self._every is not None and self._saving is None and step // self._every > self._begun_at // self._every:
+            self._begin(client_state)
+
+    def finish(self, client_state: dict[str, Any]) -> Path:
+        """The path of a checkpoint of where the run is now; raises CheckpointError."""
+        if (before := self._saving) is not None:
+            before.settle()
+            self._tell(before)
+            if before.step == self._engine.global_step and before.error is None:
+                return before.path
+        saving = self._begin(client_state)
+        path = saving.wait()
+        self._tell(saving)
+        return path
+
+    def _begin(self, client_state: dict[str, Any]) -> Saving:
+        self._begun_at = self._engine.global_step
+        self._saving = self._engine.save_checkpoint(self._directory, client_state=client_state, keep=self._keep)
+        return self._saving
+
+    def _tell(self, saving: Saving) -> None:
+        if (error := saving.error) is not None:
+            self._events.write("warning", step=saving.step, message=str(error))
+            self._say(f"warning: {error}")
+        else:
+            written = {"seconds": saving.seconds, "bytes": saving.size_bytes}
+            self._events.write("checkpoint", step=saving.step, path=str(saving.path), **written)
+
+
+def to_resume(directory: Path, micro_batch_size: int) -> tuple[Checkpoint, list[str]]:
+    """The newest checkpoint that is whole, and a sentence for each newer one that is damaged.
+
+    Raises CheckpointError where there is none, or its data can not go on with this micro-batch.
+    """
+    found, damaged = checkpoint.newest_whole(directory)
+    used = found.training["client_state"]["micro_batch_size"]
+    if used != micro_batch_size:
+        raise CheckpointError(
+            f"{found.path} was trained in micro-batches of {used}, the plan has {micro_batch_size}: "
+            "the data could not go on where it was; keep the micro-batch"
+        )
+    return found, [f"{sentence}; going on from {found.path.name}, the one before" for sentence in damaged]

@@ -1,0 +1,183 @@
+"""A checkpoint back into an engine, of whatever plan: parameters are put together from the files of all ranks."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from offload.checkpoint import REST, Checkpoint, rank_file
+from offload.contents import Contents
+from offload.errors import CheckpointError
+from offload.plain import restored
+from offload.randomness import restore_random_states
+from offload.snapshot import WEIGHT
+from offload.unit import Field
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
+
+
+RANDOM = "random"
+"""What keys of a rank's file begin with that are of no parameter."""
+
+
+class _Span(NamedTuple):
+    start: int
+    stop: int
+    key: str
+    file: Any
+    """A ``safe_open`` of the file."""
+
+
+class CheckpointTensors:
+    """The tensors of a checkpoint, whichever rank wrote which elements of them. Raises CheckpointError."""
+
+    def __init__(self, found: Checkpoint) -> None:
+        self.path = found.path
+        self._opened = ExitStack()
+        self._spans: dict[tuple[str, str], list[_Span]] = {}
+        try:
+            for file in found.rank_files():
+                self._add(self._open(file))
+            self._rest = self._open(found.path / REST)
+        except BaseException:
+            self._opened.close()
+            raise
+        for spans in self._spans.values():
+            spans.sort(key=lambda span: span.start)
+
+    def read_into(self, target: torch.Tensor, kind: str, name: str, start: int = 0) -> None:
+        """Fill a flat tensor with elements of a parameter's ``kind`` (``WEIGHT`` or a moment), from ``start`` on."""
+        done, stop = start, start + target.numel()
+        for span in self._spans.get((kind, name), ()):
+            a, b = max(done, span.start), min(stop, span.stop)
+            if a < b and span.start <= done:
+                target[a - start : b - start].copy_(self._slice(span, a, b))
+                done = b
+        if done < stop:
+            raise CheckpointError(
+                f"{self.path} lacks elements of {kind} of {name} from {done} on; "
+                "it was made of another model, or with that parameter frozen"
+            )
+
+    def names(self) -> set[str]:
+        """Of the parameters."""
+        return {name for kind, name in self._spans if kind == WEIGHT}
+
+    def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What no unit owns: ``buffer/NAME`` and ``parameter/NAME``."""
+        for key in self._rest.keys():  # noqa: SIM118 - it is no dict
+            yield key, self._rest.get_tensor(key)
+
+    def random_states(self, rank: int) -> dict[str, torch.Tensor]:
+        """Those of a rank's generators by their name; empty where there was no such rank."""
+        file = self.path / rank_file(rank)
+        if not file.exists():
+            return {}
+        opened = self._open(file)
+        keys = [key for key in opened.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{RANDOM}/"): opened.get_tensor(key) for key in keys}
+
+    def _slice(self, span: _Span, start: int, stop: int) -> torch.Tensor:
+        if (start, stop) == (span.start, span.stop):
+            return span.file.get_tensor(span.key)
+        return span.file.get_slice(span.key)[start - span.start : stop - span.start]
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._opened.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} can not be read: {error}") from error
+
+    def _add(self, file: Any) -> None:
+        for key in file.keys():  # noqa: SIM118
+            kind, start, *name = key.split("/", 2)
+            if kind != RANDOM:
+                elements = file.get_slice(key).get_shape()[0]
+                span = _Span(int(start), int(start) + elements, key, file)
+                self._spans.setdefault((kind, name[0]), []).append(span)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._opened.close()
+
+
+def load(engine: "Engine", found: Checkpoint) -> Any:
+    """Restore the engine, its scheduler and the random states; returns the ``client_state``.
+
+    Raises CheckpointError, before anything is changed, where it is of another model or optimizer.
+    """
+    training = found.training
+    with CheckpointTensors(found) as tensors:
+        _check_fits(engine, found, tensors)
+        engine.finish()
+        engine.zero_grad()
+        for state in engine.states:
+            whole = Contents.zeros(state, engine.plan.optimizer)
+            for field in state.unit.fields:
+                _read(field, whole, tensors)
+            engine.replace(state, whole)
+        parts = {f"buffer/{name}": b for name, b in engine.model.named_buffers()}
+        parts |= {f"parameter/{name}": p for name, p in engine.model.named_parameters()}
+        with torch.no_grad():
+            for key, tensor in tensors.rest():
+                parts[key].copy_(tensor)
+        ranks = next((state.ranks for state in engine.states), None)
+        random_states = tensors.random_states(ranks.rank if ranks is not None else 0)
+    engine.global_step = found.step
+    engine.hyperparameters.steps = dict(training["parameter_steps"])
+    if engine.loss_scale is not None and training.get("loss_scale") is not None:
+        engine.loss_scale.load_state_dict(training["loss_scale"])
+    engine.early_updates.restored()
+    for group, saved in zip(engine.optimizer.param_groups, training["groups"], strict=True):
+        group.update(restored(saved))
+    if engine.lr_scheduler is not None and training["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(restored(training["scheduler"]))
+    restore_random_states(random_states, engine.device)
+    return restored(training["client_state"])
+
+
+def _read(field: Field, whole: Contents, tensors: CheckpointTensors) -> None:
+    span = slice(field.start, field.stop)
+    tensors.read_into(whole.weights[span], WEIGHT, field.name)
+    if field.trainable:
+        for kind, moments in whole.moments.items():
+            tensors.read_into(moments[span], kind, field.name)
+
+
+def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors) -> None:
+    """Raise CheckpointError unless everything that will be read is there in the shape it must have."""
+    if found.optimizer != engine.plan.optimizer:
+        raise CheckpointError(
+            f"{found.path} was trained with {found.optimizer}, and the plan is for {engine.plan.optimizer}: the state "
+            "of one is none for the other; go on with the optimizer that it was begun with"
+        )
+    saved = found.training["parameters"]
+    fields = {f.name: f for state in engine.states for f in state.unit.fields}
+    if differing := saved.keys() ^ fields.keys():
+        raise CheckpointError(f"{found.path} is of another model: parameter {min(differing)} is in only one of the two")
+    for name, field in fields.items():
+        if saved[name]["shape"] != list(field.shape):
+            raise CheckpointError(
+                f"{found.path} is of another model: {name} is {saved[name]['shape']}, not {list(field.shape)}"
+            )
+        if field.trainable and not saved[name]["trainable"]:
+            raise CheckpointError(f"{found.path} was made with {name} frozen, so it has no optimizer state of it")
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.rest()}
+    here = {f"buffer/{name}": list(b.shape) for name, b in engine.model.named_buffers()}
+    here |= {f"parameter/{name}": list(p.shape) for name, p in engine.model.named_parameters() if name not in fields}
+    for key in sorted(here.keys() | shapes.keys()):
+        if here.get(key) != shapes.get(key):
+            raise CheckpointError(
+                f"{found.path} is of another model: {key.replace('/', ' ')} is {shapes.get(key, 'not in it')}, "
+                f"and {here.get(key, 'not')} in the model"
+            )
+    groups, groups_here = len(found.training["groups"]), len(engine.optimizer.param_groups)
+    if groups != groups_here:
+        raise CheckpointError(f"{found.path} was made with {groups} parameter groups, the optimizer has {groups_here}")
