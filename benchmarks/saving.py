@@ -2,9 +2,10 @@
 
     python -m benchmarks.saving --blocks 12
 
-Trains examples/gpt.py by the plan of ``make demo`` (state in all three tiers). Blocks of ten steps with a save at
+Trains examples/gpt.py by the plan of ``make demo`` (state in all three tiers). Blocks of five steps with a save at
 their beginning and without one take turns, so that what else the machine does falls on both; the difference of their
-medians is the cost of one save. Writes results/saving.json.
+medians is the cost of one save, in seconds on the clock and of all the process's threads on the cores; what the disk
+is busy with costs only the first. Writes results/saving.json.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from offload.engine import Engine
 from profiler.contract import call_model
 from profiler.source import load_source
 
-BLOCK, EVERY = 10, 50
+BLOCK, EVERY = 5, 50
 """Steps of a block, and between two checkpoints in the figure that is wanted."""
 
 
@@ -43,7 +44,7 @@ def main() -> None:
         with Engine(model, plan, optimizer, max_grad_norm=1.0) as engine:
 
             def block(saves: bool) -> None:
-                began, saving = time.perf_counter(), None
+                began, began_cpu, saving = time.perf_counter(), time.process_time(), None
                 if saves:
                     saving = engine.save_checkpoint(Path(folder) / "checkpoints", keep=2)
                 for _ in range(BLOCK * plan.gradient_accumulation_steps):
@@ -55,21 +56,26 @@ def main() -> None:
                 if saving is not None:
                     assert saving.path.name == step_tag(row["first_step"])
                     saving.wait()
+                row["cpu_seconds"] = time.process_time() - began_cpu
+                if saving is not None:
                     row |= {"saving_seconds": saving.seconds, "copied_seconds": saving.copied_seconds}
                     row |= {"bytes": saving.size_bytes, "staging_bytes": saving.staging_bytes}
                 rows.append(row)
+                print(row, flush=True)
 
             block(saves=False)
             rows.clear()  # the first steps are not like the others
             for number in range(2 * wishes.blocks):
                 block(saves=bool(number % 2))
-    kinds = {saves: statistics.median(r["seconds"] for r in rows if r["saves"] is saves) for saves in (False, True)}
-    step_seconds = kinds[False] / BLOCK
-    cost = kinds[True] - kinds[False]
-    facts = {
-        "step_seconds": step_seconds,
-        "seconds_of_a_save": cost,
-        "share_of_training_at_every_50_steps": cost / (EVERY * step_seconds),
+    facts = {}
+    for what in ("seconds", "cpu_seconds"):
+        without, beside = (statistics.median(r[what] for r in rows if r["saves"] is saves) for saves in (False, True))
+        facts[what] = {
+            "of_a_step": without / BLOCK,
+            "of_a_save": beside - without,
+            "share_at_every_50_steps": (beside - without) / (EVERY * without / BLOCK),
+        }
+    facts |= {
         "tiers": sorted({t for p in plan.placements for t in (p.parameters, p.optimizer)}),
     }
     print(save("saving", rows, **facts))

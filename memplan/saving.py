@@ -31,11 +31,14 @@ class RunCheckpoints:
 
     def after_step(self, client_state: dict[str, Any]) -> None:
         """Begin a checkpoint where one is due, and none is being written; tell of one that has ended."""
-        if self._saving is not None and self._saving.done:
-            self._tell(self._saving)
+        step, saving = self._engine.global_step, self._saving
+        due = self._every is not None and step // self._every > self._begun_at // self._every
+        # Several ranks begin in the same step, so none may go by when it saw the one before end.
+        if saving is not None and (saving.done or (due and self._engine.plan.gpus > 1)):
+            saving.settle()
+            self._tell(saving)
             self._saving = None
-        step = self._engine.global_step
-        if self._every is not None and self._saving is None and step // self._every > self._begun_at // self._every:
+        if due and self._saving is None:
             self._begin(client_state)
 
     def finish(self, client_state: dict[str, Any]) -> Path:
