@@ -243,7 +243,11 @@ def test_the_call_lets_go_of_the_interpreter_lock() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: f"{form.precision}-{form.optimizer}")
+@pytest.mark.parametrize(
+    "form",
+    [*FORMS, *(StateFormat(Precision.FP16, kind) for kind in OptimizerKind)],
+    ids=lambda form: f"{form.precision}-{form.optimizer}",
+)
 def test_the_compiled_update_agrees_with_torchs_and_is_used_beside_a_gpu(form: StateFormat) -> None:
     update = native_update()
     assert update is not None
