@@ -31,6 +31,7 @@ from offload.updater import Updater
 
 UNIT_ELEMENTS = 1 << 26
 """Of one unit: a block of some billion-parameter models."""
+CORES = torch.get_num_threads()
 FORM = StateFormat(Precision.BF16)
 HOW = HOWS[FORM.optimizer]
 
@@ -65,7 +66,8 @@ class Bench:
     @contextmanager
     def updater(self, share: float, *, in_torch: bool) -> Iterator[Updater]:
         """With this share for the device; ``in_torch`` by torch's own operations on the host."""
-        names = ("update", update_threads(self.device)), ("down", 1), ("up", 1), ("streamed", 1)
+        threads = update_threads(self.device) if self.device.type == "cuda" else CORES
+        names = ("update", threads), ("down", 1), ("up", 1), ("streamed", 1)
         lanes = {name: Lane(name, self.device, threads) for name, threads in names}
         size = Buckets().update_elements
         streamed = None
@@ -73,7 +75,8 @@ class Bench:
             streamed = StreamedUpdate(FORM, size, share, self.device, lanes["streamed"])
         links = lanes["update"], lanes["down"], lanes["up"]
         updater = Updater(FORM, *links, None, [self.arena.take(0)] * 3, streamed, self.device)
-        updater._update_on_host = update_in_torch if in_torch else host_update(self.device, FORM)
+        # Where there is no GPU: what would be used beside one.
+        updater._update_on_host = update_in_torch if in_torch else host_update(torch.device("cuda"), FORM)
         try:
             yield updater
         finally:
