@@ -17,9 +17,9 @@ from torch import nn
 
 from benchmarks.common import save
 from offload.arena import Arena
-from offload.arithmetic import host_update
-from offload.optimizer import AdamWStep, update_in_torch
-from offload.plan import Buckets, Placement, Precision, Tier
+from offload.arithmetic import HOWS, host_update
+from offload.optimizer import update_in_torch
+from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
 from offload.residency import chunks, state_bytes
 from offload.setup import update_threads
 from offload.state import UnitState, carve_state
@@ -32,7 +32,8 @@ from offload.updater import Updater
 UNIT_ELEMENTS = 1 << 26
 """Of one unit: a block of some billion-parameter models."""
 CORES = torch.get_num_threads()
-HOW = AdamWStep(learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
+FORM = StateFormat(Precision.BF16)
+HOW = HOWS[FORM.optimizer]
 
 
 def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
@@ -45,7 +46,7 @@ def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
         (unit,) = partition(module, [Placement("", Tier.HOST, Tier.HOST, Tier.HOST)])
         weights, gradients = (arena.take(size * 2).view(torch.bfloat16) for _ in range(2))
         gradients.fill_(1e-2)
-        state = carve_state(arena.take(size * state_bytes(Precision.BF16)), size, Precision.BF16)
+        state = carve_state(arena.take(state_bytes(size, FORM)), size, FORM)
         spans = chunks(size, Buckets().update_elements)
         found.append(UnitState(unit, spans, spans, host_weights=weights, host_gradients=gradients, host_state=state))
     return found
@@ -56,7 +57,7 @@ class Bench:
 
     def __init__(self, elements: int, device: torch.device) -> None:
         self.device, self.elements = device, elements
-        self.arena = Arena(elements * (4 + state_bytes(Precision.BF16)) + (1 << 20), device)
+        self.arena = Arena(4 * elements + state_bytes(elements, FORM) + (1 << 20), device)
         self.units = units_on_host(elements, self.arena)
         self.arena.pin()
         self.weights = [u.host_weights for u in self.units if u.host_weights is not None]
@@ -71,11 +72,11 @@ class Bench:
         size = Buckets().update_elements
         streamed = None
         if share:
-            streamed = StreamedUpdate(Precision.BF16, size, share, self.device, lanes["streamed"])
+            streamed = StreamedUpdate(FORM, size, share, self.device, lanes["streamed"])
         links = lanes["update"], lanes["down"], lanes["up"]
-        updater = Updater(Precision.BF16, *links, None, [self.arena.take(0)] * 3, streamed, self.device)
+        updater = Updater(FORM, *links, None, [self.arena.take(0)] * 3, streamed, self.device)
         # Where there is no GPU: what would be used beside one.
-        updater._update_on_host = update_in_torch if in_torch else host_update(torch.device("cuda"))
+        updater._update_on_host = update_in_torch if in_torch else host_update(torch.device("cuda"), FORM)
         try:
             yield updater
         finally:

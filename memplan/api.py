@@ -18,7 +18,7 @@ from memplan.search import precision_of
 from memplan.units import units_of
 from offload.chunked_loss import in_chunks
 from offload.engine import Engine
-from offload.plan import Plan, Precision, Target
+from offload.plan import OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.device import find_device
 from profiler.errors import ProfilerError
@@ -38,19 +38,22 @@ def plan(
     batch_size: int | None = None,
     rates: Rates | None = None,
     target: Target = Target.MEMPLAN,
+    optimizer: OptimizerKind | None = None,
 ) -> Plan:
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
     ``batch_size`` is the samples of one optimizer step, by default those of the profile on every GPU; the precision is
     the profile's. ``rates`` are by default those of the machine's calibration, or measured in about two seconds where
-    it is here. ``target`` is the engine that will train. Raises NothingFits, and PlanningError for a
-    precision that the engine does not train in.
+    it is here. ``target`` is the engine that will train, ``optimizer`` what with: by default what the profile was made
+    with, or AdamW. Raises NothingFits, and PlanningError for a precision that the engine does not train in.
     """
     machine = machine or detect()
     precision = precision_of(profile)
     size = profile.batch_size * machine.gpus if batch_size is None else batch_size
     rates = rates or rates_of(machine, precision)
-    found = search_plan(profile, machine, rates, batch_size=size, precision=precision, target=target)
+    found = search_plan(
+        profile, machine, rates, batch_size=size, precision=precision, target=target, optimizer=optimizer
+    )
     problems = audit(found, units_of(profile))
     assert not problems, problems
     return found
@@ -95,7 +98,8 @@ def initialize(
 
     ``weights`` is a safetensors file, or a folder with one or with shards, to start from. Parameters on meta
     (``on_meta``) become real unit by unit: read from there, or else by the model's own initialisation.
-    ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters, by default one with torch's defaults.
+    ``optimizer`` is one of torch's, or ``offload.lion.Lion``, over the model's parameters, of the kind that the plan
+    names; by default one with its own defaults.
     ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
     dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
     ``grad_scaler`` has the rules of fp16's loss scale, by default torch's; ``update_in_backward`` is described at

@@ -94,9 +94,11 @@ def _differs(tier: str, counted: int, predicted: int) -> list[str]:
     return [f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}"]
 
 
-def _sizes(precision: Precision) -> tuple[int, int]:
+def _sizes(plan: Plan) -> tuple[int, int]:
     """Bytes an element of a weight (and a gradient), and of the rest of the optimizer's state."""
-    return {Precision.BF16: (2, 2 + 4 + 4), Precision.FP16: (2, 4 + 4 + 4)}.get(precision, (4, 4 + 4))
+    moments = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "sgd-momentum": 1, "adagrad": 1}[plan.optimizer]
+    weight, rest = {Precision.BF16: (2, 2), Precision.FP16: (2, 4)}.get(plan.precision, (4, 0))
+    return weight, rest + 4 * moments
 
 
 def _pages(size: int) -> int:
@@ -104,7 +106,7 @@ def _pages(size: int) -> int:
 
 
 def _host_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
-    weight, rest = _sizes(plan.precision)
+    weight, rest = _sizes(plan)
     total = largest_update = largest_read = 0
     for r in ranks:
         p, chunk = r.placement, min(r.state, plan.buckets.update_elements)
@@ -132,7 +134,7 @@ def _host_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
 
 
 def _nvme_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
-    weight, rest = _sizes(plan.precision)
+    weight, rest = _sizes(plan)
     chunk, total = plan.buckets.update_elements, 0
     for r in ranks:
         for on_disk, elements, size in (
@@ -147,7 +149,7 @@ def _nvme_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
 
 def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     """What stays, and the slots through which the others pass."""
-    weight, rest = _sizes(plan.precision)
+    weight, rest = _sizes(plan)
     elements, ring = 0, plan.buckets.prefetch_units + 1
     for r in ranks:
         elements += weight * r.weights * (r.placement.parameters is Tier.GPU)

@@ -73,7 +73,7 @@ def rounded(seconds: float | np.ndarray) -> np.ndarray:
 
 def update_sizes(problem: Problem) -> Iterator[int]:
     """Elements of one chunk to try: as many as its share of the host budget allows, then fewer."""
-    chunk_bytes = 3 * (3 * problem.precision.weight_bytes + state_bytes(problem.precision))
+    chunk_bytes = 3 * (3 * problem.precision.weight_bytes + state_bytes(1, problem.form))
     largest = max((s.elements for s in problem.shapes), default=0)
     size = LARGEST_UPDATE
     while size > SMALLEST_UPDATE and (
@@ -252,7 +252,7 @@ class FamilySearch:
         gradients, parameters = np.mgrid[0 : n + 1, 0 : n + 1]
         resident = t.gpu_bytes(Counts(0, gradients, parameters))
         over = resident + self.upper_bytes - self.problem.budget.gpu_bytes
-        freed = t.state_elements * state_bytes(t.precision)
+        freed = t.state_bytes
         state = np.maximum(np.searchsorted(freed, over), np.maximum(gradients, parameters))
         grid = Counts(state, gradients, parameters)
         excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget

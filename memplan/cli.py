@@ -36,6 +36,7 @@ from memplan.options import (
     File,
     GpuMemory,
     HostMemory,
+    OptimizerOption,
     PrecisionOption,
     Seq,
 )
@@ -141,7 +142,8 @@ def train(
         typer.Option(metavar="DIR[:SIZE]", help="A fast disk's directory; beside a plan, in place of its own."),
     ] = None,
     precision: PrecisionOption = None,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, constant.")] = 3e-4,
+    optimizer: OptimizerOption = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the optimizer, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
     nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; else torchrun's or one.")] = None,
@@ -165,6 +167,7 @@ def train(
                 "--gpu-memory": gpu_memory,
                 "--host-memory": host_memory,
                 "--precision": precision,
+                "--optimizer": optimizer,
             }
             if given := [name for name, wish in wishes.items() if wish is not None]:
                 raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
@@ -180,7 +183,7 @@ def train(
                 remark(machine)
                 console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
                 size = batch_size or max(DEFAULT_BATCH_SIZE, place.world)
-                found = planned_for(source, machine, size, precision).plan
+                found = planned_for(source, machine, size, precision, optimizer=optimizer).plan
                 console.print(show.plan_summary(found))
                 told = json.dumps(found.to_dict())
             chosen = Plan.from_dict(json.loads(told_by_first(told)))

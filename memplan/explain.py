@@ -8,7 +8,7 @@ from memplan.candidates import Candidate, FamilySearch, best_of
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
 from memplan.memory import RESIDENT, Counts
-from memplan.problem import Family, Problem
+from memplan.problem import Family, Problem, profiled_optimizer
 from offload.plan import Alternative, Prediction, Target, Tier
 
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
@@ -46,8 +46,9 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
             f"{format_bytes(problem.budget.host_bytes)} that training may hold there: under memplan.on_meta(), where "
             "memplan train builds it, it is made unit by unit."
         )
-    if not problem.profile.optimizer.startswith("adam"):
-        said.append(f"The profile was made with {problem.profile.optimizer}; the runtime trains with AdamW.")
+    trained_with = problem.form.optimizer
+    if profiled_optimizer(problem.profile) is not trained_with:
+        said.append(f"The profile was made with {problem.profile.optimizer}; the plan trains with {trained_with}.")
     return tuple(said)
 
 

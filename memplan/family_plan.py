@@ -40,4 +40,5 @@ def family_plan(
         checkpoints=way.checkpoints,
         loss_chunks=way.loss_chunks,
         gpu_update_share=gpu_update_share,
+        optimizer=problem.form.optimizer,
     )

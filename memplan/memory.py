@@ -6,14 +6,14 @@ state and parameters on NVMe. Every figure is a difference of prefix sums; count
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Placement, Precision, Tier
+from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
 from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
 
 Ints = Any
@@ -75,15 +75,15 @@ class ChainTables:
         self,
         shapes: Sequence[UnitShape],
         buckets: Buckets,
-        precision: Precision,
+        form: StateFormat,
         sharding: Sharding,
     ) -> None:
         """``shapes`` in the order of the chain."""
         self.units = len(shapes)
-        self.precision = precision
+        self.form = form
         shards = sharding.shards
         shapes = [s.padded(shards) for s in shapes]
-        w, s8 = precision.weight_bytes, state_bytes(precision)
+        w = form.precision.weight_bytes
         whole, trained = [s.elements for s in shapes], [s.trainable_elements for s in shapes]
         away = [shards.weights(n, Tier.HOST) for n in whole]
         gradient, state = [shards.gradients(n) for n in trained], [shards.state(n) for n in trained]
@@ -91,6 +91,7 @@ class ChainTables:
         self.away_elements = _prefix(away)
         self.gradient_elements = _prefix(gradient)
         self.state_elements = _prefix(state)
+        self.state_bytes = _prefix([state_bytes(n, form) for n in state])
         self.slot_elements = _slots(shapes, whole, buckets.prefetch_units + 1, root_apart=True)
         if not shards.on_device(Tier.GPU):
             self.slot_elements[:] = self.slot_elements[-1]
@@ -100,13 +101,13 @@ class ChainTables:
         self.host_parameters = _prefix([aligned(n * w, BLOCK_BYTES) for n in away])
         self.host_mirrors = _prefix([aligned(n * w, BLOCK_BYTES) for n in state])
         self.host_gradients = _prefix([aligned(n * w, BLOCK_BYTES) for n in gradient])
-        self.host_state = _prefix([aligned(n * s8, BLOCK_BYTES) for n in state])
-        self.nvme_state = _prefix([extent_bytes(n, s8, buckets) for n in state])
-        self.nvme_parameters = _prefix([extent_bytes(n, w, buckets) for n in away])
+        self.host_state = _prefix([aligned(state_bytes(n, form), BLOCK_BYTES) for n in state])
+        self.nvme_state = _prefix([state_extent_bytes(n, form, buckets) for n in state])
+        self.nvme_parameters = _prefix([weight_extent_bytes(n, form.precision, buckets) for n in away])
         # What a chunk of a unit brings through the staging ring, by what of it is on NVMe; late gradients add theirs.
         spans = [min(n, buckets.update_elements) for n in state]
         weight = [aligned(min(n, buckets.update_elements) * w, BLOCK_BYTES) for n in away]
-        state_chunk = [aligned(n * s8, BLOCK_BYTES) for n in spans]
+        state_chunk = [aligned(state_bytes(n, form), BLOCK_BYTES) for n in spans]
         both = [a + b if n else 0 for a, b, n in zip(state_chunk, weight, spans, strict=True)]
         late = [aligned(n * w, BLOCK_BYTES) for n in spans]
         self._staged = [
@@ -117,14 +118,14 @@ class ChainTables:
 
     def gpu_bytes(self, c: Counts) -> Ints:
         """Of one GPU, activations left out."""
-        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
+        w = self.form.precision.weight_bytes
         parameters = (
             self.parameter_elements[-1] - self.parameter_elements[c.parameters] + self.slot_elements[c.parameters]
         )
         gradients = (
             self.gradient_elements[-1] - self.gradient_elements[c.gradients] + self.gradient_slot_elements[c.gradients]
         )
-        return (parameters + gradients) * w + (self.state_elements[-1] - self.state_elements[c.state]) * s8
+        return (parameters + gradients) * w + self.state_bytes[-1] - self.state_bytes[c.state]
 
     def host_bytes(self, c: Counts) -> Ints:
         """Of one rank, staging included."""
@@ -145,10 +146,10 @@ class ChainTables:
 
     def offloaded_bytes(self, c: Counts) -> Ints:
         """Model state that does not live on the GPU; what lives on NVMe counts twice, being further away."""
-        w, s8 = self.precision.weight_bytes, state_bytes(self.precision)
+        w = self.form.precision.weight_bytes
         return (
             (self.away_elements[c.parameters] + self.gradient_elements[c.gradients]) * w
-            + self.state_elements[c.state] * s8
+            + self.state_bytes[c.state]
             + self.nvme_bytes(c)
         )
 
@@ -168,11 +169,21 @@ def _prefix(values: Sequence[int]) -> np.ndarray:
     return np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.int64)))).astype(np.int64)
 
 
-def extent_bytes(elements: int, element_bytes: int, buckets: Buckets) -> int:
-    """Of one unit on NVMe: each chunk is an extent of its own."""
+def weight_extent_bytes(elements: int, precision: Precision, buckets: Buckets) -> int:
+    """Of one unit's weights on NVMe."""
+    return _extent_bytes(elements, lambda n: n * precision.weight_bytes, buckets)
+
+
+def state_extent_bytes(elements: int, form: StateFormat, buckets: Buckets) -> int:
+    """Of one unit's optimizer state on NVMe."""
+    return _extent_bytes(elements, lambda n: state_bytes(n, form), buckets)
+
+
+def _extent_bytes(elements: int, bytes_of: Callable[[int], int], buckets: Buckets) -> int:
+    """Each chunk is an extent of its own."""
     whole, part = divmod(elements, buckets.update_elements)
-    chunk = aligned(buckets.update_elements * element_bytes, BLOCK_BYTES)
-    return whole * chunk + aligned(part * element_bytes, BLOCK_BYTES)
+    chunk = aligned(bytes_of(buckets.update_elements), BLOCK_BYTES)
+    return whole * chunk + aligned(bytes_of(part), BLOCK_BYTES)
 
 
 def _slots(shapes: Sequence[UnitShape], sizes: Sequence[int], ring: int, root_apart: bool) -> np.ndarray:

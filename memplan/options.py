@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from offload.plan import Precision
+from offload.plan import OptimizerKind, Precision
 
 DEFAULT_BATCH_SIZE = 8
 TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
@@ -17,6 +17,9 @@ Seq = Annotated[int | None, typer.Option(min=1, help="Tokens of a sequence (or s
 PrecisionOption = Annotated[
     Precision | None,
     typer.Option(help="fp32; amp: autocast to bf16 over fp32 parameters; bf16: bf16 weights with exact fp32 masters."),
+]
+OptimizerOption = Annotated[
+    OptimizerKind | None, typer.Option(help="What trains; if not given, what the profile was made with, or AdamW.")
 ]
 DESCRIBED = {"rich_help_panel": "The machine, if not this one as it is"}
 MachineName = Annotated[

@@ -29,6 +29,7 @@ from memplan.options import (
     MachineName,
     Nodes,
     Nvme,
+    OptimizerOption,
     PrecisionOption,
     Seq,
 )
@@ -39,7 +40,7 @@ from memplan.show_timeline import timeline_view
 from memplan.show_verdict import verdict_tables
 from memplan.timeline_page import write_timeline_page
 from memplan.train import default_precision
-from offload.plan import Plan, Precision, Target
+from offload.plan import OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.profile import ModelProfile
 from profiler.source import load_source
@@ -76,6 +77,7 @@ def plan(
         Path | None, typer.Option(help="Rates that `memplan calibrate` measured, here or elsewhere.", **DESCRIBED)
     ] = None,
     precision: PrecisionOption = None,
+    optimizer: OptimizerOption = None,
     given: Annotated[
         Path | None,
         typer.Option("--from", metavar="DS_CONFIG", help="Price a ds_config.json of yours, and say what to change."),
@@ -101,12 +103,14 @@ def plan(
     if given is not None:
         if engine is Target.FSDP2:
             raise PlanningError("--from reads a configuration of DeepSpeed; leave --engine fsdp2 out")
+        if optimizer is not None:
+            raise PlanningError("--from reads a configuration that has its optimizer; leave --optimizer out")
         verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
         console.print(verdict_tables(given.name, verdict))
         if verdict.better is None:
             raise typer.Exit(NOTHING_FITS)
     else:
-        found = planned_for(source, there, batch_size, precision, engine, rates)
+        found = planned_for(source, there, batch_size, precision, engine, rates, optimizer)
         console.print(show.plan_tables(found.plan))
     if explain or html is not None:
         shown = explanation_of(found.profile, found.machine, found.rates, found.plan)
@@ -125,6 +129,7 @@ def planned_for(
     precision: Precision | None,
     target: Target = Target.MEMPLAN,
     rates: Rates | None = None,
+    optimizer: OptimizerKind | None = None,
 ) -> Planned:
     """The plan of a model file, or of a profile, for a machine."""
     if precision is not None and precision not in PLANNED:
@@ -141,12 +146,12 @@ def planned_for(
         size = batch_size or source.batch_size * machine.gpus
         check_wishes(machine, size, target)
         rates = rates or rates_of(machine, precision_of(source))
-        return Planned(make_plan(source, machine, size, rates, target), source, machine, rates)
+        return Planned(make_plan(source, machine, size, rates, target, optimizer), source, machine, rates)
     precision, size = precision or default_precision(machine.device), batch_size or DEFAULT_BATCH_SIZE
     check_wishes(machine, size, target)
     rates = rates or rates_of(machine, precision)
     profile = profile_for(source, machine, rates, size, precision)
-    return Planned(make_plan(profile, machine, size, rates, target), profile, machine, rates)
+    return Planned(make_plan(profile, machine, size, rates, target, optimizer), profile, machine, rates)
 
 
 def rates_in(calibration: Path | None, machine: str | None) -> Rates | None:

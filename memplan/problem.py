@@ -13,13 +13,19 @@ from memplan.rates import Rates
 from memplan.sharding import Sharding
 from memplan.units import owner
 from memplan.work import StepWork
-from offload.plan import Buckets, Budget, Precision, Target, Tier
+from offload.plan import Buckets, Budget, OptimizerKind, Precision, StateFormat, Target, Tier
 from offload.residency import UnitShape
 from profiler.profile import ModelProfile
 
 T = TypeVar("T")
 BUILT_BYTES = 4
 """Of one parameter until the model is taken over: models are built in fp32."""
+
+
+def profiled_optimizer(profile: ModelProfile) -> OptimizerKind | None:
+    """The optimizer that a profile was made with, however it is implemented; ``None`` where the engine has it not."""
+    name = profile.optimizer.removesuffix("-fused").removesuffix("-forloop")
+    return OptimizerKind(name) if name in {*OptimizerKind} else None
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,16 @@ class Problem:
     budget: Budget
     """Of each GPU, and of one node's host memory and NVMe."""
     rates: Rates
-    precision: Precision
+    form: StateFormat
     gpu_batch_size: int
     target: Target = Target.MEMPLAN
     _known: dict[object, object] = field(default_factory=dict, init=False, compare=False, repr=False)
     """What was worked out once: many families share it, and so do other budgets."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights and gradients."""
+        return self.form.precision
 
     @property
     def gpus_per_node(self) -> int:
@@ -88,9 +99,7 @@ class Problem:
 
     def tables(self, sharding: Sharding, buckets: Buckets) -> ChainTables:
         """Bytes of every candidate of these."""
-        return self.once(
-            ("tables", sharding, buckets), lambda: ChainTables(self.chain, buckets, self.precision, sharding)
-        )
+        return self.once(("tables", sharding, buckets), lambda: ChainTables(self.chain, buckets, self.form, sharding))
 
     def activations(self, way: Way) -> Activations:
         """Bytes beside the model's state."""
@@ -110,7 +119,7 @@ class Problem:
             self.tables(family.sharding, buckets),
             family.sharding,
             buckets,
-            self.precision,
+            self.form,
             self.passes(family.way),
             family.micro_batches,
             self.rates,

@@ -18,10 +18,11 @@ from memplan.errors import MachineError
 from memplan.gpus import HostLink
 from memplan.machine import Machine
 from memplan.rates import PLANNED, Curve, Rates
+from offload.arithmetic import HOWS
 from offload.errors import TierError
-from offload.optimizer import AdamWStep, update_in_torch
-from offload.plan import Precision
-from offload.residency import state_bytes
+from offload.optimizer import update_in_torch
+from offload.plan import Precision, StateFormat
+from offload.residency import state_bytes, update_traffic_bytes
 from offload.state import carve_state, weight_dtype
 from profiler.device import find_device
 
@@ -138,7 +139,7 @@ def measure_rates(machine: Machine, precision: Precision) -> Rates:
     gpu_update = cpu_update
     if machine.device == "cuda":
         # Weight, gradient and state are read, weight and state written.
-        gpu_update = (3 * precision.weight_bytes + 2 * state_bytes(precision)) / memory
+        gpu_update = update_traffic_bytes(1, StateFormat(precision)) / memory
     name = machine.gpu_name or f"{machine.cores} CPU cores"
     return replace(
         REFERENCE,
@@ -170,9 +171,9 @@ def _update_seconds_per_element(precision: Precision) -> float:
     """The runtime's own update, over state that is larger than the caches."""
     dtype = weight_dtype(precision)
     weight, gradient = torch.rand(UPDATE_ELEMENTS).to(dtype), torch.rand(UPDATE_ELEMENTS).to(dtype)
-    raw = torch.zeros(UPDATE_ELEMENTS * state_bytes(precision), dtype=torch.uint8)
-    state = carve_state(raw, UPDATE_ELEMENTS, precision)
-    how = AdamWStep(learning_rate=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
+    form = StateFormat(precision)
+    raw = torch.zeros(state_bytes(UPDATE_ELEMENTS, form), dtype=torch.uint8)
+    state, how = carve_state(raw, UPDATE_ELEMENTS, form), HOWS[form.optimizer]
     return best_seconds(lambda: update_in_torch(weight, gradient, state, how, 0.5)) / UPDATE_ELEMENTS
 
 

@@ -12,10 +12,10 @@ from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
 from memplan.pipeline import LANES, timeline
-from memplan.problem import Problem
+from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
 from memplan.units import units_of
-from offload.plan import Budget, Plan, Precision, Prediction, Target, Tier
+from offload.plan import Budget, OptimizerKind, Plan, Precision, Prediction, StateFormat, Target, Tier
 from profiler.profile import ModelProfile
 
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
@@ -29,14 +29,15 @@ def plan(
     batch_size: int,
     precision: Precision | None = None,
     target: Target = Target.MEMPLAN,
+    optimizer: OptimizerKind | None = None,
 ) -> Plan:
     """The plan with the highest predicted throughput that is sure to fit, for the engine that will run it.
 
     ``batch_size`` is the samples of one optimizer step over all GPUs. ``precision`` only says what the caller expects
-    the profile to be in. Raises PlanningError where profile and wishes contradict each other, NothingFits where no
-    candidate fits.
+    the profile to be in. ``optimizer`` is by default the profile's, as far as the engine has it. Raises PlanningError
+    where profile and wishes contradict each other, NothingFits where no candidate fits.
     """
-    problem = problem_of(profile, machine, rates, batch_size, precision, target)
+    problem = problem_of(profile, machine, rates, batch_size, precision, target, optimizer)
     if target is not Target.MEMPLAN:
         return plan_whole(problem, machine)
     found = search(problem)
@@ -111,6 +112,7 @@ def problem_of(
     batch_size: int,
     precision: Precision | None,
     target: Target = Target.MEMPLAN,
+    optimizer: OptimizerKind | None = None,
 ) -> Problem:
     """What is to be searched; raises PlanningError where profile and wishes contradict each other."""
     profiled = precision_of(profile)
@@ -134,7 +136,7 @@ def problem_of(
         nodes=machine.nodes,
         budget=Budget(machine.gpu_bytes, machine.host_bytes, machine.nvme_bytes),
         rates=rates,
-        precision=profiled,
+        form=StateFormat(profiled, optimizer_of(profile, target, optimizer)),
         gpu_batch_size=batch_size // machine.gpus,
         target=target,
     )
@@ -156,6 +158,18 @@ def precision_of(profile: ModelProfile) -> Precision:
         known = ", ".join(PLANNED)
         raise PlanningError(f"the profile's precision is {profile.precision}; plans are made for one of {known}")
     return Precision(profile.precision)
+
+
+def optimizer_of(profile: ModelProfile, target: Target, wished: OptimizerKind | None) -> OptimizerKind:
+    """What will train: what was wished, or the profile's where memplan's engine has it, or AdamW.
+
+    Raises PlanningError for a wish that other engines' plans do not count.
+    """
+    if target is not Target.MEMPLAN:
+        if wished not in (None, OptimizerKind.ADAMW):
+            raise PlanningError(f"plans for {target} count the state of AdamW; leave --optimizer {wished} out")
+        return OptimizerKind.ADAMW
+    return wished or profiled_optimizer(profile) or OptimizerKind.ADAMW
 
 
 def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:

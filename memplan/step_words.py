@@ -56,10 +56,10 @@ class Phase(NamedTuple):
 
 
 def training_words(plan: Plan) -> str:
-    """Precision, stage, batch and recompute of a plan."""
+    """Precision, optimizer, stage, batch and recompute of a plan."""
     batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
     recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
-    return f"{plan.precision}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
+    return f"{plan.precision}, {plan.optimizer}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
 
 
 def lane_name(lane: str) -> str:

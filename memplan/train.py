@@ -29,6 +29,7 @@ from offload import checkpoint, restore
 from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError, PlanError, WeightsError
 from offload.events import EventLog
+from offload.hyperparameters import default_optimizer
 from offload.plan import Plan, Precision
 from offload.store import check_directory
 from offload.unit import check_model, partition
@@ -149,11 +150,10 @@ class _Run:
         model = start.model
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
-        trained = [p for p in model.parameters() if p.requires_grad]
         check_model(plan, model)
         if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
             raise PlanError(f"the plan does not add up: {problems[0]}; make it again with memplan plan")
-        optimizer = torch.optim.AdamW(trained, lr=options.learning_rate)
+        optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
         max_norm = options.max_grad_norm
         try:
             self.engine = Engine(model, plan, optimizer, max_grad_norm=max_norm, events=events, weights=start.weights)

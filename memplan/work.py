@@ -7,13 +7,13 @@ from functools import cached_property
 
 import numpy as np
 
-from memplan.memory import ChainTables, chain_order, extent_bytes
+from memplan.memory import ChainTables, chain_order, state_extent_bytes, weight_extent_bytes
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD_ISSUE, PassSeconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
 from offload.optimizer import DEVICE_ELEMENTS
-from offload.plan import Buckets, Precision
-from offload.residency import UnitShape, state_bytes
+from offload.plan import Buckets, Precision, StateFormat
+from offload.residency import UnitShape, update_traffic_bytes
 
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
@@ -38,7 +38,7 @@ class StepWork:
     tables: ChainTables
     sharding: Sharding
     buckets: Buckets
-    precision: Precision
+    form: StateFormat
     passes: PassSeconds
     """Rows as ``shapes``."""
     micro_batches: int
@@ -47,6 +47,11 @@ class StepWork:
     """Number of trainable parameters of each unit."""
     recomputed: tuple[int, ...]
     """Number of recomputed blocks in each unit."""
+
+    @property
+    def precision(self) -> Precision:
+        """Of weights and gradients."""
+        return self.form.precision
 
     @property
     def units(self) -> int:
@@ -140,13 +145,13 @@ class StepWork:
     @cached_property
     def nvme_state_bytes(self) -> list[int]:
         """Of optimizer state on disk."""
-        return [extent_bytes(n, state_bytes(self.precision), self.buckets) for n in self.state_elements]
+        return [state_extent_bytes(n, self.form, self.buckets) for n in self.state_elements]
 
     @cached_property
     def nvme_weight_bytes(self) -> list[int]:
         """Of weights on disk."""
-        w = self.precision.weight_bytes
-        return [extent_bytes(self.sharding.parameters(s.elements), w, self.buckets) for s in self.shapes]
+        held = (self.sharding.parameters(s.elements) for s in self.shapes)
+        return [weight_extent_bytes(n, self.precision, self.buckets) for n in held]
 
     @cached_property
     def update_chunks(self) -> list[int]:
@@ -185,7 +190,8 @@ class StepWork:
 
         So a plan never gains by moving away what fits.
         """
-        return max(self.step_issue_seconds, sum(self.state_elements) * self.rates.gpu_update_seconds[self.precision])
+        one = self.rates.gpu_update_seconds[self.precision] * self._beside_adam
+        return max(self.step_issue_seconds, sum(self.state_elements) * one)
 
     @property
     def step_issue_seconds(self) -> float:
@@ -196,7 +202,12 @@ class StepWork:
     @property
     def cpu_update_seconds(self) -> float:
         """Of one element; the ranks of a node share its cores."""
-        return self.rates.cpu_update_seconds[self.precision] * self.sharding.gpus_per_node
+        return self.rates.cpu_update_seconds[self.precision] * self._beside_adam * self.sharding.gpus_per_node
+
+    @property
+    def _beside_adam(self) -> float:
+        """What an update takes of Adam's, which the rates are of: memory bounds both, so as much as its bytes."""
+        return update_traffic_bytes(1 << 20, self.form) / update_traffic_bytes(1 << 20, StateFormat(self.precision))
 
     @cached_property
     def up_rate(self) -> float:

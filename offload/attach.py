@@ -39,11 +39,11 @@ def take_over(
     found: dict[str, UnitState] = {}
     for unit in turns:
         state = found[unit.name] = allocate(unit, plan, device, arena, store, ranks)
-        whole = contents.from_model(state)
+        whole = contents.from_model(state, plan.optimizer)
         if ranks is not None:
             ranks.from_first(whole.weights)
         send_away(state, nan)
-        contents.write(state, whole, plan.precision, store)
+        contents.write(state, whole, plan.state_format, store)
         del whole  # before there is another one
     if not nan.isnan():  # filling one that is away raises nothing
         raise OffloadError(

@@ -23,6 +23,7 @@ from typing import Any
 from crc32c import crc32c
 
 from offload.errors import CheckpointError
+from offload.plan import OptimizerKind
 
 SCHEMA = "memplan.checkpoint/2"
 MANIFEST, TRAINING, REST, LATEST = "manifest.json", "training.json", "rest.safetensors", "latest"
@@ -48,6 +49,11 @@ class Checkpoint:
     def training(self) -> dict[str, Any]:
         """What is no tensor: counts, hyperparameters, the scheduler, the caller's own."""
         return json.loads((self.path / TRAINING).read_text())
+
+    @property
+    def optimizer(self) -> str:
+        """The kind of what updated it; AdamW where it was made before there was a choice."""
+        return self.training.get("optimizer", OptimizerKind.ADAMW)
 
     def rank_files(self) -> list[Path]:
         """The files with parameters and their state."""

@@ -7,9 +7,9 @@ import torch
 
 from offload.arena import page_aligned
 from offload.optimizer import join_master, split_master_
-from offload.plan import Precision, Tier
-from offload.residency import chunks, mirrored, state_bytes
-from offload.state import AdamState, UnitState, carve_state, weight_dtype
+from offload.plan import OptimizerKind, Precision, StateFormat
+from offload.residency import chunks, mirrored
+from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
 from offload.store import Extent, Store
 
 SPLIT_ELEMENTS = 1 << 20
@@ -24,21 +24,23 @@ class Contents:
     """
 
     weights: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    trainable_elements: int
+    moments: dict[str, torch.Tensor]
+    """By the names of ``OptimizerKind.moments``."""
 
     @classmethod
-    def zeros(cls, state: UnitState) -> "Contents":
+    def zeros(cls, state: UnitState, optimizer: OptimizerKind) -> "Contents":
         """Room for one unit's numbers."""
         shape = state.unit.shape
-        return cls(torch.zeros(shape.elements), *(torch.zeros(shape.trainable_elements) for _ in range(2)))
+        moments = {name: torch.zeros(shape.trainable_elements) for name in optimizer.moments}
+        return cls(torch.zeros(shape.elements), shape.trainable_elements, moments)
 
 
 def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weights as they are computed with, flat, and the remainders of the trainable ones (in bf16 only)."""
     if precision is not Precision.BF16:
         return contents.weights.to(weight_dtype(precision)), None
-    trainable = len(contents.exp_avg)
+    trainable = contents.trainable_elements
     flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
     remainder = torch.zeros(trainable, dtype=torch.int16)
     for a, b in chunks(trainable, SPLIT_ELEMENTS):
@@ -47,9 +49,9 @@ def split(contents: Contents, precision: Precision) -> tuple[torch.Tensor, torch
     return flat, remainder
 
 
-def write(state: UnitState, contents: Contents, precision: Precision, store: Store | None) -> None:
+def write(state: UnitState, contents: Contents, form: StateFormat, store: Store | None) -> None:
     """Put a unit's numbers where they live."""
-    flat, remainder = split(contents, precision)
+    flat, remainder = split(contents, form.precision)
     first, *others = [flat[part] for part in state.kept_weights]
     kept, updated = torch.cat((first, *others)) if others else first, state.updated
     if state.device_weights is not None:
@@ -62,27 +64,27 @@ def write(state: UnitState, contents: Contents, precision: Precision, store: Sto
             raw = page_aligned(extent.size_bytes)
             raw[: (b - a) * flat.itemsize].view(flat.dtype).copy_(kept[a:b])
             store.write(extent, raw).result()
-    source = _state_of(contents, remainder, precision).span(updated.start, updated.stop)
-    for a, b, target, stored in _state_spans(state, precision):
+    source = _state_of(contents, remainder, form.precision).span(updated.start, updated.stop)
+    for a, b, target, stored in _state_spans(state, form):
         _copy_state(target, source.span(a, b))
         if stored is not None:
             assert store is not None
             store.write(*stored).result()
 
 
-def read(state: UnitState, precision: Precision, store: Store | None) -> Contents:
+def read(state: UnitState, form: StateFormat, store: Store | None) -> Contents:
     """A unit's numbers from where they live; no update of it may be under way. Ranks read together."""
-    trainable, contents = state.unit.shape.trainable_elements, Contents.zeros(state)
-    kept, updated = _kept_weights(state, precision, store), state.updated
-    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(precision))
-    remainder = torch.zeros(trainable, dtype=torch.int16) if precision is Precision.BF16 else None
+    trainable, contents = state.unit.shape.trainable_elements, Contents.zeros(state, form.optimizer)
+    kept, updated = _kept_weights(state, form.precision, store), state.updated
+    flat = torch.zeros(len(contents.weights), dtype=weight_dtype(form.precision))
+    remainder = torch.zeros(trainable, dtype=torch.int16) if form.precision is Precision.BF16 else None
     start = 0
     for part in state.kept_weights:
         flat[part] = kept[start : start + part.stop - part.start]
         start += part.stop - part.start
     contents.weights.copy_(flat)
-    target = _state_of(contents, remainder, precision).span(updated.start, updated.stop)
-    for a, b, source, stored in _state_spans(state, precision):
+    target = _state_of(contents, remainder, form.precision).span(updated.start, updated.stop)
+    for a, b, source, stored in _state_spans(state, form):
         if stored is not None:
             assert store is not None
             store.read(*stored).result()
@@ -90,17 +92,17 @@ def read(state: UnitState, precision: Precision, store: Store | None) -> Content
     if remainder is not None:
         contents.weights[updated] = join_master(flat[updated], remainder[updated])
     if state.ranks is not None and updated.stop - updated.start < trainable:
-        for divided in (contents.weights[:trainable], contents.exp_avg, contents.exp_avg_sq):
+        for divided in (contents.weights[:trainable], *contents.moments.values()):
             state.ranks.gather_on_host(divided)
     if state.ranks is not None and len(kept) < len(flat):
         state.ranks.gather_on_host(contents.weights[trainable:])
     return contents
 
 
-def _state_of(contents: Contents, remainder: torch.Tensor | None, precision: Precision) -> AdamState:
+def _state_of(contents: Contents, remainder: torch.Tensor | None, precision: Precision) -> OptimizerState:
     """The state of all trainable elements, on these tensors; in fp16 with the weights as its masters."""
-    master = contents.weights[: len(contents.exp_avg)] if precision is Precision.FP16 else None
-    return AdamState(contents.exp_avg, contents.exp_avg_sq, remainder, master)
+    master = contents.weights[: contents.trainable_elements] if precision is Precision.FP16 else None
+    return OptimizerState(tuple(contents.moments.values()), remainder, master)
 
 
 def _kept_weights(state: UnitState, precision: Precision, store: Store | None) -> torch.Tensor:
@@ -119,32 +121,30 @@ def _kept_weights(state: UnitState, precision: Precision, store: Store | None) -
 
 
 def _state_spans(
-    state: UnitState, precision: Precision
-) -> Iterator[tuple[int, int, AdamState, tuple[Extent, torch.Tensor] | None]]:
+    state: UnitState, form: StateFormat
+) -> Iterator[tuple[int, int, OptimizerState, tuple[Extent, torch.Tensor] | None]]:
     """Spans of the optimizer state as (start, stop, tensors, (their extent, its bytes) where they are stored)."""
-    if state.unit.placement.optimizer is not Tier.NVME:
-        whole = state.device_state or state.host_state
+    if state.state_extents is None:
+        whole = state.device_state if state.device_state is not None else state.host_state
         assert whole is not None
-        yield 0, len(whole.exp_avg), whole, None
+        yield 0, state.updated.stop - state.updated.start, whole, None
         return
-    assert state.state_extents is not None
     for (a, b), extent in zip(state.spans, state.state_extents, strict=True):
         raw = page_aligned(extent.size_bytes)
-        assert extent.size_bytes >= (b - a) * state_bytes(precision)
-        yield a, b, carve_state(raw, b - a, precision), (extent, raw)
+        yield a, b, carve_state(raw, b - a, form), (extent, raw)
 
 
-def _copy_state(target: AdamState, source: AdamState) -> None:
-    for t, s in zip(target, source, strict=True):
-        if t is not None and s is not None:
-            t.copy_(s)
+def _copy_state(target: OptimizerState, source: OptimizerState) -> None:
+    for t, s in zip(target.tensors(), source.tensors(), strict=True):
+        t.copy_(s)
 
 
-def from_model(state: UnitState) -> Contents:
+def from_model(state: UnitState, optimizer: OptimizerKind) -> Contents:
     """The numbers that the model's parameters hold now, with moments that are zero and take no memory."""
     shape = state.unit.shape
     nothing = torch.zeros(()).expand(shape.trainable_elements)
-    contents = Contents(torch.zeros(shape.elements), nothing, nothing)
+    moments = dict.fromkeys(optimizer.moments, nothing)
+    contents = Contents(torch.zeros(shape.elements), shape.trainable_elements, moments)
     for field in state.unit.fields:
         field.view(contents.weights).copy_(field.parameter.detach())
     return contents
@@ -155,6 +155,5 @@ def named(state: UnitState, contents: Contents) -> Iterable[tuple[str, dict[str,
     for field in state.unit.fields:
         tensors = {"weight": field.view(contents.weights)}
         if field.trainable:
-            tensors["exp_avg"] = field.view(contents.exp_avg)
-            tensors["exp_avg_sq"] = field.view(contents.exp_avg_sq)
+            tensors |= {name: field.view(moments) for name, moments in contents.moments.items()}
         yield field.name, tensors

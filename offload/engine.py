@@ -19,7 +19,6 @@ from torch import nn
 
 from offload import checkpoint, hooks, restore, whole
 from offload import contents as unit_contents
-from offload.adamw import Hyperparameters
 from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.block_inputs import BlockInputs
@@ -27,6 +26,7 @@ from offload.chunked_loss import ChunkedCausalLoss
 from offload.divided_gradients import collector
 from offload.errors import OffloadError
 from offload.events import EventLog
+from offload.hyperparameters import Hyperparameters
 from offload.loss_scale import loss_scale
 from offload.memory import MemoryMeter
 from offload.passes import Passes
@@ -69,14 +69,14 @@ HOLDERS = (
 
 
 class Engine:
-    """Trains ``model`` as ``plan`` says, with AdamW.
+    """Trains ``model`` as ``plan`` says.
 
-    ``optimizer`` is a ``torch.optim.AdamW`` over the model's parameters: its groups give the hyperparameters, its
-    state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch scheduler on
-    it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are safetensors files
-    with the first values (``WeightFiles``); else those of the model count, and what of it is on meta is initialised.
-    In fp16 the loss is scaled by the rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its defaults): a step
-    whose gradients are not finite changes nothing, and schedulers are stepped when the next step knows it was made.
+    ``optimizer`` is one of torch's, or Lion, over the model's parameters, and of the plan's kind: its groups give the
+    hyperparameters, its state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch
+    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are
+    safetensors files with the first values (``WeightFiles``); else those of the model count, and what of it is on meta
+    is initialised. In fp16 the loss is scaled by the rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its
+    defaults): a step whose gradients are not finite changes nothing, and schedulers step when the next one knows it.
 
     With ``update_in_backward`` units are updated as their gradients land in the backward of a step's last micro-batch,
     and ``step`` updates what is left; not with clipping or fp16, which need all gradients first. Learning rates are
@@ -108,7 +108,7 @@ class Engine:
         self._update_in_backward = update_in_backward
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
-        self.hyperparameters = Hyperparameters(model, optimizer)
+        self.hyperparameters = Hyperparameters(model, plan.optimizer, optimizer)
         self.optimizer = self.hyperparameters.optimizer
         self.lr_scheduler: Any = None
         if lr_scheduler is not None:
@@ -139,7 +139,7 @@ class Engine:
             self._closers.append(ranks.close)
         units = partition(self.model, plan.placements, shards)
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
-        needed = footprint(shapes, placements, plan.buckets, plan.precision, plan.gpu_update_share, shards)
+        needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
         self.store: Store | None = None
         if needed.nvme_bytes:
             assert plan.nvme_dir is not None
@@ -156,7 +156,7 @@ class Engine:
         # that live there, and partial sums of gradients.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
-        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.precision, shards)
+        update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format, shards)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
@@ -167,11 +167,11 @@ class Engine:
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         self._streamed: StreamedUpdate | None = None
-        if streamed_bytes(placements, plan.buckets, plan.precision, plan.gpu_update_share):
+        if streamed_bytes(placements, plan.buckets, plan.state_format, plan.gpu_update_share):
             size, share = plan.buckets.update_elements, plan.gpu_update_share
-            self._streamed = StreamedUpdate(plan.precision, size, share, device, self._lane("streamed", 1))
+            self._streamed = StreamedUpdate(plan.state_format, size, share, device, self._lane("streamed", 1))
         links = self._update_lane, self._down, self._returns
-        self._updater = Updater(plan.precision, *links, self.store, update_ring, self._streamed, device)
+        self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._closers.append(leave_cores_to_the_update())
 
@@ -346,7 +346,7 @@ class Engine:
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
         self._mover.forget(state.unit.name)
-        unit_contents.write(state, whole, self.plan.precision, self.store)
+        unit_contents.write(state, whole, self.plan.state_format, self.store)
 
     # Checkpoints
 

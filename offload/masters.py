@@ -6,15 +6,16 @@ a step is skipped: it makes the update on copies, a piece at a time, and keeps w
 
 import torch
 
-from offload.optimizer import CPU_ELEMENTS, DEVICE_ELEMENTS, AdamWStep, UpdateSpan
-from offload.state import AdamState
+from offload.optimizer import CPU_ELEMENTS, DEVICE_ELEMENTS, UpdateSpan
+from offload.rules import UpdateStep
+from offload.state import OptimizerState
 
 
 def over_masters(update: UpdateSpan) -> UpdateSpan:
     """``update``, which knows no masters; where the state has them they are updated, and the weights are rounded."""
 
     def updated(
-        weight: torch.Tensor, gradient: torch.Tensor, state: AdamState, how: AdamWStep, clip: float | torch.Tensor
+        weight: torch.Tensor, gradient: torch.Tensor, state: OptimizerState, how: UpdateStep, clip: float | torch.Tensor
     ) -> None:
         if state.master is None:
             update(weight, gradient, state, how, clip)
@@ -31,21 +32,18 @@ def unless(skip: torch.Tensor, update: UpdateSpan) -> UpdateSpan:
     """``update`` where ``skip``, a boolean scalar on the device, is false; where it is true nothing changes."""
 
     def updated(
-        weight: torch.Tensor, gradient: torch.Tensor, state: AdamState, how: AdamWStep, clip: float | torch.Tensor
+        weight: torch.Tensor, gradient: torch.Tensor, state: OptimizerState, how: UpdateStep, clip: float | torch.Tensor
     ) -> None:
         for part, moments in _pieces(weight, state):
-            there = (weight[part], *moments)
-            made = [None if t is None else t.clone() for t in there]
-            assert made[0] is not None
-            update(made[0], gradient[part], AdamState._make(made[1:]), how, clip)
-            for before, after in zip(there, made, strict=True):
-                if before is not None and after is not None:
-                    torch.where(skip, before, after, out=before)
+            made, there = weight[part].clone(), moments.each(torch.clone)
+            update(made, gradient[part], there, how, clip)
+            for before, after in zip((weight[part], *moments.tensors()), (made, *there.tensors()), strict=True):
+                torch.where(skip, before, after, out=before)
 
     return updated
 
 
-def _pieces(weight: torch.Tensor, state: AdamState) -> list[tuple[slice, AdamState]]:
+def _pieces(weight: torch.Tensor, state: OptimizerState) -> list[tuple[slice, OptimizerState]]:
     """Spans so small that copies of one stay in the cache of a CPU, or small beside the model on a device."""
     at_once = CPU_ELEMENTS * torch.get_num_threads() if weight.device.type == "cpu" else DEVICE_ELEMENTS
     starts = range(0, len(weight), at_once)

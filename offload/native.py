@@ -17,60 +17,46 @@ from pathlib import Path
 
 import torch
 
-from offload.optimizer import AdamWStep
-from offload.state import AdamState
+from offload.rules import UpdateStep
+from offload.state import OptimizerState
 
 SOURCE = Path(__file__).with_name("native_update.c")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """Sums and roots stay as IEEE 754 has them: nothing here lets the compiler reorder or approximate."""
 BUILD_SECONDS = 60
-
-
-class _How(ctypes.Structure):
-    """What the C side calls How."""
-
-    _fields_ = [
-        (name, ctypes.c_float)
-        for name in ("clip", "decay", "lerp", "beta2", "rest2", "correction2", "eps", "step_size")
-    ]
+MOST_MOMENTS = 2
+"""Places for moments that every compiled rule has."""
 
 
 class NativeUpdate:
     """``update_in_torch`` on host memory, by the library at ``path``; raises OSError where it can not be loaded."""
 
     def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
-        size, how, threads = ctypes.c_int64, ctypes.POINTER(_How), ctypes.c_int
-        self._split, self._fp32 = library.memplan_adamw_split, library.memplan_adamw_fp32
-        self._split.argtypes = [*(ctypes.c_void_p,) * 5, size, how, threads]
-        self._fp32.argtypes = [*(ctypes.c_void_p,) * 4, size, how, threads]
-        self._split.restype = self._fp32.restype = None
+        self._library = ctypes.CDLL(str(path))
 
     def __call__(
         self,
         weight: torch.Tensor,
         gradient: torch.Tensor,
-        state: AdamState,
-        how: AdamWStep,
+        state: OptimizerState,
+        how: UpdateStep,
         clip: float | torch.Tensor,
     ) -> None:
         """Update a span of a unit in place, with this thread's number of threads."""
-        given = _How(
-            float(clip),
-            1 - how.learning_rate * how.weight_decay,
-            1 - how.beta1,
-            how.beta2,
-            1 - how.beta2,
-            how.correction2,
-            how.eps,
-            -how.step_size,
+        split = state.remainder is not None
+        update = getattr(self._library, f"memplan_{how.rule}_{'split' if split else 'fp32'}")
+        update.restype = None
+        numbers = [weight, *([state.remainder] if split else []), gradient, *state.moments]
+        places = [ctypes.c_void_p(t.data_ptr()) for t in numbers if t is not None]
+        places += [ctypes.c_void_p()] * (MOST_MOMENTS - len(state.moments))
+        scalars = how.scalars
+        update(
+            *places,
+            ctypes.c_int64(len(weight)),
+            ctypes.c_float(float(clip)),
+            (ctypes.c_float * len(scalars))(*scalars),
+            ctypes.c_int(torch.get_num_threads()),
         )
-        moments = state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr()
-        end = len(weight), ctypes.byref(given), torch.get_num_threads()
-        if state.remainder is None:
-            self._fp32(weight.data_ptr(), gradient.data_ptr(), *moments, *end)
-        else:
-            self._split(weight.data_ptr(), state.remainder.data_ptr(), gradient.data_ptr(), *moments, *end)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The arithmetic of the update: AdamW on fp32 masters, and the split of a master into weight and remainder. Pure.
+"""The update of a span, by a rule on its fp32 masters, and the split of a master into weight and remainder. Pure.
 
 The same functions run on the CPU and on a GPU, and always work. What is faster (``native``, ``device_update``) is held
 to them.
@@ -6,11 +6,11 @@ to them.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from offload.state import AdamState
+from offload.rules import UpdateStep
+from offload.state import OptimizerState
 
 CPU_ELEMENTS = 1 << 16
 """Elements a CPU update works on at a time and thread, so that its temporaries stay in the cache: on the cores tried,
@@ -19,44 +19,8 @@ DEVICE_ELEMENTS = 1 << 22
 """The same on a GPU, so that its temporaries stay small beside the model."""
 
 
-@dataclass(frozen=True)
-class AdamWStep:
-    """Hyperparameters of one update of one parameter; ``step`` counts from 1."""
-
-    learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    step: int
-
-    @property
-    def step_size(self) -> float:
-        """Of the first moment, its bias corrected."""
-        return self.learning_rate / (1 - self.beta1**self.step)
-
-    @property
-    def correction2(self) -> float:
-        """What the root of the second moment is divided by for its bias."""
-        return (1 - self.beta2**self.step) ** 0.5
-
-
-UpdateSpan = Callable[[torch.Tensor, torch.Tensor, AdamState, AdamWStep, float | torch.Tensor], None]
+UpdateSpan = Callable[[torch.Tensor, torch.Tensor, OptimizerState, UpdateStep, float | torch.Tensor], None]
 """Updates a span of a unit in place, as ``update_in_torch``: weight, gradient, state, how, clip."""
-
-
-def adamw_(
-    master: torch.Tensor, gradient: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, how: AdamWStep
-) -> None:
-    """One AdamW update in place, in the order of operations of ``torch.optim.AdamW``; all four fp32, of one shape.
-
-    Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019.
-    """
-    master.mul_(1 - how.learning_rate * how.weight_decay)
-    exp_avg.lerp_(gradient, 1 - how.beta1)
-    exp_avg_sq.mul_(how.beta2).addcmul_(gradient, gradient, value=1 - how.beta2)
-    denominator = exp_avg_sq.sqrt().div_(how.correction2).add_(how.eps)
-    master.addcdiv_(exp_avg, denominator, value=-how.step_size)
 
 
 def join_master(weight: torch.Tensor, remainder: torch.Tensor) -> torch.Tensor:
@@ -83,8 +47,8 @@ def split_master_(master: torch.Tensor, weight: torch.Tensor, remainder: torch.T
 def update_in_torch(
     weight: torch.Tensor,
     gradient: torch.Tensor,
-    state: AdamState,
-    how: AdamWStep,
+    state: OptimizerState,
+    how: UpdateStep,
     clip: float | torch.Tensor,
 ) -> None:
     """Update a span of a unit in place.
@@ -96,10 +60,10 @@ def update_in_torch(
     for start in range(0, len(weight), at_once):
         part = slice(start, start + at_once)
         scaled = gradient[part].float().mul(clip)
-        moments = state.span(start, start + at_once)
-        if moments.remainder is None:
-            adamw_(weight[part], scaled, moments.exp_avg, moments.exp_avg_sq, how)
+        span = state.span(start, start + at_once)
+        if span.remainder is None:
+            how.update_(weight[part], scaled, span.moments)
         else:
-            master = join_master(weight[part], moments.remainder)
-            adamw_(master, scaled, moments.exp_avg, moments.exp_avg_sq, how)
-            split_master_(master, weight[part], moments.remainder)
+            master = join_master(weight[part], span.remainder)
+            how.update_(master, scaled, span.moments)
+            split_master_(master, weight[part], span.remainder)

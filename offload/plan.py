@@ -45,6 +45,37 @@ class Precision(StrEnum):
         return 2 if self in (Precision.BF16, Precision.FP16) else 4
 
 
+class OptimizerKind(StrEnum):
+    """The rule of the update, which decides what is kept beside a weight."""
+
+    ADAMW = "adamw"
+    ADAM = "adam"
+    LION = "lion"
+    SGD = "sgd"
+    """Without momentum."""
+    SGD_MOMENTUM = "sgd-momentum"
+    ADAGRAD = "adagrad"
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """What is kept of every element, by the names that torch gives it."""
+        if self in (OptimizerKind.ADAMW, OptimizerKind.ADAM):
+            return ("exp_avg", "exp_avg_sq")
+        one = {"lion": "exp_avg", "sgd-momentum": "momentum_buffer", "adagrad": "sum"}
+        return (one[self.value],) if self.value in one else ()
+
+
+@dataclass(frozen=True)
+class StateFormat:
+    """How a trained element is stored, its weight and what the optimizer keeps beside it: what its bytes follow from.
+
+    The bytes are in ``offload.residency``.
+    """
+
+    precision: Precision
+    optimizer: OptimizerKind = OptimizerKind.ADAMW
+
+
 class Target(StrEnum):
     """The engine that carries a plan out."""
 
@@ -173,12 +204,19 @@ class Plan:
     gpu_update_share: float = 0.0
     """Of the optimizer state that is off the GPU, the share that the GPU updates: streamed through it by memplan, kept
     on it by DeepSpeed."""
+    optimizer: OptimizerKind = OptimizerKind.ADAMW
+    """What trains: its state is what the placements and the prediction count."""
     reasons: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what can not be carried out; raises PlanError."""
         _check(self)
+
+    @property
+    def state_format(self) -> StateFormat:
+        """How its elements are stored."""
+        return StateFormat(self.precision, self.optimizer)
 
     def uses(self, tier: Tier) -> bool:
         """Whether any unit keeps something in this tier."""
@@ -223,6 +261,8 @@ class Plan:
                 "alternatives": tuple(Alternative(**a) for a in data["alternatives"]),
                 "target": Target(data["target"]),
                 "checkpoints": Tier(data["checkpoints"]),
+                # Plans of before there was a choice are for AdamW.
+                "optimizer": OptimizerKind(data.get("optimizer", OptimizerKind.ADAMW)),
             }
         )
 

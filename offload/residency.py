@@ -1,25 +1,26 @@
 """What a plan's residency costs, to the byte: pure arithmetic, shared by the runtime that allocates and the planner.
 
-Bytes an element of optimizer state and weights (Adam, fp32 moments):
+Bytes an element of optimizer state and weights:
 
-==========  ======  ======  =======  ========
-precision   weight  master  moments  gradient
-==========  ======  ======  =======  ========
-fp32, amp   4       0       8        4
-bf16        2       2       8        2
-fp16        2       4       8        2
-==========  ======  ======  =======  ========
+==========  ======  =====================  ============  ========
+precision   weight  remainder or master    each moment   gradient
+==========  ======  =====================  ============  ========
+fp32, amp   4       0                      4             4
+bf16        2       2                      4             2
+fp16        2       4                      4             2
+==========  ======  =====================  ============  ========
 
-In bf16 weight and a remainder together are the exact fp32 master, so state on the host is 12 bytes a parameter. In fp16
-the master is there as a whole: fp16 has fewer exponents than fp32, so a weight that overflows or vanishes in it would
-leave more to a remainder than 16 bits hold.
+AdamW and Adam keep two moments of an element; Lion, SGD with momentum and Adagrad one; plain SGD none. In bf16 weight
+and remainder together are the exact fp32 master, so state of AdamW on the host is 12 bytes a parameter. In fp16 the
+master is there as a whole: fp16 has fewer exponents than fp32, so a weight that overflows or vanishes in it would leave
+more to a remainder than 16 bits hold.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from offload.plan import Buckets, Placement, Precision, Tier
+from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
 from offload.shards import ALIGN_ELEMENTS, ALONE, Shards
 
 BLOCK_BYTES = 4096
@@ -61,9 +62,18 @@ class UnitShape:
         return self.trainable_elements + self.frozen_elements
 
 
-def state_bytes(precision: Precision) -> int:
-    """Bytes of optimizer state an element beside its weight: two fp32 moments, and what its master needs more."""
-    return 8 + {Precision.BF16: 2, Precision.FP16: 4}.get(precision, 0)
+MOMENT_BYTES = 4
+
+
+def state_bytes(elements: int, form: StateFormat) -> int:
+    """Bytes of the optimizer state of ``elements`` beside their weights: moments, and what their masters need more."""
+    rest = {Precision.BF16: 2, Precision.FP16: 4}.get(form.precision, 0)
+    return elements * (rest + MOMENT_BYTES * len(form.optimizer.moments))
+
+
+def update_traffic_bytes(elements: int, form: StateFormat) -> int:
+    """Bytes that an update reads and writes: gradients in, weights and state in and out."""
+    return 3 * elements * form.precision.weight_bytes + 2 * state_bytes(elements, form)
 
 
 def chunks(elements: int, update_elements: int) -> list[tuple[int, int]]:
@@ -122,7 +132,7 @@ def staging_bytes(
     shapes: Sequence[UnitShape],
     placements: Sequence[Placement],
     buckets: Buckets,
-    precision: Precision,
+    form: StateFormat,
     shards: Shards = ALONE,
 ) -> tuple[int, int]:
     """Bytes of one slot of the update's staging ring and of one slot of the weight reader's, 0 where none is needed.
@@ -131,35 +141,36 @@ def staging_bytes(
     that wait on the GPU.
     """
     update = weights = 0
+    w = form.precision.weight_bytes
     for s, p in zip(shapes, placements, strict=True):
         kept = shards.weights(s.elements, p.parameters)
         if s.trainable_elements and p.optimizer is not Tier.GPU:
             span = min(shards.state(s.trainable_elements), buckets.update_elements)
-            held = aligned(span * precision.weight_bytes, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
+            held = aligned(span * w, BLOCK_BYTES) if p.gradients is Tier.GPU else 0
             if p.optimizer is Tier.NVME:
-                held += aligned(span * state_bytes(precision), BLOCK_BYTES)
+                held += aligned(state_bytes(span, form), BLOCK_BYTES)
             if p.parameters is Tier.NVME:
                 # Weights are read and written in whole chunks, frozen elements at the end of the last one included.
-                held += aligned(min(kept, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES)
+                held += aligned(min(kept, buckets.update_elements) * w, BLOCK_BYTES)
             update = max(update, held)
         if s.elements and p.parameters is Tier.NVME:
-            weights = max(weights, aligned(min(kept, buckets.update_elements) * precision.weight_bytes, BLOCK_BYTES))
+            weights = max(weights, aligned(min(kept, buckets.update_elements) * w, BLOCK_BYTES))
     return update, weights
 
 
-def streamed_slot_bytes(elements: int, precision: Precision) -> int:
+def streamed_slot_bytes(elements: int, form: StateFormat) -> int:
     """Bytes of one slot on the device through which state of the host is updated there: weight, gradient and state."""
-    return elements * (2 * precision.weight_bytes + state_bytes(precision))
+    return 2 * elements * form.precision.weight_bytes + state_bytes(elements, form)
 
 
-def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, precision: Precision, share: float) -> int:
+def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, form: StateFormat, share: float) -> int:
     """Device bytes of the ring of the streamed update, where the device has a share in the update of the host's state.
 
     State on NVMe is updated on the host, and so are units whose weights are there.
     """
     if not share or not any(p.optimizer is Tier.HOST for p in placements):
         return 0
-    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, precision)
+    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, form)
 
 
 def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:
@@ -171,7 +182,7 @@ def footprint(
     shapes: Sequence[UnitShape],
     placements: Sequence[Placement],
     buckets: Buckets,
-    precision: Precision,
+    form: StateFormat,
     gpu_update_share: float = 0.0,
     shards: Shards = ALONE,
 ) -> Footprint:
@@ -180,24 +191,25 @@ def footprint(
     ``shapes``, padded for ``shards``, and ``placements`` go in pairs. Gradients that autograd holds for the moment
     before they are gathered are not in it: they are part of a pass, as activations are.
     """
-    w, s8 = precision.weight_bytes, state_bytes(precision)
+    w = form.precision.weight_bytes
     gpu = host = nvme = 0
     for s, p in zip(shapes, placements, strict=True):
         weights = shards.weights(s.elements, p.parameters)
         gradients, state = shards.gradients(s.trainable_elements), shards.state(s.trainable_elements)
         gpu += weights * w if p.parameters is Tier.GPU else 0
         gpu += gradients * w if p.gradients is Tier.GPU else 0
-        gpu += state * s8 if p.optimizer is Tier.GPU else 0
+        gpu += state_bytes(state, form) if p.optimizer is Tier.GPU else 0
         host += aligned(weights * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
         host += aligned(state * w, BLOCK_BYTES) if mirrored(p) else 0
         host += aligned(gradients * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
-        host += aligned(state * s8, BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
+        host += aligned(state_bytes(state, form), BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
         if p.optimizer is Tier.NVME:
-            nvme += sum(aligned((b - a) * s8, BLOCK_BYTES) for a, b in chunks(state, buckets.update_elements))
+            spans = chunks(state, buckets.update_elements)
+            nvme += sum(aligned(state_bytes(b - a, form), BLOCK_BYTES) for a, b in spans)
         if p.parameters is Tier.NVME:
             nvme += sum(aligned((b - a) * w, BLOCK_BYTES) for a, b in chunks(weights, buckets.update_elements))
     gpu += sum(size * n * w for size, n in slot_counts(shapes, placements, buckets, shards).items())
     gpu += sum(size * n * w for size, n in gradient_slot_counts(shapes, placements, shards).items())
-    gpu += streamed_bytes(placements, buckets, precision, gpu_update_share)
-    update, staged = staging_bytes(shapes, placements, buckets, precision, shards)
+    gpu += streamed_bytes(placements, buckets, form, gpu_update_share)
+    update, staged = staging_bytes(shapes, placements, buckets, form, shards)
     return Footprint(gpu, host + UPDATE_RING * (update + staged), nvme)

@@ -14,11 +14,15 @@ from offload.contents import Contents
 from offload.errors import CheckpointError
 from offload.plain import restored
 from offload.randomness import restore_random_states
-from offload.snapshot import KINDS
+from offload.snapshot import WEIGHT
 from offload.unit import Field
 
 if TYPE_CHECKING:
     from offload.engine import Engine
+
+
+RANDOM = "random"
+"""What keys of a rank's file begin with that are of no parameter."""
 
 
 class _Span(NamedTuple):
@@ -47,7 +51,7 @@ class CheckpointTensors:
             spans.sort(key=lambda span: span.start)
 
     def read_into(self, target: torch.Tensor, kind: str, name: str, start: int = 0) -> None:
-        """Fill a flat tensor with elements of a parameter's ``kind`` (``snapshot.KINDS``), from ``start`` on."""
+        """Fill a flat tensor with elements of a parameter's ``kind`` (``WEIGHT`` or a moment), from ``start`` on."""
         done, stop = start, start + target.numel()
         for span in self._spans.get((kind, name), ()):
             a, b = max(done, span.start), min(stop, span.stop)
@@ -62,7 +66,7 @@ class CheckpointTensors:
 
     def names(self) -> set[str]:
         """Of the parameters."""
-        return {name for kind, name in self._spans if kind == KINDS[0]}
+        return {name for kind, name in self._spans if kind == WEIGHT}
 
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What no unit owns: ``buffer/NAME`` and ``parameter/NAME``."""
@@ -75,8 +79,8 @@ class CheckpointTensors:
         if not file.exists():
             return {}
         opened = self._open(file)
-        keys = [key for key in opened.keys() if key.startswith("random/")]  # noqa: SIM118
-        return {key.removeprefix("random/"): opened.get_tensor(key) for key in keys}
+        keys = [key for key in opened.keys() if key.startswith(f"{RANDOM}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{RANDOM}/"): opened.get_tensor(key) for key in keys}
 
     def _slice(self, span: _Span, start: int, stop: int) -> torch.Tensor:
         if (start, stop) == (span.start, span.stop):
@@ -92,7 +96,7 @@ class CheckpointTensors:
     def _add(self, file: Any) -> None:
         for key in file.keys():  # noqa: SIM118
             kind, start, *name = key.split("/", 2)
-            if kind in KINDS:
+            if kind != RANDOM:
                 elements = file.get_slice(key).get_shape()[0]
                 span = _Span(int(start), int(start) + elements, key, file)
                 self._spans.setdefault((kind, name[0]), []).append(span)
@@ -107,7 +111,7 @@ class CheckpointTensors:
 def load(engine: "Engine", found: Checkpoint) -> Any:
     """Restore the engine, its scheduler and the random states; returns the ``client_state``.
 
-    Raises CheckpointError, before anything is changed, where it is of another model.
+    Raises CheckpointError, before anything is changed, where it is of another model or optimizer.
     """
     training = found.training
     with CheckpointTensors(found) as tensors:
@@ -115,7 +119,7 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
         engine.finish()
         engine.zero_grad()
         for state in engine.states:
-            whole = Contents.zeros(state)
+            whole = Contents.zeros(state, engine.plan.optimizer)
             for field in state.unit.fields:
                 _read(field, whole, tensors)
             engine.replace(state, whole)
@@ -141,14 +145,19 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
 
 def _read(field: Field, whole: Contents, tensors: CheckpointTensors) -> None:
     span = slice(field.start, field.stop)
-    tensors.read_into(whole.weights[span], "weight", field.name)
+    tensors.read_into(whole.weights[span], WEIGHT, field.name)
     if field.trainable:
-        tensors.read_into(whole.exp_avg[span], "exp_avg", field.name)
-        tensors.read_into(whole.exp_avg_sq[span], "exp_avg_sq", field.name)
+        for kind, moments in whole.moments.items():
+            tensors.read_into(moments[span], kind, field.name)
 
 
 def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors) -> None:
     """Raise CheckpointError unless everything that will be read is there in the shape it must have."""
+    if found.optimizer != engine.plan.optimizer:
+        raise CheckpointError(
+            f"{found.path} was trained with {found.optimizer}, and the plan is for {engine.plan.optimizer}: the state "
+            "of one is none for the other; go on with the optimizer that it was begun with"
+        )
     saved = found.training["parameters"]
     fields = {f.name: f for state in engine.states for f in state.unit.fields}
     if differing := saved.keys() ^ fields.keys():

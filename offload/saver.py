@@ -129,7 +129,8 @@ class Saver:
         tag = checkpoint.check_tag(tag if tag is not None else checkpoint.step_tag(engine.global_step))
         saving = self._last = Saving(directory / tag, engine.global_step)
         pieces = {
-            s.unit.name: pieces_of(s, engine.plan.precision, engine.plan.buckets.update_elements) for s in engine.states
+            s.unit.name: pieces_of(s, engine.plan.state_format, engine.plan.buckets.update_elements)
+            for s in engine.states
         }
         every = [piece for unit in pieces.values() for piece in unit]
         spare = engine.plan.budget.host_bytes - engine.arena.capacity_bytes
@@ -187,6 +188,7 @@ class _Small:
         self.training = {
             "parameters": _parameters(engine),
             "buffers": sorted(model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()),
+            "optimizer": engine.plan.optimizer,
             "parameter_steps": dict(engine.hyperparameters.steps),
             "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
             "groups": [plain({k: v for k, v in g.items() if k != "params"}) for g in engine.optimizer.param_groups],

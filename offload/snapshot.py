@@ -18,15 +18,16 @@ import torch
 
 from offload.arena import mapped
 from offload.optimizer import join_master
-from offload.plan import Precision
+from offload.plan import StateFormat
 from offload.residency import BLOCK_BYTES, aligned, chunks, state_bytes
-from offload.state import AdamState, UnitState, carve_state, weight_dtype
+from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
 from offload.store import Store
 from offload.tensor_file import Entry, TensorFile
 from offload.unit import Field
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
-"""What a file holds of a parameter: its fp32 master and its moments; only the first where it is frozen."""
+WEIGHT = "weight"
+"""The kind of what a file holds of every parameter: of a trainable one the fp32 master, and beside it are its moments,
+named as in ``OptimizerKind.moments``."""
 JOINED_ELEMENTS = 1 << 18
 """Masters that are joined at a time."""
 
@@ -62,7 +63,7 @@ class Piece:
     index: int
     start: int
     stop: int
-    precision: Precision
+    form: StateFormat
 
     @property
     def trained(self) -> int:
@@ -73,12 +74,12 @@ class Piece:
     @property
     def weight_bytes(self) -> int:
         """Of the weights in whole blocks, as the NVMe tier reads them."""
-        return aligned((self.stop - self.start) * self.precision.weight_bytes, BLOCK_BYTES)
+        return aligned((self.stop - self.start) * self.form.precision.weight_bytes, BLOCK_BYTES)
 
     @property
     def size_bytes(self) -> int:
         """Host memory that a copy of it takes."""
-        return self.weight_bytes + aligned(self.trained * state_bytes(self.precision), BLOCK_BYTES)
+        return self.weight_bytes + aligned(state_bytes(self.trained, self.form), BLOCK_BYTES)
 
     def places(self) -> Iterator[tuple[int, int]]:
         """(first element of the unit, elements) of the updated ones in it, and of the frozen ones."""
@@ -100,8 +101,8 @@ class Piece:
     def entries(self) -> Iterator[Entry]:
         """What a file holds of it."""
         for part in self.parts():
-            for kind in KINDS if part.field.trainable else KINDS[:1]:
-                dtype = torch.float32 if part.field.trainable else weight_dtype(self.precision)
+            for kind in (WEIGHT, *self.form.optimizer.moments) if part.field.trainable else (WEIGHT,):
+                dtype = torch.float32 if part.field.trainable else weight_dtype(self.form.precision)
                 yield Entry(span_key(kind, part.start, part.field.name), dtype, (part.elements,))
 
 
@@ -114,13 +115,13 @@ def frozen_share(state: UnitState) -> slice:
     return slice(start, start + size)
 
 
-def pieces_of(state: UnitState, precision: Precision, update_elements: int) -> list[Piece]:
+def pieces_of(state: UnitState, form: StateFormat, update_elements: int) -> list[Piece]:
     """All pieces that this rank saves of a unit; none where another rank has the same."""
     if state.ranks is not None and state.ranks.rank >= state.shards.state_parts:
         return []
     updated, frozen = state.updated, frozen_share(state)
     elements = updated.stop - updated.start + frozen.stop - frozen.start
-    return [Piece(state, i, a, b, precision) for i, (a, b) in enumerate(chunks(elements, update_elements))]
+    return [Piece(state, i, a, b, form) for i, (a, b) in enumerate(chunks(elements, update_elements))]
 
 
 class CopiedPiece:
@@ -129,11 +130,11 @@ class CopiedPiece:
     def __init__(self, piece: Piece, buffer: torch.Tensor, store: Store | None) -> None:
         """Copy them from where they live; no update of the unit may be under way."""
         self.piece, self.buffer = piece, buffer
-        state, precision = piece.state, piece.precision
+        state, dtype = piece.state, weight_dtype(piece.form.precision)
         raw_weights, raw_state = buffer[: piece.weight_bytes], buffer[piece.weight_bytes : piece.size_bytes]
         elements = piece.stop - piece.start
-        self._weights = raw_weights[: elements * precision.weight_bytes].view(weight_dtype(precision))
-        self._state = carve_state(raw_state, piece.trained, precision)
+        self._weights = raw_weights[: elements * dtype.itemsize].view(dtype)
+        self._state = carve_state(raw_state, piece.trained, piece.form)
         reads = []
         if state.weight_extents is not None:
             assert store is not None
@@ -163,8 +164,8 @@ class CopiedPiece:
             else:
                 for a, b in chunks(part.elements, JOINED_ELEMENTS):
                     file.write(join_master(weights[a:b], state.remainder[a:b]))
-            file.write(state.exp_avg)
-            file.write(state.exp_avg_sq)
+            for moment in state.moments:
+                file.write(moment)
 
 
 def _copy_weights(target: torch.Tensor, piece: Piece) -> None:
@@ -183,10 +184,9 @@ def _copy_weights(target: torch.Tensor, piece: Piece) -> None:
         target[piece.trained :].copy_(kept[first : first + frozen])
 
 
-def _copy_state(target: AdamState, source: AdamState) -> None:
-    for t, s in zip(target, source, strict=True):
-        if t is not None and s is not None:
-            t.copy_(s)
+def _copy_state(target: OptimizerState, source: OptimizerState) -> None:
+    for t, s in zip(target.tensors(), source.tensors(), strict=True):
+        t.copy_(s)
 
 
 class Abandoned(Exception):  # noqa: N818 - nothing went wrong here

@@ -1,42 +1,56 @@
 """Where a unit's numbers are: its buffers in each tier, made once, before the first step."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from offload.arena import Arena
-from offload.plan import Plan, Precision, Tier
+from offload.plan import Plan, Precision, StateFormat, Tier
 from offload.ranks import Ranks
-from offload.residency import chunks, mirrored, state_bytes
+from offload.residency import MOMENT_BYTES, chunks, mirrored, state_bytes
 from offload.shards import ALONE, Shards
 from offload.store import Extent, Store
 from offload.unit import Unit
 
 
-class AdamState(NamedTuple):
-    """Optimizer state of a span of elements; the remainder exists in bf16 only, the master in fp16 only."""
+class OptimizerState(NamedTuple):
+    """Optimizer state of a span of elements: what the optimizer keeps of them, and what masters have beyond weights.
 
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    ``moments`` are fp32, in the order of ``OptimizerKind.moments``; the remainder exists in bf16 only, the
+    master, of fp32, in fp16 only.
+    """
+
+    moments: tuple[torch.Tensor, ...]
     remainder: torch.Tensor | None
     master: torch.Tensor | None = None
 
-    def span(self, start: int, stop: int) -> "AdamState":
+    def span(self, start: int, stop: int) -> "OptimizerState":
         """A part of it."""
-        rest = (None if t is None else t[start:stop] for t in (self.remainder, self.master))
-        return AdamState(self.exp_avg[start:stop], self.exp_avg_sq[start:stop], *rest)
+        return self.each(lambda tensor: tensor[start:stop])
+
+    def each(self, make: Callable[[torch.Tensor], torch.Tensor]) -> "OptimizerState":
+        """The same of what ``make`` makes of its tensors."""
+        rest = (None if t is None else make(t) for t in (self.remainder, self.master))
+        return OptimizerState(tuple(map(make, self.moments)), *rest)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of it, in the same order for every state of a format."""
+        return [*self.moments, *(t for t in (self.remainder, self.master) if t is not None)]
 
 
-def carve_state(buffer: torch.Tensor, elements: int, precision: Precision) -> AdamState:
-    """The state of ``elements`` in a uint8 buffer: first moments, second moments, remainders or masters."""
-    moments = buffer[: elements * 8].view(torch.float32)
+def carve_state(buffer: torch.Tensor, elements: int, form: StateFormat) -> OptimizerState:
+    """The state of ``elements`` in a uint8 buffer: moments, one kind after the other, then remainders or masters."""
+    count = len(form.optimizer.moments)
+    end = elements * MOMENT_BYTES * count
+    moments = buffer[:end].view(torch.float32).view(count, elements)
     remainder = master = None
-    if precision is Precision.BF16:
-        remainder = buffer[elements * 8 : elements * 10].view(torch.int16)
-    if precision is Precision.FP16:
-        master = buffer[elements * 8 : elements * 12].view(torch.float32)
-    return AdamState(moments[:elements], moments[elements:], remainder, master)
+    if form.precision is Precision.BF16:
+        remainder = buffer[end : end + 2 * elements].view(torch.int16)
+    if form.precision is Precision.FP16:
+        master = buffer[end : end + 4 * elements].view(torch.float32)
+    return OptimizerState(tuple(moments), remainder, master)
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:
@@ -59,11 +73,11 @@ class UnitState:
     """Chunks of the weights that this rank keeps, in which they are read from the NVMe tier."""
     device_weights: torch.Tensor | None = None
     device_gradients: torch.Tensor | None = None
-    device_state: AdamState | None = None
+    device_state: OptimizerState | None = None
     host_weights: torch.Tensor | None = None
     """Those that are kept where the weights live on the host; where they are a mirror, those that are updated here."""
     host_gradients: torch.Tensor | None = None
-    host_state: AdamState | None = None
+    host_state: OptimizerState | None = None
     weight_extents: list[Extent] | None = None
     state_extents: list[Extent] | None = None
     ranks: Ranks | None = None
@@ -132,8 +146,8 @@ def allocate(
     unit: Unit, plan: Plan, device: torch.device, arena: Arena, store: Store | None, ranks: Ranks | None = None
 ) -> UnitState:
     """The buffers of a unit, zero, in the tiers of the plan: what ``residency.footprint`` counts."""
-    place, precision, shards = unit.placement, plan.precision, Shards.of(plan)
-    dtype = weight_dtype(precision)
+    place, form, shards = unit.placement, plan.state_format, Shards.of(plan)
+    dtype = weight_dtype(form.precision)
     weights = shards.weights(unit.shape.elements, place.parameters)
     gradients = shards.gradients(unit.shape.trainable_elements)
     updated = shards.state(unit.shape.trainable_elements)
@@ -162,13 +176,13 @@ def allocate(
         state.device_gradients = on_device(gradients)
     else:
         state.host_gradients = on_host(gradients)
-    size = updated * state_bytes(precision)
+    size = state_bytes(updated, form)
     if place.optimizer is Tier.GPU:
-        state.device_state = carve_state(torch.zeros(size, dtype=torch.uint8, device=device), updated, precision)
-    elif place.optimizer is Tier.HOST:
-        state.host_state = carve_state(arena.take(size), updated, precision)
+        state.device_state = carve_state(torch.zeros(size, dtype=torch.uint8, device=device), updated, form)
+    elif place.optimizer is Tier.HOST or not size:  # where there is no state, it is nowhere
+        state.host_state = carve_state(arena.take(size), updated, form)
     else:
-        state.state_extents = [_extent(store, (b - a) * state_bytes(precision)) for a, b in state.spans]
+        state.state_extents = [_extent(store, state_bytes(b - a, form)) for a, b in state.spans]
     return state
 
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from offload.adamw import Hyperparameters
 from offload.gradients import GradientCollector
+from offload.hyperparameters import Hyperparameters
 from offload.loss_scale import LossScale
 from offload.state import UnitState
 from offload.streams import Done

@@ -14,11 +14,11 @@ import torch
 
 from offload.arithmetic import device_update
 from offload.masters import over_masters
-from offload.optimizer import AdamWStep
-from offload.plan import Precision
+from offload.plan import StateFormat
 from offload.residency import UPDATE_RING, chunks, streamed_slot_bytes
+from offload.rules import UpdateStep
 from offload.split import Took, UpdateSplit
-from offload.state import AdamState, UnitState, carve_state, weight_dtype
+from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate, shared
 
@@ -29,7 +29,7 @@ class _Slot:
 
     weights: torch.Tensor
     gradients: torch.Tensor
-    state: AdamState
+    state: OptimizerState
     left: Done
 
 
@@ -63,22 +63,20 @@ class _Clock:
 class StreamedUpdate:
     """Updates on the device, piece by piece, in the order in which they are given."""
 
-    def __init__(
-        self, precision: Precision, elements: int, device_share: float, device: torch.device, lane: Lane
-    ) -> None:
+    def __init__(self, form: StateFormat, elements: int, device_share: float, device: torch.device, lane: Lane) -> None:
         """``elements``: of one piece. ``lane``'s stream is the one on which pieces arrive."""
         self._split = UpdateSplit(device_share)
         self._device, self._elements, self._lane = device, elements, lane
-        self._update = over_masters(device_update(device))
+        self._update = over_masters(device_update(device, form))
         self._computing, self._leaving = (torch.Stream(device) if device.type != "cpu" else None for _ in range(2))
-        size, dtype = streamed_slot_bytes(elements, precision), weight_dtype(precision)
+        size, dtype = streamed_slot_bytes(elements, form), weight_dtype(form.precision)
         raw = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(UPDATE_RING)]
         one = elements * dtype.itemsize
         self._ring = [
             _Slot(
                 r[:one].view(dtype),
                 r[one : 2 * one].view(dtype),
-                carve_state(r[2 * one :], elements, precision),
+                carve_state(r[2 * one :], elements, form),
                 Done.now(device),
             )
             for r in raw
@@ -151,7 +149,7 @@ class StreamedUpdate:
                     update.promise.fail(error)
             raise
 
-    def _piece(self, state: UnitState, part: slice, how: AdamWStep, clip: torch.Tensor) -> Done:
+    def _piece(self, state: UnitState, part: slice, how: UpdateStep, clip: torch.Tensor) -> Done:
         """One piece there and back; returns when it has left. On the lane."""
         slot, size = self._ring[self._next], part.stop - part.start
         self._next = (self._next + 1) % UPDATE_RING
@@ -170,9 +168,8 @@ class StreamedUpdate:
         else:
             assert state.host_gradients is not None
             self._fetch(gradients, state.host_gradients[part])
-        for target, source in zip(there, home, strict=True):
-            if target is not None and source is not None:
-                self._fetch(target, source)
+        for target, source in zip(there.tensors(), home.tensors(), strict=True):
+            self._fetch(target, source)
         arrived = Done.now(self._device)
         with _on(self._computing):
             arrived.wait()
@@ -180,10 +177,9 @@ class StreamedUpdate:
             updated = Done.now(self._device)
         with _on(self._leaving):
             updated.wait()
-            for target, source in zip((mirror, *home), (weights, *there), strict=True):
-                if target is not None and source is not None:
-                    target.copy_(source, non_blocking=True)
-                    self.sent_bytes += source.nbytes
+            for target, source in zip((mirror, *home.tensors()), (weights, *there.tensors()), strict=True):
+                target.copy_(source, non_blocking=True)
+                self.sent_bytes += source.nbytes
             slot.left = Done.now(self._device)
         return slot.left
 

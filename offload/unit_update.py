@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from offload.optimizer import AdamWStep
 from offload.residency import aligned
+from offload.rules import UpdateStep
 from offload.shards import ALIGN_ELEMENTS
 from offload.state import UnitState
 from offload.streams import Done
@@ -55,7 +55,7 @@ class Segment:
 
     start: int
     stop: int
-    how: AdamWStep
+    how: UpdateStep
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,10 @@ import torch
 
 from offload.arithmetic import device_update, host_update
 from offload.masters import over_masters, unless
-from offload.plan import Precision
+from offload.plan import StateFormat
 from offload.residency import BLOCK_BYTES, UPDATE_RING, aligned
 from offload.split import Took
-from offload.state import AdamState, carve_state
+from offload.state import OptimizerState, carve_state
 from offload.store import Extent, Store, Ticket
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
@@ -49,7 +49,7 @@ class _Chunk:
     slot: _StagingSlot
     weights: torch.Tensor
     gradients: torch.Tensor
-    state: AdamState
+    state: OptimizerState
     reads: list[Ticket]
     gradients_there: Done
     weight_bytes: torch.Tensor | None
@@ -61,7 +61,7 @@ class Updater:
 
     def __init__(
         self,
-        precision: Precision,
+        form: StateFormat,
         lane: Lane,
         down: Lane,
         up: Lane,
@@ -70,13 +70,14 @@ class Updater:
         streamed: StreamedUpdate | None,
         device: torch.device,
     ) -> None:
-        self._precision = precision
+        self._form = form
         self._lane, self._down, self._up = lane, down, up
         self._store = store
         self._ring = [_StagingSlot(buffer) for buffer in ring]
         self._streamed = streamed
         self._device = device
-        self._update_on_host, self._update_on_device = map(over_masters, (host_update(device), device_update(device)))
+        here, there = host_update(device, form), device_update(device, form)
+        self._update_on_host, self._update_on_device = over_masters(here), over_masters(there)
         self._last: Done | None = None
         self._reading: set[str] = set()
         self._took: Took | None = None
@@ -188,18 +189,18 @@ class Updater:
             gradients_there = self._down.copy(gradients, source, after=[update.landed])
         state_raw = weight_raw = None
         if state.host_state is not None:
-            adam = state.host_state.span(start, stop)
+            moments = state.host_state.span(start, stop)
         else:
             state_raw, taken = self._read(state.state_extents, index, slot, taken, reads)
             self._reading.add(state.unit.name)
-            adam = carve_state(state_raw, stop - start, self._precision)
+            moments = carve_state(state_raw, stop - start, self._form)
         if state.host_weights is not None:
             weights = state.host_weights[start:stop]
         else:
             weight_raw, taken = self._read(state.weight_extents, index, slot, taken, reads)
             weights = weight_raw.view(gradients.dtype)[: stop - start]
         return _Chunk(
-            update, index, start, stop, slot, weights, gradients, adam, reads, gradients_there, weight_raw, state_raw
+            update, index, start, stop, slot, weights, gradients, moments, reads, gradients_there, weight_raw, state_raw
         )
 
     def _read(

@@ -50,7 +50,9 @@ def gathered(
     lent: list[UnitState] = []
     try:
         for state in states:
-            flat, _ = contents.split(contents.read(state, engine.plan.precision, engine.store), engine.plan.precision)
+            flat, _ = contents.split(
+                contents.read(state, engine.plan.state_format, engine.store), engine.plan.precision
+            )
             watch.lend(state, flat.to(engine.device))
             lent.append(state)
         with torch.no_grad():
@@ -78,7 +80,7 @@ def state_dict(engine: "Engine") -> dict[str, Any]:
         if isinstance(value, torch.Tensor) and id(value) not in owned:
             result[key] = value.detach().cpu().clone()
     for state in engine.states:
-        whole = contents.read(state, engine.plan.precision, engine.store)
+        whole = contents.read(state, engine.plan.state_format, engine.store)
         for field in state.unit.fields:
             weight = field.view(whole.weights).clone()
             result |= dict.fromkeys(keys.get(id(field.parameter), ()), weight)
@@ -95,7 +97,7 @@ def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) 
     for state in engine.states:
         given = [(f, tensors[key]) for f in state.unit.fields for key in keys.pop(id(f.parameter), ())]
         if given:
-            whole = contents.read(state, engine.plan.precision, engine.store)
+            whole = contents.read(state, engine.plan.state_format, engine.store)
             for field, tensor in given:
                 field.view(whole.weights).copy_(tensor)
             engine.replace(state, whole)
@@ -137,7 +139,7 @@ def _parameters(model: nn.Module, chosen: Iterable[Chosen | Iterable[Chosen]]) -
 
 def _changed(engine: "Engine", state: UnitState) -> contents.Contents | None:
     """The unit's numbers with what was written to its parameters; None where nothing was."""
-    whole = contents.read(state, engine.plan.precision, engine.store)
+    whole = contents.read(state, engine.plan.state_format, engine.store)
     before, _ = contents.split(whole, engine.plan.precision)
     written = False
     for field in state.unit.fields:

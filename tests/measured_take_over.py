@@ -52,7 +52,7 @@ def beside_bytes(tiers: tuple[Tier, Tier, Tier], precision: Precision, folder: P
         buckets=Buckets(),
     )
     shapes = [unit.shape for unit in partition(network, placements)]
-    held = footprint(shapes, placements, plan.buckets, precision)
+    held = footprint(shapes, placements, plan.buckets, plan.state_format)
     forget_peak()
     before = resident_bytes("VmRSS")
     engine = Engine(network, plan, weights=weights)

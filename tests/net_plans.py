@@ -5,6 +5,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 from torch import nn
 
+from memplan.rates import PLANNED
 from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Target, Tier
 from tests.plans import EVERY_TIER, RESIDENT
 
@@ -69,7 +70,7 @@ def plans(draw) -> Plan:
         nodes=nodes,
         shard_gpus=draw(st.sampled_from([0, ranks, nodes * ranks])),
         zero_stage=draw(st.integers(0, 3)),
-        precision=draw(st.sampled_from(Precision)),
+        precision=draw(st.sampled_from(PLANNED)),
         device=draw(st.sampled_from(["cuda", "cpu"])),
         target=draw(st.sampled_from(Target)),
         micro_batch_size=draw(st.integers(1, 9)),

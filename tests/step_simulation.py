@@ -90,7 +90,7 @@ class _Staged:
 class _Engine:
     def __init__(self, work: StepWork, counts: Counts, first_gradient: float) -> None:
         self.work, self.first_gradient = work, first_gradient
-        self._weight_bytes, self._state_bytes = work.precision.weight_bytes, state_bytes(work.precision)
+        self._weight_bytes, self._state_bytes = work.precision.weight_bytes, state_bytes(1, work.form)
         shapes = work.shapes
         places = placements_of(shapes, chain_order(shapes), counts)
         self.units = [_Unit(i, s, p) for i, (s, p) in enumerate(zip(shapes, places, strict=True))]

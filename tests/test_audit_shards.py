@@ -104,7 +104,7 @@ def test_the_ring_of_a_shared_update_is_counted():
     assert audit(plan, problem.shapes) == []
     shared = replace(plan, gpu_update_share=0.5)
     shapes, placements = problem.shapes, [next(p for p in plan.placements if p.unit == s.name) for s in problem.shapes]
-    held = footprint(shapes, placements, plan.buckets, plan.precision, 0.5).gpu_bytes
+    held = footprint(shapes, placements, plan.buckets, plan.state_format, 0.5).gpu_bytes
     assert audit(predicting(shared, gpu_peak_bytes=held), problem.shapes) == []
     (problem_found,) = audit(predicting(shared, gpu_peak_bytes=held - 1), problem.shapes)
     assert "model state on the gpu" in problem_found

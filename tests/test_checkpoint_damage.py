@@ -253,7 +253,7 @@ def test_copies_take_the_memory_they_were_given_and_no_more(tmp_path: Path, monk
         saving = engine.save_checkpoint(tmp_path / "c")
         run(engine, batches(2))
         saving.wait()
-        state = sum(p.size_bytes for s in engine.states for p in snapshot.pieces_of(s, engine.plan.precision, 5000))
+        state = sum(p.size_bytes for s in engine.states for p in snapshot.pieces_of(s, engine.plan.state_format, 5000))
         assert max(held) <= saving.staging_bytes <= state / 2
         engine.load_checkpoint(tmp_path / "c")
         assert all(torch.equal(t, before[n]) for n, t in engine.state_dict().items())

@@ -218,9 +218,11 @@ def test_frozen_weights_stream_and_carry_no_state(where: str, tmp_path: Path) ->
     with Engine(model, plan_of(model, placements, tmp_path), optimizer_of(model)) as engine:
         train_through_tiers(engine, batches(1))
         engine.finish()
+        engine._up.submit(lambda: None).synchronize()  # what is fetched ahead has come
         before = engine.traffic_bytes()
         train_through_tiers(engine, batches(1))
         engine.finish()
+        engine._up.submit(lambda: None).synchronize()
         moved = {link: size - before[link] for link, size in engine.traffic_bytes().items()}
         state = sum(s.unit.shape.trainable_elements for s in engine.states)
         states = engine.states

@@ -113,7 +113,7 @@ def train_on_rank(rank: int, world: int, case: Case, directory: str) -> tuple[li
     losses = []
     with Engine(model, plan, optimizer, scheduler_of(optimizer), case.max_norm) as engine:
         shapes, units = [s.unit.shape for s in engine.states], [s.unit.placement for s in engine.states]
-        held = footprint(shapes, units, plan.buckets, plan.precision, plan.gpu_update_share, Shards.of(plan))
+        held = footprint(shapes, units, plan.buckets, plan.state_format, plan.gpu_update_share, Shards.of(plan))
         assert engine.arena.taken_bytes == held.host_bytes
         assert (engine.store.taken_bytes if engine.store is not None else 0) == held.nvme_bytes
         assert engine.meter.now_bytes()["gpu"] == held.gpu_bytes

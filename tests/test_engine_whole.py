@@ -47,7 +47,7 @@ def everything(engine: Engine) -> dict[str, torch.Tensor]:
     return {
         f"{what}/{name}": tensor.clone()
         for state in engine.states
-        for name, parts in contents.named(state, contents.read(state, engine.plan.precision, engine.store))
+        for name, parts in contents.named(state, contents.read(state, engine.plan.state_format, engine.store))
         for what, tensor in parts.items()
     }
 

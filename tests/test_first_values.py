@@ -54,7 +54,7 @@ def plan_for_source(source: ModelSource, budget_bytes: int = 1 << 40) -> Plan:
     units = {n: AWAY for n, _ in model.named_modules() if n.startswith("model.layers.") and n.count(".") == 2}
     plan = replace(plan_of(model, units), micro_batch_size=2)
     shapes = [unit.shape for unit in partition(model, plan.placements)]
-    held = footprint(shapes, plan.placements, plan.buckets, plan.precision)
+    held = footprint(shapes, plan.placements, plan.buckets, plan.state_format)
     prediction = replace(plan.prediction, gpu_peak_bytes=held.gpu_bytes, host_bytes=held.host_bytes)
     return replace(plan, budget=Budget(budget_bytes // 2, budget_bytes - budget_bytes // 2, 0), prediction=prediction)
 

@@ -11,7 +11,7 @@ import pytest
 from memplan import cli
 from memplan.configs.files import NAMES
 from memplan.inputs import saved_profile
-from offload.plan import Plan, Target, Tier
+from offload.plan import OptimizerKind, Plan, Target, Tier
 from profiler.errors import ProfileError
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
@@ -118,6 +118,16 @@ def test_a_profile_is_planned_with_its_batch_on_every_gpu(memplan: Command, save
     assert done.code == 0, done.err
     plan = Plan.load(Path("plan.json"))
     assert (plan.gpus, plan.micro_batch_size * plan.gradient_accumulation_steps) == (2, 4)
+
+
+def test_the_optimizer_can_be_named(memplan: Command, saved: Path) -> None:
+    done = memplan("plan", saved, *TWO_GPUS, "--optimizer", "sgd-momentum")
+    assert done.code == 0, done.err
+    assert "sgd-momentum" in done.out
+    assert Plan.load(Path("plan.json")).optimizer is OptimizerKind.SGD_MOMENTUM
+    refused = memplan("plan", saved, *TWO_GPUS, "--optimizer", "sgd", "--engine", "fsdp2", "--out", "other")
+    assert refused.code == 2
+    assert "plans for fsdp2 count the state of AdamW; leave --optimizer sgd out" in refused.err
 
 
 @pytest.mark.parametrize("engine", ENGINES_FILES)

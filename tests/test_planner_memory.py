@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from memplan.activations import FIXED_MARGIN_BYTES, Way, activations_of
 from memplan.memory import ChainTables, Counts, chain_order, placements_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Precision
+from offload.plan import Buckets, OptimizerKind, Precision, StateFormat
 from offload.residency import UnitShape, footprint
 from offload.shards import Shards
 from profiler.profile import ActivationPoint
@@ -40,23 +40,19 @@ SHARDINGS = [Sharding(0, 1), *(Sharding(stage, n) for stage in range(4) for n in
 
 @given(
     chains(),
-    st.sampled_from(Precision),
+    st.builds(StateFormat, st.sampled_from(Precision), st.sampled_from(OptimizerKind)),
     st.integers(0, 3),
     st.sampled_from([1 << 10, 1 << 16, 1 << 24]),
-    st.sampled_from(
-        [Sharding(0, 1), *(Sharding(stage, n) for stage in range(4) for n in (2, 3, 8)), Sharding(3, 8, 2, 4)]
-    ),
+    st.sampled_from(SHARDINGS),
 )
 @settings(deadline=None, max_examples=200)
-def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(
-    chain, precision, prefetch, update_elements, sharding
-):
+def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, form, prefetch, update_elements, sharding):
     shapes, counts = chain
     buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements)
     order, shards = chain_order(shapes), sharding.shards
-    tables = ChainTables([shapes[i] for i in order], buckets, precision, sharding)
+    tables = ChainTables([shapes[i] for i in order], buckets, form, sharding)
     padded, placements = [s.padded(shards) for s in shapes], placements_of(shapes, order, counts)
-    expected = footprint(padded, placements, buckets, precision, 0.0, shards)
+    expected = footprint(padded, placements, buckets, form, 0.0, shards)
     assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes
     assert int(tables.host_bytes(counts)) == expected.host_bytes
     assert int(tables.nvme_bytes(counts)) == expected.nvme_bytes
@@ -67,7 +63,9 @@ def test_a_higher_zero_stage_never_holds_more_model_state(shapes, gpus):
     shapes = [s.padded(Shards(3, gpus)) for s in shapes]
     held = [
         int(t.parameter_elements[-1] + t.gradient_elements[-1] + t.state_elements[-1])
-        for t in (ChainTables(shapes, Buckets(), Precision.BF16, Sharding(stage, gpus)) for stage in range(4))
+        for t in (
+            ChainTables(shapes, Buckets(), StateFormat(Precision.BF16), Sharding(stage, gpus)) for stage in range(4)
+        )
     ]
     assert held == sorted(held, reverse=True)
 

@@ -17,7 +17,7 @@ from memplan.quick_rates import REFERENCE
 from memplan.rates import PLANNED, Curve, Rates
 from memplan.sharding import Sharding
 from memplan.work import StepWork
-from offload.plan import Buckets, Precision
+from offload.plan import Buckets, Precision, StateFormat
 from offload.residency import UnitShape, state_bytes
 from tests.step_simulation import simulate
 from tests.synthetic_profiles import RATES
@@ -38,14 +38,14 @@ def work_of(
     rates: Rates = RATES,
     sharding: Sharding = Sharding(0, 1),  # noqa: B008 - frozen
 ) -> StepWork:
-    tables = ChainTables([shapes[i] for i in chain_order(shapes)], buckets, precision, sharding)
+    tables = ChainTables([shapes[i] for i in chain_order(shapes)], buckets, StateFormat(precision), sharding)
     passes = PassSeconds(seconds, rest)
     return StepWork(
         tuple(shapes),
         tables,
         sharding,
         buckets,
-        precision,
+        StateFormat(precision),
         passes,
         micro_batches,
         rates,
@@ -245,7 +245,7 @@ def test_state_that_leaves_the_gpu_is_updated_and_streamed_once_a_step(case):
         r = work.rates
         seconds = moved / r.nvme_read_bytes_per_second + moved / r.nvme_write_bytes_per_second
         assert found.get("nvme", 0.0) == pytest.approx(seconds)
-        least = sum(u.trainable_elements for u in units[: counts.nvme_state]) * state_bytes(work.precision)
+        least = sum(u.trainable_elements for u in units[: counts.nvme_state]) * state_bytes(1, work.form)
         assert moved >= least
 
 

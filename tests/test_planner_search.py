@@ -17,7 +17,7 @@ from memplan.pipeline import step_seconds
 from memplan.search import plan, problem_of
 from memplan.sizes import parse_bytes
 from memplan.units import units_of
-from offload.plan import Buckets, Plan, Precision, Tier
+from offload.plan import Buckets, OptimizerKind, Plan, Precision, Tier
 from offload.residency import footprint
 from tests.synthetic_profiles import RATES, cases, machine_of, transformer
 
@@ -102,16 +102,16 @@ def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, data):
     assert step_seconds(work, one)[0] == step_seconds(work, arrays)[0], "a price does not depend on its neighbours"
 
 
-@given(cases(), st.sampled_from([1, 6, 8]))
+@given(cases(), st.sampled_from([1, 6, 8]), st.sampled_from(OptimizerKind))
 @SLOW
-def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size):
+def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer):
     profile, machine = case
     try:
-        found = plan(profile, machine, RATES, batch_size=batch_size)
+        found = plan(profile, machine, RATES, batch_size=batch_size, optimizer=optimizer)
     except NothingFits:
         assume(False)
     shapes = units_of(profile)
-    held = footprint(shapes, found.placements, found.buckets, found.precision)
+    held = footprint(shapes, found.placements, found.buckets, found.state_format)
     assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= machine.gpu_bytes
     assert held.host_bytes == found.prediction.host_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
@@ -160,15 +160,49 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     assert audit(found, units_of(profile)) == []
 
 
-@given(cases())
+@given(cases(), st.sampled_from(OptimizerKind))
 @SLOW
-def test_a_plan_survives_its_json(case):
+def test_a_plan_survives_its_json(case, optimizer):
     profile, machine = case
     try:
-        found = plan(profile, machine, RATES, batch_size=4)
+        found = plan(profile, machine, RATES, batch_size=4, optimizer=optimizer)
     except NothingFits:
         assume(False)
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_a_plan_of_before_there_was_a_choice_is_for_adamw():
+    written = plan(transformer(3), machine_of(1 << 30, 1 << 30), RATES, batch_size=4).to_dict()
+    del written["optimizer"]
+    assert Plan.from_dict(written).optimizer is OptimizerKind.ADAMW
+
+
+@pytest.mark.parametrize(
+    ("profiled", "wished", "expected"),
+    [
+        ("adamw-fused", None, OptimizerKind.ADAMW),
+        ("sgd-momentum", None, OptimizerKind.SGD_MOMENTUM),
+        ("sgd", OptimizerKind.LION, OptimizerKind.LION),
+        ("adafactor", None, OptimizerKind.ADAMW),
+    ],
+)
+def test_the_optimizer_is_the_one_wished_or_profiled(profiled, wished, expected):
+    profile = replace(transformer(3), optimizer=profiled)
+    found = plan(profile, machine_of(1 << 30, 1 << 30), RATES, batch_size=4, optimizer=wished)
+    assert found.optimizer is expected
+    remarks = [reason for reason in found.reasons if "The profile was made with" in reason]
+    assert bool(remarks) is (profiled in ("adafactor", "sgd"))
+
+
+def test_what_keeps_less_needs_less():
+    machine = machine_of(1 << 30, 1 << 30)
+    kinds = (OptimizerKind.SGD, OptimizerKind.LION, OptimizerKind.ADAM)
+    peaks = [
+        plan(transformer(3), machine, RATES, batch_size=4, optimizer=kind).prediction.phases["gpu"]["attach"]
+        for kind in kinds
+    ]
+    elements = sum(s.trainable_elements for s in units_of(transformer(3)))
+    assert [b - a for a, b in itertools.pairwise(peaks)] == [4 * elements] * 2
 
 
 def test_what_fits_is_never_offloaded():

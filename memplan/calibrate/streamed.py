@@ -5,16 +5,17 @@ from functools import partial
 import torch
 
 from memplan.calibrate.parts import Part, best_seconds, gigabytes, nanoseconds
-from offload.optimizer import AdamWStep, update_in_torch
-from offload.plan import Buckets, Precision
-from offload.residency import state_bytes
-from offload.state import AdamState, carve_state, weight_dtype
+from offload.arithmetic import HOWS
+from offload.optimizer import update_in_torch
+from offload.plan import Buckets, OptimizerKind, Precision, StateFormat
+from offload.residency import state_bytes, update_traffic_bytes
+from offload.state import OptimizerState, carve_state, weight_dtype
 
 RING = 3
 """Chunks on the GPU: one arriving, one updated, one on its way back."""
-HOW = AdamWStep(learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
+HOW = HOWS[OptimizerKind.ADAMW]
 
-Numbers = tuple[torch.Tensor, AdamState]
+Numbers = tuple[torch.Tensor, OptimizerState]
 
 
 def resident_update(device: torch.device, elements: int) -> Part:
@@ -26,7 +27,7 @@ def resident_update(device: torch.device, elements: int) -> Part:
         gradients = torch.full_like(weights, 1e-2)
         update = partial(update_in_torch, weights, gradients, state, HOW, torch.ones((), device=device))
         found[precision] = best_seconds(update, device.type) / elements
-        moved = 3 * precision.weight_bytes + 2 * state_bytes(precision)
+        moved = update_traffic_bytes(1, StateFormat(precision))
         rows.append((precision.value, nanoseconds(found[precision]), gigabytes(moved / found[precision])))
     found[Precision.AMP] = found[Precision.FP32]
     return Part({"gpu_update_seconds": found}, {"update on the GPU": tuple(rows)})
@@ -84,17 +85,16 @@ class StreamedUpdate:
 
 
 def _bytes(elements: int, precision: Precision) -> int:
-    return elements * (precision.weight_bytes + state_bytes(precision))
+    return elements * precision.weight_bytes + state_bytes(elements, StateFormat(precision))
 
 
 def _numbers(raw: torch.Tensor, precision: Precision) -> Numbers:
     """Weights and state in a uint8 buffer."""
     elements = len(raw) // _bytes(1, precision)
     weights = elements * precision.weight_bytes
-    return raw[:weights].view(weight_dtype(precision)), carve_state(raw[weights:], elements, precision)
+    return raw[:weights].view(weight_dtype(precision)), carve_state(raw[weights:], elements, StateFormat(precision))
 
 
 def _copy(target: Numbers, source: Numbers) -> None:
-    for there, here in zip((target[0], *target[1]), (source[0], *source[1]), strict=True):
-        if there is not None and here is not None:
-            there.copy_(here, non_blocking=True)
+    for there, here in zip((target[0], *target[1].tensors()), (source[0], *source[1].tensors()), strict=True):
+        there.copy_(here, non_blocking=True)

@@ -17,8 +17,8 @@ from torch import nn
 from memplan.calibrate.compute import block_step, team_of
 from memplan.calibrate.parts import MIB, Part, gigabytes, nanoseconds
 from memplan.calibrate.streamed import StreamedUpdate
-from offload.optimizer import AdamWStep
-from offload.plan import Buckets, Placement, Precision, Tier
+from offload.arithmetic import HOWS
+from offload.plan import Buckets, OptimizerKind, Placement, Precision, StateFormat, Tier
 from offload.residency import chunks, state_bytes
 from offload.setup import FEEDING_CORES, update_threads
 from offload.state import UnitState, carve_state, weight_dtype
@@ -36,7 +36,7 @@ FED = 4096, 1024
 
 FED_AHEAD = 8
 """Passes through it that may wait in the GPU's queue."""
-HOW = AdamWStep(learning_rate=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, step=10)
+HOW = HOWS[OptimizerKind.ADAMW]
 
 
 class Regions(NamedTuple):
@@ -60,7 +60,7 @@ class Regions(NamedTuple):
 
 def host_bytes(elements: int, precision: Precision) -> int:
     """Of weights, gradients and state."""
-    return elements * (2 * precision.weight_bytes + state_bytes(precision))
+    return 2 * elements * precision.weight_bytes + state_bytes(elements, StateFormat(precision))
 
 
 class Beside(NamedTuple):
@@ -78,7 +78,9 @@ class HostUpdate:
         self._device = device
         self.up, self.down = Lane("up", device), Lane("down", device)
         self._lane = Lane("update", device, update_threads(device))
-        self._updater = Updater(precision, self._lane, self.down, self.up, None, [raw[:0]] * 3, None, device)
+        self._updater = Updater(
+            StateFormat(precision), self._lane, self.down, self.up, None, [raw[:0]] * 3, None, device
+        )
         self._state = _unit_on_host(elements, precision, raw)
 
     def begin(self) -> Done:
@@ -103,7 +105,7 @@ def _unit_on_host(elements: int, precision: Precision, raw: torch.Tensor) -> Uni
     weights, gradients = raw[:one].view(dtype), raw[one : 2 * one].view(dtype)
     raw.zero_()
     gradients.fill_(1e-2)
-    state = carve_state(raw[2 * one : host_bytes(elements, precision)], elements, precision)
+    state = carve_state(raw[2 * one : host_bytes(elements, precision)], elements, StateFormat(precision))
     return UnitState(unit, spans, spans, host_weights=weights, host_gradients=gradients, host_state=state)
 
 
