@@ -349,7 +349,7 @@ class WeightMover:
         for place in state.places(target, 0, len(kept)):
             place.copy_(kept[start : start + len(place)], non_blocking=True)
             start += len(place)
-        if kept.device != target.device:
+        if state.device_weights is None:
             self._lane.bytes_moved += kept.nbytes
 
     def _read(self, state: UnitState, target: torch.Tensor) -> None:

@@ -110,7 +110,7 @@ def test_what_is_allocated_is_what_the_footprint_counts(
         assert engine.arena.taken_bytes == held.host_bytes
         assert (engine.store.taken_bytes if engine.store else 0) == held.nvme_bytes
         device = [s.device_weights for s in engine.states] + [s.device_gradients for s in engine.states]
-        moments = [t for s in engine.states if s.device_state for t in s.device_state]
+        moments = [t for s in engine.states if s.device_state for t in s.device_state.tensors()]
         on_device = sum(t.nbytes for t in (*device, *moments) if t is not None)
         on_device += engine._rings.nbytes + engine._gradients.device_bytes
         assert held.gpu_bytes == on_device

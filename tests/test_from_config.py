@@ -17,9 +17,10 @@ from memplan.errors import ConfigError, NothingFits, PlanningError
 from memplan.formatting import format_bytes
 from memplan.from_config import GivenConfig, Verdict, judge
 from memplan.machine import Machine
+from memplan.rates import PLANNED
 from memplan.search import plan
 from memplan.show_verdict import verdict_tables
-from offload.plan import Plan, Precision, Target, Tier
+from offload.plan import Plan, Target, Tier
 from profiler.profile import ModelProfile
 from tests.synthetic_profiles import RATES, machine_of, transformer
 
@@ -61,7 +62,7 @@ def of_training(plan: Plan) -> dict[str, object]:
     host=st.one_of(st.just(0.0), st.floats(0.5, 40)),
     nvme=st.sampled_from([0, 200]),
     ranks=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
-    precision=st.sampled_from([*Precision]),
+    precision=st.sampled_from(PLANNED),
 )
 @settings(
     deadline=None,
