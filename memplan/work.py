@@ -64,6 +64,11 @@ class StepWork:
         return self.sharding.gpus
 
     @cached_property
+    def held(self) -> tuple[UnitShape, ...]:
+        """The shapes as the ranks hold them: padded, so that their parts are equal."""
+        return tuple(s.padded(self.sharding.shards) for s in self.shapes)
+
+    @cached_property
     def names(self) -> list[str]:
         """Of the units, as people read them."""
         return [s.name or "(root)" for s in self.shapes]
@@ -98,7 +103,7 @@ class StepWork:
     @cached_property
     def earlier(self) -> list[int | None]:
         """Whose slot a unit takes over in forward: as many places earlier in its ring as the ring has slots."""
-        return self._neighbours(self.prefetch + 1, [s.elements for s in self.shapes])
+        return self._neighbours(self.prefetch + 1, [s.elements for s in self.held])
 
     @cached_property
     def later(self) -> list[int | None]:
@@ -108,7 +113,7 @@ class StepWork:
     @cached_property
     def gradient_follower(self) -> list[int | None]:
         """Whose slot a unit's gradients gather in, in backward: two places later in forward order."""
-        return _inverse(self._neighbours(2, [s.trainable_elements for s in self.shapes]))
+        return _inverse(self._neighbours(2, [s.trainable_elements for s in self.held]))
 
     def _neighbours(self, distance: int, sizes: Sequence[int]) -> list[int | None]:
         """The unit of the same size so many places earlier."""
@@ -125,17 +130,17 @@ class StepWork:
     @cached_property
     def weight_bytes(self) -> list[int]:
         """Fetched for one use: the rank's shard in stage 3."""
-        return [self.sharding.parameters(s.elements) * self.precision.weight_bytes for s in self.shapes]
+        return [self.sharding.parameters(s.elements) * self.precision.weight_bytes for s in self.held]
 
     @cached_property
     def gradient_bytes(self) -> list[int]:
         """Sent home after one backward."""
-        return [self.sharding.gradients(s.trainable_elements) * self.precision.weight_bytes for s in self.shapes]
+        return [self.sharding.gradients(s.trainable_elements) * self.precision.weight_bytes for s in self.held]
 
     @cached_property
     def state_elements(self) -> list[int]:
         """Updated in a step."""
-        return [self.sharding.state(s.trainable_elements) for s in self.shapes]
+        return [self.sharding.state(s.trainable_elements) for s in self.held]
 
     @cached_property
     def state_weight_bytes(self) -> list[int]:
@@ -150,7 +155,7 @@ class StepWork:
     @cached_property
     def nvme_weight_bytes(self) -> list[int]:
         """Of weights on disk."""
-        held = (self.sharding.parameters(s.elements) for s in self.shapes)
+        held = (self.sharding.parameters(s.elements) for s in self.held)
         return [weight_extent_bytes(n, self.precision, self.buckets) for n in held]
 
     @cached_property
@@ -162,7 +167,7 @@ class StepWork:
     def weight_chunks(self) -> list[int]:
         """In which a unit's weights come from disk."""
         size = self.buckets.update_elements
-        return [max(1, -(-self.sharding.parameters(s.elements) // size)) for s in self.shapes]
+        return [max(1, -(-self.sharding.parameters(s.elements) // size)) for s in self.held]
 
     # Seconds
 
@@ -170,7 +175,7 @@ class StepWork:
     def by_unit(self) -> np.ndarray:
         """Kernels and issue of forward and backward, the engine's own passes over the gradients included."""
         rows = self.passes.by_unit.copy()
-        gathered = np.array([s.trainable_elements for s in self.shapes]) * self.precision.weight_bytes
+        gathered = np.array([s.trainable_elements for s in self.held]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
         rows[:, [FORWARD_ISSUE, BACKWARD_ISSUE]] *= PASS_ISSUE_FACTOR
         call = self.rates.call_seconds
@@ -253,7 +258,7 @@ class StepWork:
     def gather_seconds(self) -> list[float]:
         """Of one unit's weights."""
         w = self.precision.weight_bytes
-        return [self.sharding.gather_seconds(s.elements * w, self.rates) for s in self.shapes]
+        return [self.sharding.gather_seconds(s.elements * w, self.rates) for s in self.held]
 
     @cached_property
     def reduce_seconds(self) -> list[tuple[float, float]]:
@@ -263,7 +268,7 @@ class StepWork:
         def seconds(shape: UnitShape, last: bool) -> float:
             return self.sharding.reduce_seconds(shape.trainable_elements * w, self.rates, last=last)
 
-        return [(seconds(s, False), seconds(s, True)) for s in self.shapes]
+        return [(seconds(s, False), seconds(s, True)) for s in self.held]
 
 
 def _inverse(neighbours: Sequence[int | None]) -> list[int | None]:

@@ -274,10 +274,11 @@ def test_the_collective_lane_moves_what_each_stage_of_zero_moves(stage, micro_ba
     rates = replace(RATES, collective=Curve.flat(rate))
     shapes = [UnitShape.of("", [1000]), *(UnitShape.of(f"b{i}", [20_000]) for i in range(3)), UnitShape.of("h", [5000])]
     seconds = np.full((len(shapes), 4), 0.1)
-    work = work_of(shapes, seconds, np.zeros(4), Buckets(), micro_batches, rates=rates, sharding=Sharding(stage, gpus))
-    whole = sum(s.elements for s in shapes) * Precision.BF16.weight_bytes
-    ring = whole * (gpus - 1) / gpus / rate
-    root = ring * shapes[0].elements / sum(s.elements for s in shapes)
+    sharding = Sharding(stage, gpus)
+    work = work_of(shapes, seconds, np.zeros(4), Buckets(), micro_batches, rates=rates, sharding=sharding)
+    elements = [s.padded(sharding.shards).elements for s in shapes]  # so the ranks hold and move them
+    ring = sum(elements) * Precision.BF16.weight_bytes * (gpus - 1) / gpus / rate
+    root = ring * elements[0] / sum(elements)
     expected = {
         0: 2 * ring,  # all-reduce, once
         1: ring + ring,  # reduce-scatter once, gather after the update
@@ -293,3 +294,18 @@ def test_the_collective_lane_moves_what_each_stage_of_zero_moves(stage, micro_ba
 def test_no_step_is_shorter_than_what_its_lanes_have_to_do(case):
     work, counts = case
     assert least_seconds(work, arrays(counts))[0] <= price(work, counts)
+
+
+@given(
+    st.lists(st.integers(1, 3000), min_size=1, max_size=4), st.sampled_from([0, 1, 2, 3]), st.sampled_from([1, 2, 3, 5])
+)
+@SLOW
+def test_the_work_of_a_step_and_the_tables_of_its_bytes_count_the_same_elements(sizes, stage, gpus):
+    shapes = [UnitShape.of(f"b{i}", [size]) for i, size in enumerate(sizes)]
+    sharding = Sharding(stage, gpus) if gpus > 1 else Sharding(0, 1)
+    work = work_of(shapes, np.zeros((len(shapes), 4)), np.zeros(4), Buckets(), 1, sharding=sharding)
+    tables, w = work.tables, work.precision.weight_bytes
+    assert sum(work.state_elements) == tables.state_elements[-1]
+    assert sum(work.nvme_state_bytes) == tables.nvme_state[-1]
+    assert sum(work.gradient_bytes) == tables.gradient_elements[-1] * w
+    assert sum(work.weight_bytes) == tables.parameter_elements[-1] * w
