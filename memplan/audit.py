@@ -161,7 +161,7 @@ def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     slots = _rings([r.whole_weights for r in come if r.name], ring)
     slots += sum(r.whole_weights for r in come if not r.name) + _rings([r.whole_trained for r in go], 2)
     streamed = plan.gpu_update_share > 0 and any(r.placement.optimizer is Tier.HOST for r in ranks)
-    ring_of_update = 3 * plan.buckets.update_elements * (2 * weight + rest) if streamed else 0
+    ring_of_update = plan.buckets.update_slots * plan.buckets.update_elements * (2 * weight + rest) if streamed else 0
     return elements + weight * slots + ring_of_update
 
 

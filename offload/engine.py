@@ -28,12 +28,12 @@ from offload.errors import OffloadError
 from offload.events import EventLog
 from offload.hyperparameters import Hyperparameters
 from offload.loss_scale import loss_scale
-from offload.memory import MemoryMeter
+from offload.memory import MemoryMeter, Moves, traffic_bytes
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.ranks import Ranks, local_device
-from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes, streamed_bytes
+from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
 from offload.saver import Saver, Saving
 from offload.setup import (
     check_can_run,
@@ -166,12 +166,11 @@ class Engine:
         self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
-        self._streamed: StreamedUpdate | None = None
-        if streamed_bytes(placements, plan.buckets, plan.state_format, plan.gpu_update_share):
-            size, share = plan.buckets.update_elements, plan.gpu_update_share
-            self._streamed = StreamedUpdate(plan.state_format, size, share, device, self._lane("streamed", 1))
+        early = self._update_in_backward
+        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, self._down, in_backward=early)
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
+        self._gradients.kept = self._updater.kept
         if device.type != "cpu" and update_bytes + needed.host_bytes:
             self._closers.append(leave_cores_to_the_update())
 
@@ -230,10 +229,13 @@ class Engine:
         accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
         parts = accumulation * self.plan.gpus
         self._micro_batch += 1
-        if self._update_in_backward and self._micro_batch >= accumulation:
+        last = self._micro_batch >= accumulation
+        if self._update_in_backward and last:
             self._check_can_update()
-        self._gradients.begin_backward(last_micro_batch=self._micro_batch >= accumulation)
-        with self._passes.backward(), self._guard:
+        self._gradients.begin_backward(last_micro_batch=last)
+        if last:
+            self._updater.coming()
+        with self._passes.backward(step_follows=last), self._guard:
             loss = loss / parts if parts > 1 else loss
             (loss if scale is None else scale.scaled(loss)).backward()
             self._gradients.end_backward()
@@ -242,6 +244,7 @@ class Engine:
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
+        self._updater.discard()
         self._micro_batch = 0
         self.early_updates.forget()
 
@@ -285,13 +288,8 @@ class Engine:
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
-        beside: list[BlockInputs | StreamedUpdate] = [self._inputs, *filter(None, [self._streamed])]
-        return {
-            "host_to_device": sum(x.fetched_bytes for x in beside) + self._up.bytes_moved + self._returns.bytes_moved,
-            "device_to_host": sum(x.sent_bytes for x in beside) + self._down.bytes_moved,
-            "nvme_read": self.store.bytes_read if self.store else 0,
-            "nvme_write": self.store.bytes_written if self.store else 0,
-        }
+        beside: list[Moves] = [self._inputs, *filter(None, [self._streamed])]
+        return traffic_bytes((self._up, self._returns), (self._down,), beside, self.store)
 
     @property
     def computing(self) -> str | None:
@@ -346,6 +344,7 @@ class Engine:
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
         self._mover.forget(state.unit.name)
+        self._updater.changed(state.unit.name)
         unit_contents.write(state, whole, self.plan.state_format, self.store)
 
     # Checkpoints

@@ -19,6 +19,7 @@ from offload.shards import Shards
 from offload.state import UnitState, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit import Field
+from offload.visits import Kept
 
 
 @dataclass(eq=False)
@@ -33,6 +34,8 @@ class Gathering:
     target: torch.Tensor | None = None
     """The device buffer being gathered into; ``None`` outside of a backward pass."""
     landed: Done | None = None
+    kept: Sequence[Kept] = ()
+    """Parts that did not land on the host, but where the device will update with them."""
     square_norm: torch.Tensor | None = None
     taken: bool = False
     """Whether an update has begun with it."""
@@ -62,6 +65,8 @@ class GradientCollector:
         self._down, self._up, self._device = down, up, device
         self.on_complete: Callable[[str], None] = lambda _: None
         """Told the name of every unit whose gradients are all there."""
+        self.kept: Callable[[str], Sequence[Kept]] = lambda _: ()
+        """Asked which parts of a unit's last sum stay on the device."""
         self._last_micro_batch = True
         self._in_backward = False
         self._dtype = dtype = weight_dtype(plan.precision)
@@ -116,6 +121,7 @@ class GradientCollector:
         for gathering in self._gatherings.values():
             gathering.present, gathering.taken = set(), False
             gathering.landed = gathering.square_norm = None
+            gathering.kept = ()
 
     def discard(self) -> None:
         """Forget what was gathered: a backward pass failed, or other numbers take the place of all of this."""
@@ -178,6 +184,9 @@ class GradientCollector:
             assert state.host_gradients is not None
             assert gathering.landed is not None
             self._up.copy(buffer, state.host_gradients, after=[idle, gathering.landed]).wait()
+            for kept in gathering.kept:
+                buffer[kept.part].copy_(kept.there)
+            gathering.kept = ()
         else:
             idle.wait()
         gathering.target = buffer
@@ -193,7 +202,7 @@ class GradientCollector:
         return ring.popleft()
 
     def _land(self, gathering: Gathering) -> None:
-        """The unit's gradient of this backward pass is complete: take its norm, send it home."""
+        """The unit's gradient of this backward pass is complete, or must make room: take its norm, send it home."""
         if not gathering.present:
             return
         state = gathering.state
@@ -204,6 +213,23 @@ class GradientCollector:
             gathering.square_norm = torch.stack(norms).square().sum()
         gathering.landed = Done.now(self._device)
         if state.host_gradients is not None:
-            gathering.landed = self._down.copy(state.host_gradients, buffer, after=[gathering.landed])
+            complete = gathering.awaited == 0 or not self._in_backward
+            if self._last_micro_batch and complete:
+                gathering.kept = self.kept(state.unit.name)
+            gathering.landed = self._send(state.host_gradients, buffer, gathering.kept, gathering.landed)
             self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))
         gathering.target = None
+
+    def _send(self, home: torch.Tensor, buffer: torch.Tensor, kept: Sequence[Kept], after: Done) -> Done:
+        """To the host, but for the parts that stay on the device: those are copied to where they wait."""
+        goes = len(home) - sum(k.part.stop - k.part.start for k in kept)
+        assert all(k.part.start >= goes for k in kept), "what stays is the end of the unit"
+
+        def send() -> None:
+            home[:goes].copy_(buffer[:goes], non_blocking=True)
+            self._down.bytes_moved += home[:goes].nbytes
+            for part, there, free in kept:
+                free.wait()
+                there.copy_(buffer[part], non_blocking=True)
+
+        return self._down.submit(send, after=[after])

@@ -1,10 +1,35 @@
-"""What a run really holds, by tier, to stand beside the prediction."""
+"""What a run really holds, by tier, to stand beside the prediction; and what it moves, by link."""
+
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
 from offload.block_inputs import BlockInputs
 from offload.residency import Footprint
 from offload.slots import SlotRings
+from offload.store import Store
+from offload.streams import Lane
+
+
+class Moves(Protocol):
+    """What moves bytes beside the lanes."""
+
+    fetched_bytes: int
+    sent_bytes: int
+
+
+def traffic_bytes(
+    up: Iterable[Lane], down: Iterable[Lane], beside: Iterable[Moves], store: Store | None
+) -> dict[str, int]:
+    """Bytes moved since the start, by link; ``up`` and ``down`` are the lanes to the device and from it."""
+    beside = list(beside)
+    return {
+        "host_to_device": sum(x.fetched_bytes for x in beside) + sum(lane.bytes_moved for lane in up),
+        "device_to_host": sum(x.sent_bytes for x in beside) + sum(lane.bytes_moved for lane in down),
+        "nvme_read": store.bytes_read if store else 0,
+        "nvme_write": store.bytes_written if store else 0,
+    }
 
 
 class MemoryMeter:

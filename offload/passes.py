@@ -69,7 +69,7 @@ class Passes:
             self._end_inference()
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
+    def backward(self, *, step_follows: bool) -> Iterator[None]:
         """A backward pass."""
         self._use_root()  # an evaluation in between may have let it go
         try:
@@ -78,7 +78,7 @@ class Passes:
         finally:
             self._mover.unuse_all()
             self._inputs.begin_pass()
-        self._prefetcher.end_pass()
+        self._prefetcher.end_pass(step_follows=step_follows)
 
     @contextmanager
     def _in_phase(self, phase: str) -> Iterator[None]:

@@ -116,6 +116,9 @@ class Buckets:
     """Parameters of no more elements than this stay whole on every rank in stage 3 (DeepSpeed)."""
     live_elements: int = 0
     """Gathered elements that may stay on a GPU before one is let go, in stage 3 (DeepSpeed); 0: as few as it can."""
+    update_slots: int = 3
+    """Slots on the device, of ``update_elements`` each, for the GPU's share in the update of state that lives on the
+    host. State beyond three of them is there before the gradients' norm is known: it comes while backward runs."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +311,8 @@ def _check(plan: Plan) -> None:
     ):
         if value < 1:
             raise PlanError(f"{key} is {value}; it must be at least 1")
+    if plan.buckets.update_slots < 3:
+        raise PlanError(f"buckets.update_slots is {plan.buckets.update_slots}; an update needs at least 3")
     if plan.buckets.prefetch_units < 0:
         raise PlanError(f"buckets.prefetch_units is {plan.buckets.prefetch_units}; it must be at least 0")
     if plan.zero_stage not in range(4):

@@ -33,6 +33,9 @@ class Prefetcher:
             for u in units
             if u.name and u.shape.elements and not shards.on_device(u.placement.parameters)
         }
+        self._root_streams = any(
+            not u.name and u.shape.elements and not shards.on_device(u.placement.parameters) for u in units
+        )
         names = [u.name for u in units if u.name]
         self._training = self._expected(expected_order(names, training=True))
         self._inference = self._expected(tuple(names), again=True)
@@ -62,13 +65,17 @@ class Prefetcher:
                 self._mover.prefetch(fetch)
         return True
 
-    def end_pass(self) -> None:
-        """Backward is over, or forward where no backward follows."""
+    def end_pass(self, *, step_follows: bool = False) -> None:
+        """Backward is over, or forward where no backward follows.
+
+        Before a step nothing is fetched: weights that it changes would have to come again.
+        """
         seen = tuple(self._seen)
         if self._pass is self._training:
             if seen != self._training.order:
                 self._training = self._expected(seen)
-            self.prefetch_first()
+            if not step_follows:
+                self.prefetch_first()
             return
         if seen != self._inference.order:
             self._inference = self._expected(seen, again=True)
@@ -77,7 +84,9 @@ class Prefetcher:
         self._seen, self._position = self._interrupted
 
     def prefetch_first(self) -> None:
-        """Start the fetches that the next forward pass begins with."""
+        """Start the fetches that the next forward pass begins with: the root unit's first, which all of it needs."""
+        if self._root_streams:
+            self._mover.prefetch(Fetch("", None))
         streamed = [name for name in dict.fromkeys(self._training.order) if name in self._ring_of]
         for name in streamed[: self._depth]:
             self._mover.prefetch(Fetch(name, None))

@@ -164,13 +164,13 @@ def streamed_slot_bytes(elements: int, form: StateFormat) -> int:
 
 
 def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, form: StateFormat, share: float) -> int:
-    """Device bytes of the ring of the streamed update, where the device has a share in the update of the host's state.
+    """Device bytes of the slots of the streamed update, where the device has a share in the update of the host's state.
 
     State on NVMe is updated on the host, and so are units whose weights are there.
     """
     if not share or not any(p.optimizer is Tier.HOST for p in placements):
         return 0
-    return UPDATE_RING * streamed_slot_bytes(buckets.update_elements, form)
+    return buckets.update_slots * streamed_slot_bytes(buckets.update_elements, form)
 
 
 def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:

@@ -17,13 +17,13 @@ class Took:
 class UpdateSplit:
     """The device's share of the elements, moved towards the one at which both engines end at once."""
 
-    def __init__(self, device_share: float) -> None:
-        self.device_share = device_share
+    def __init__(self, device_share: float, *, learns: bool = True) -> None:
+        self.device_share, self.learns = device_share, learns
         self._learned = 0
 
     def learn(self, host: Took, device: Took) -> None:
         """What the last step took; half of the way to what would have been right, for the engines slow each other."""
-        if self._learned >= LEARNING_STEPS or not (host.elements and device.elements):
+        if not self.learns or self._learned >= LEARNING_STEPS or not (host.elements and device.elements):
             return
         self._learned += 1
         host_rate, device_rate = host.elements / host.seconds, device.elements / device.seconds

@@ -1,108 +1,202 @@
-"""The update on the device of state that lives on the host: it comes and goes through a ring of slots.
+"""The update on the device of state that lives on the host: it comes, is updated, and leaves, piece by piece.
 
 [Note: streamed update]
-A piece arrives in a slot, is updated there and leaves, each on a stream of its own, so both directions of the link and
-the device work at once. A slot is taken again when what was in it has left. Nothing waits on the host.
+A piece comes to a slot, is updated there and leaves, each on a stream of its own, so both directions of the link and
+the device work at once. Three slots are for pieces that come when there is room. The others hold the pieces that a
+step begins with: their state comes while the backward pass before still runs, when the links have little else to do,
+and the gradients of these pieces never leave the device (``kept``). So their update takes what the device's memory
+needs for it, and not what the link does; and forward uses these units first. Weights leave before state does, for
+somebody waits for them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from offload.allotment import Allotment, Piece, Reach, allot
 from offload.arithmetic import device_update
 from offload.masters import over_masters
-from offload.plan import StateFormat
-from offload.residency import UPDATE_RING, chunks, streamed_slot_bytes
-from offload.rules import UpdateStep
+from offload.plan import Buckets, Plan, StateFormat
+from offload.residency import UPDATE_RING, streamed_bytes, streamed_slot_bytes
 from offload.split import Took, UpdateSplit
-from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
+from offload.state import UnitState, carve_state, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate, shared
-
-
-@dataclass(eq=False)
-class _Slot:
-    """Device memory for one piece."""
-
-    weights: torch.Tensor
-    gradients: torch.Tensor
-    state: OptimizerState
-    left: Done
-
-
-class _Clock:
-    """Seconds that a step's pieces take on a CUDA device, from the first arrival to the last leave."""
-
-    def __init__(self, elements: int) -> None:
-        self._elements = elements
-        self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._started = self._stopped = False
-
-    def start(self) -> None:
-        """The first piece may arrive; later calls change nothing."""
-        if not self._started:
-            self._first.record()
-            self._started = True
-
-    def stop(self, leaving: torch.Stream) -> None:
-        """The last piece was sent on its way."""
-        with leaving:
-            self._last.record()
-        self._stopped = self._started
-
-    def read(self) -> Took | None:
-        """What they took, if they are over."""
-        if not self._stopped or not self._last.query():
-            return None
-        return Took(self._elements, self._first.elapsed_time(self._last) / 1000)
+from offload.visits import Clock, Kept, Patience, Slot, Visit
 
 
 class StreamedUpdate:
-    """Updates on the device, piece by piece, in the order in which they are given."""
+    """Updates on the device, unit by unit in the order of the ``states``."""
 
-    def __init__(self, form: StateFormat, elements: int, device_share: float, device: torch.device, lane: Lane) -> None:
-        """``elements``: of one piece. ``lane``'s stream is the one on which pieces arrive."""
-        self._split = UpdateSplit(device_share)
-        self._device, self._elements, self._lane = device, elements, lane
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        states: Sequence[UnitState],
+        device: torch.device,
+        lane: Callable[[str, int], Lane],
+        home: Lane,
+        *,
+        in_backward: bool,
+    ) -> "StreamedUpdate | None":
+        """The one of a plan; ``None`` where the device has no share. ``lane`` makes one by name and CPU threads."""
+        form, share = plan.state_format, plan.gpu_update_share
+        if not streamed_bytes([s.unit.placement for s in states], plan.buckets, form, share):
+            return None
+        leaving, coming = lane("leaving", 1), lane("streamed", 1)  # closed the other way round
+        parts = [state.part() for state in states]
+        return cls(form, plan.buckets, share, parts, device, coming, home, leaving, in_backward=in_backward)
+
+    def __init__(
+        self,
+        form: StateFormat,
+        buckets: Buckets,
+        device_share: float,
+        states: Iterable[UnitState],
+        device: torch.device,
+        lane: Lane,
+        home: Lane,
+        leaving: Lane,
+        *,
+        in_backward: bool = False,
+    ) -> None:
+        """State comes on ``lane``'s stream, weights leave on that of ``home`` and state on that of ``leaving``.
+
+        ``states`` are what this rank updates. ``in_backward``: all but the root unit are updated in backward.
+        """
+        reached = [s for s in states if s.host_state is not None and s.host_weights is not None]
+        self._states = {s.unit.name: s for s in reached}
+        self._reach = [Reach(s.unit.name, s.updated.stop - s.updated.start) for s in reached]
+        self._late = [""] if in_backward else None
+        self._split = UpdateSplit(device_share, learns=not in_backward)
+        self._device, self._lane, self._home, self._leaving = device, lane, home, leaving
+        self._elements, dtype = buckets.update_elements, weight_dtype(form.precision)
         self._update = over_masters(device_update(device, form))
-        self._computing, self._leaving = (torch.Stream(device) if device.type != "cpu" else None for _ in range(2))
-        size, dtype = streamed_slot_bytes(elements, form), weight_dtype(form.precision)
-        raw = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(UPDATE_RING)]
-        one = elements * dtype.itemsize
-        self._ring = [
-            _Slot(
+        self._computing = torch.Stream(device) if device.type != "cpu" else None
+        size, one = streamed_slot_bytes(self._elements, form), self._elements * dtype.itemsize
+        raws = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(buckets.update_slots))
+        self._slots = [
+            Slot(
                 r[:one].view(dtype),
                 r[one : 2 * one].view(dtype),
-                carve_state(r[2 * one :], elements, form),
+                carve_state(r[2 * one :], self._elements, form),
+                Done.now(device),
                 Done.now(device),
             )
-            for r in raw
+            for r in raws
         ]
-        self._next = 0
+        self._turn = 0
+        """Of the slots for pieces that come when there is room."""
+        self._allotment: Allotment | None = None
+        self._kept: set[str] = set()
+        """Units whose gradients of this step are in slots."""
         self.sent_bytes = self.fetched_bytes = 0
         self._last: Done | None = None
-        self._clock: _Clock | None = None
+        self._clock: Clock | None = None
 
     @property
     def device_share(self) -> float:
         """Of the elements within its reach, those that the device updates."""
         return self._split.device_share
 
+    # Before the step
+
+    def fetch_ahead(self, host: Took | None, after: Sequence[Done]) -> None:
+        """The backward pass before an update begins: let state come ahead that the updates ``after`` have left.
+
+        ``host`` is what the host took for its part of the last step.
+        """
+        if self._kept:
+            return  # one more backward pass of the same step
+        if host is not None and self._clock is not None and (took := self._clock.read()) is not None:
+            self._split.learn(host, took)
+            self._allotment = None
+        coming = []
+        for name, piece in self._parts().ahead():
+            slot = self._slots[piece.slot or 0]
+            slot.arrived = Done()
+            coming.append((self._states[name], piece, slot, slot.left, slot.arrived))
+        if coming:
+            self._lane.submit(lambda: self._fetch_all(coming, after))
+
+    def kept(self, name: str) -> list[Kept]:
+        """Where the last sum of a unit's gradients stays on the device, for an update that ``fetch_ahead`` announced.
+
+        Whoever asks puts them there.
+        """
+        state = self._states.get(name)
+        if state is None or state.device_gradients is not None:
+            return []
+        found = []
+        for piece in self._parts().pieces.get(name, ()):
+            if piece.slot is not None:
+                slot = self._slots[piece.slot]
+                found.append(Kept(_in_unit(state, piece), slot.gradients[: piece.stop - piece.start], slot.updated))
+        if found:
+            self._kept.add(name)
+        return found
+
+    def discard(self) -> None:
+        """The gradients of this step are forgotten."""
+        self._kept.clear()
+
+    def changed(self, name: str) -> None:
+        """Somebody else wrote to the unit's numbers on the host: what came ahead is not true any more."""
+        for piece in self._parts().pieces.get(name, ()):
+            if piece.slot is not None:
+                self._slots[piece.slot].arrived = None
+
+    def _parts(self) -> Allotment:
+        if self._allotment is None:
+            self._allotment = allot(self._reach, self.device_share, self._elements, len(self._slots), self._late)
+        return self._allotment
+
+    def _fetch_all(self, coming: Sequence[tuple[UnitState, Piece, Slot, Done, Done]], after: Sequence[Done]) -> None:
+        patience = Patience()
+        try:
+            for earlier in after:
+                earlier.wait()
+            for state, piece, slot, left, arrived in coming:
+                left.wait()
+                self._fetch_state(state, piece, slot)
+                arrived.follow(here := Done.now(self._device))
+                patience.wait(here)
+        except BaseException as error:
+            for *_, arrived in coming:
+                if not arrived.told:
+                    arrived.fail(error)
+            raise
+
+    # The step
+
     def shared(self, updates: Sequence[UnitUpdate]) -> tuple[list[UnitUpdate], list[UnitUpdate]]:
         """The updates as the host's parts and the device's."""
-        return shared(updates, self.device_share, self._elements)
-
-    def learn(self, host: Took) -> None:
-        """What the host took for its part of the last step."""
-        if self._clock is not None and (took := self._clock.read()) is not None:
-            self._split.learn(host, took)
+        return shared(updates, self._parts().edges)
 
     def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
-        """Start the updates; each promise is kept when the device has been told everything of it."""
-        self._last = self._lane.submit(lambda: self._run(updates, clip, begun))
+        """Start the device's parts; each promise is kept when the device has been told everything of it."""
+        visits = []
+        for update in updates:
+            name = update.state.unit.name
+            first, stop = update.segments[0].start, update.segments[-1].stop
+            pieces = [p for p in self._parts().pieces[name] if p.start < stop and p.stop > first]
+            for piece in pieces:
+                slot = self._slot_of(piece)
+                arrived, slot.arrived = slot.arrived, None
+                kept = name in self._kept and piece.slot is not None
+                visit = Visit(update, piece, slot, slot.left, arrived, kept, piece is pieces[-1])
+                slot.updated, slot.left = visit.updated, visit.left
+                visits.append(visit)
+            self._kept.discard(name)
+        self._last = self._lane.submit(lambda: self._run(visits, clip, begun))
+
+    def _slot_of(self, piece: Piece) -> Slot:
+        if piece.slot is not None:
+            return self._slots[piece.slot]
+        self._turn = (self._turn + 1) % UPDATE_RING
+        return self._slots[-1 - self._turn]
 
     def finish(self) -> None:
         """Wait until everything is back on the host; raises what went wrong."""
@@ -112,80 +206,107 @@ class StreamedUpdate:
     def settled(self) -> list[Done]:
         """When everything that has begun is back on the host."""
         last = [self._last] if self._last is not None else []
-        return [*last, self._lane.submit(self._wait_left)]
+        return [*last, *(slot.left for slot in self._slots)]
 
-    def _wait_left(self) -> None:
-        for slot in self._ring:
-            slot.left.synchronize()
-
-    def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
+    def _run(self, visits: Sequence[Visit], clip: ClipFactor, begun: Done) -> None:
         try:
             if clip.skipped():
-                for update in updates:
-                    update.promise.finish(None)
+                for visit in visits:
+                    visit.skip()
                 return
-            elements = sum(update.elements for update in updates)
-            clock = self._clock = _Clock(elements) if self._computing is not None else None
+            clock = self._clock = Clock(visits) if self._computing is not None and self._split.learns else None
             with _on(self._computing):
                 if self._computing is not None:
                     clip.on_device.record_stream(self._computing)
                 begun.wait()  # the clip factor, and what was computing with weights that never leave the device
-            for update in updates:
-                left = begun
-                update.landed.wait()
-                update.wait_copied()
                 if clock is not None:
                     clock.start()
-                for segment in update.segments:
-                    for start, stop in chunks(segment.stop - segment.start, self._elements):
-                        part = slice(segment.start + start, segment.start + stop)
-                        left = self._piece(update.state, part, segment.how, clip.on_device)
-                update.promise.follow(left)
-            if clock is not None and self._leaving is not None:
-                clock.stop(self._leaving)
+            patience, leaving = Patience(), Patience()
+            for visit in visits:
+                self._visit(visit, clip.on_device, patience, leaving)
+            if clock is not None and visits:
+                self._home.submit(clock.stop, after=[v.update.promise for v in visits if v.last])
         except BaseException as error:
-            for update in updates:
-                if not update.promise.settled:
-                    update.promise.fail(error)
+            for visit in visits:
+                visit.fail(error)
             raise
 
-    def _piece(self, state: UnitState, part: slice, how: UpdateStep, clip: torch.Tensor) -> Done:
-        """One piece there and back; returns when it has left. On the lane."""
-        slot, size = self._ring[self._next], part.stop - part.start
-        self._next = (self._next + 1) % UPDATE_RING
-        assert state.host_state is not None
-        assert state.host_weights is not None
-        home, there = state.host_state.span(part.start, part.stop), slot.state.span(0, size)
-        mirror = state.host_weights[part]
-        slot.left.wait()
-        weights, gradients = slot.weights[:size], slot.gradients[:size]
-        if state.device_weights is not None:
-            weights = state.device_weights[part]
-        else:
-            self._fetch(weights, mirror)
-        if state.device_gradients is not None:
-            gradients = state.device_gradients[part]
-        else:
-            assert state.host_gradients is not None
-            self._fetch(gradients, state.host_gradients[part])
-        for target, source in zip(there.tensors(), home.tensors(), strict=True):
-            self._fetch(target, source)
-        arrived = Done.now(self._device)
+    def _visit(self, visit: Visit, clip: torch.Tensor, patience: "Patience", leaving: "Patience") -> None:
+        """One piece there and back. On the lane."""
+        state, slot, size = visit.update.state, visit.slot, visit.piece.stop - visit.piece.start
+        part = slice(visit.piece.start, visit.piece.stop)
+        weights = slot.weights[:size] if state.device_weights is None else state.device_weights[part]
+        gradients = slot.gradients[:size] if state.device_gradients is None else state.device_gradients[part]
+        arrived, brings = visit.arrived, state.device_gradients is None and not visit.has_gradients
+        if arrived is None or brings:
+            visit.before.wait()
+            if arrived is None:
+                self._fetch_state(state, visit.piece, slot)
+            else:
+                arrived.wait()
+            if brings:
+                assert state.host_gradients is not None
+                visit.update.landed.wait()
+                self._fetch(gradients, state.host_gradients[part])
+            arrived = Done.now(self._device)
+            patience.wait(arrived)
         with _on(self._computing):
             arrived.wait()
-            self._update(weights, gradients, there, how, clip)
-            updated = Done.now(self._device)
-        with _on(self._leaving):
-            updated.wait()
-            for target, source in zip((mirror, *home.tensors()), (weights, *there.tensors()), strict=True):
-                target.copy_(source, non_blocking=True)
-                self.sent_bytes += source.nbytes
-            slot.left = Done.now(self._device)
-        return slot.left
+            visit.update.landed.wait()
+            for s in visit.update.within(part.start, part.stop).segments:
+                a, b = s.start - part.start, s.stop - part.start
+                self._update(weights[a:b], gradients[a:b], slot.state.span(a, b), s.how, clip)
+            visit.updated.follow(Done.now(self._device))
+        self._send(visit, weights, leaving)
+
+    def _send(self, visit: Visit, weights: torch.Tensor, patience: "Patience") -> None:
+        """Let a piece leave; its unit's promise is kept when the new weights can be had where they live."""
+        state, size = visit.update.state, visit.piece.stop - visit.piece.start
+        assert state.host_state is not None
+        assert state.host_weights is not None
+        part = slice(visit.piece.start, visit.piece.stop)
+        mirror = state.host_weights[part]
+        there, made = state.host_state.span(part.start, part.stop).tensors(), visit.slot.state.span(0, size).tensors()
+        pairs = list(zip(there, made, strict=True))
+        visit.update.wait_copied()
+        if state.device_weights is None:
+            home = self._home.submit(lambda: self._leave([(mirror, weights)]), after=[visit.updated])
+        else:  # nobody on the device waits for the mirror
+            home, pairs = visit.updated, [(mirror, weights), *pairs]
+
+        def leave() -> None:
+            self._leave(pairs)
+            patience.wait(Done.now(self._device))
+
+        gone = self._leaving.submit(leave, after=[visit.updated])
+        visit.left.follow_all([home, gone])
+        if visit.last:
+            visit.update.promise.follow(home)
+
+    # Copies
+
+    def _fetch_state(self, state: UnitState, piece: Piece, slot: Slot) -> None:
+        assert state.host_state is not None
+        assert state.host_weights is not None
+        if state.device_weights is None:
+            self._fetch(slot.weights[: piece.stop - piece.start], state.host_weights[piece.start : piece.stop])
+        home, there = state.host_state.span(piece.start, piece.stop), slot.state.span(0, piece.stop - piece.start)
+        for target, source in zip(there.tensors(), home.tensors(), strict=True):
+            self._fetch(target, source)
 
     def _fetch(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source, non_blocking=True)
         self.fetched_bytes += source.nbytes
+
+    def _leave(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+            self.sent_bytes += source.nbytes
+
+
+def _in_unit(state: UnitState, piece: Piece) -> slice:
+    """The piece in the buffer that gathers the whole unit's gradients."""
+    return slice(state.updated.start + piece.start, state.updated.start + piece.stop)
 
 
 def _on(stream: torch.Stream | None) -> AbstractContextManager[Any]:

@@ -68,6 +68,11 @@ class Done:
         self._enqueued.set_exception(error)
 
     @property
+    def told(self) -> bool:
+        """Whether finish, fail or follow_all was called on it, or on what it follows."""
+        return self._enqueued.done()
+
+    @property
     def settled(self) -> bool:
         """Whether finish or fail was called."""
         return self._enqueued.done() and all(other.settled for other in self._others)
@@ -93,19 +98,26 @@ class Done:
 
     def wait(self) -> None:
         """Let the current stream (on the CPU: this thread) go on only when the work is done."""
+        event = self._host_part()
         for other in self._others:
             other.wait()
-        event = self._host_part()
         if event is not None:
             torch.accelerator.current_stream().wait_event(event)
 
     def synchronize(self) -> None:
         """Let this thread go on only when the work is done."""
+        event = self._host_part()
         for other in self._others:
             other.synchronize()
-        event = self._host_part()
         if event is not None:
             event.synchronize()
+
+    def reached(self) -> bool:
+        """Whether the work is done; what has failed counts as done. Waits for nothing."""
+        if not self._enqueued.done() or not all(part.done() for part in self._parts):
+            return False
+        event = None if self._enqueued.exception() is not None else self._enqueued.result()
+        return (event is None or event.query()) and all(other.reached() for other in self._others)
 
 
 class Lane:

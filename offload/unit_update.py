@@ -1,14 +1,12 @@
 """What one optimizer step does to one unit, and how two engines share it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from offload.residency import aligned
 from offload.rules import UpdateStep
-from offload.shards import ALIGN_ELEMENTS
 from offload.state import UnitState
 from offload.streams import Done
 
@@ -98,25 +96,19 @@ def from_first(segments: Iterable[Segment], part: slice) -> tuple[Segment, ...]:
     return tuple(replace(s, start=s.start - part.start, stop=s.stop - part.start) for s in inside)
 
 
-def shared(
-    updates: Iterable[UnitUpdate], device_share: float, least_elements: int
-) -> tuple[list[UnitUpdate], list[UnitUpdate]]:
+def shared(updates: Iterable[UnitUpdate], edges: Mapping[str, int]) -> tuple[list[UnitUpdate], list[UnitUpdate]]:
     """The updates as the host's parts and the device's, both in the same order; a unit's promise is kept by its parts.
 
-    The device gets the last ``device_share`` of every unit whose numbers are all in host memory or on the device, if
-    that is ``least_elements`` or more.
+    The device gets the elements of a unit from its edge on, and nothing of units that have none.
     """
     host: list[UnitUpdate] = []
     device: list[UnitUpdate] = []
     for update in updates:
         state = update.state
-        elements = state.updated.stop - state.updated.start
-        within_reach = state.host_state is not None and state.host_weights is not None
-        edge = aligned(round(elements * (1 - device_share)), ALIGN_ELEMENTS)
-        if not within_reach or elements - edge < least_elements:
+        if (edge := edges.get(state.unit.name)) is None:
             host.append(update)
             continue
-        parts = update.within(0, edge), update.within(edge, elements)
+        parts = update.within(0, edge), update.within(edge, state.updated.stop - state.updated.start)
         for part, engine in zip(parts, (host, device), strict=True):
             if part.segments:
                 engine.append(part)

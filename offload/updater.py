@@ -23,6 +23,7 @@ from offload.store import Extent, Store, Ticket
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate
+from offload.visits import Kept
 
 
 @dataclass(eq=False)
@@ -86,14 +87,31 @@ class Updater:
         """Units whose state is being read from the NVMe tier."""
         return sorted(self._reading)
 
+    def coming(self) -> None:
+        """The backward pass before a step begins: what can be done for its update already is done beside it."""
+        if self._streamed is not None:
+            self._streamed.fetch_ahead(self._took, [self._last] if self._last is not None else [])
+
+    def kept(self, name: str) -> list[Kept]:
+        """Which parts of a unit's last sum of gradients stay on the device: ``StreamedUpdate.kept``."""
+        return self._streamed.kept(name) if self._streamed is not None else []
+
+    def discard(self) -> None:
+        """The gradients of this step are forgotten."""
+        if self._streamed is not None:
+            self._streamed.discard()
+
+    def changed(self, name: str) -> None:
+        """Somebody else changed the unit's numbers in the tiers."""
+        if self._streamed is not None:
+            self._streamed.changed(name)
+
     def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor) -> None:
         """Start the step. Units with state on the device are updated on the current stream, the others beside it."""
         self.check()
         begun = Done.now(self._device)
         away = [u for u in updates if u.state.device_state is None]
         if self._streamed is not None:
-            if self._took is not None:
-                self._streamed.learn(self._took)
             away, streamed = self._streamed.shared(away)
             if streamed:
                 self._streamed.begin(streamed, clip, begun)

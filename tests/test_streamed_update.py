@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.allotment import Reach, allot
 from offload.engine import Engine
 from offload.plan import Buckets, Budget, Placement, Precision, StateFormat, Tier
 from offload.residency import UPDATE_RING, UnitShape, footprint, streamed_slot_bytes
@@ -20,6 +21,7 @@ from offload.state import UnitState
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
 from offload.unit_update import Segment, UnitUpdate, shared
+from offload.visits import Visit
 from tests.models import GPT, FrozenGPT, LoopingGPT, SkippingGPT, TiedGPT, batches
 from tests.plans import G, H, N, plan_for
 from tests.test_engine_equals_pytorch import assert_same, train_plainly, train_through_tiers
@@ -65,7 +67,7 @@ def test_in_bf16_the_share_changes_no_bit(tmp_path: Path) -> None:
         assert torch.equal(tensor, found[2][1][name]), name
 
 
-@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "streamed", "everything"])
+@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "streamed", "leaving", "everything"])
 @pytest.mark.parametrize("placement", ON_HOST)
 def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, submit = random.Random(0), Lane.submit
@@ -90,13 +92,13 @@ def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch:
 def test_both_engines_really_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT()
     pieces: list[int] = []
-    piece = StreamedUpdate._piece
+    visiting = StreamedUpdate._visit
 
-    def counted(self: StreamedUpdate, state: UnitState, part: slice, how: AdamWStep, clip: torch.Tensor) -> Done:
-        pieces.append(part.stop - part.start)
-        return piece(self, state, part, how, clip)
+    def counted(self: StreamedUpdate, visit: Visit, *rest: Any) -> None:
+        pieces.append(visit.piece.stop - visit.piece.start)
+        visiting(self, visit, *rest)
 
-    monkeypatch.setattr(StreamedUpdate, "_piece", counted)
+    monkeypatch.setattr(StreamedUpdate, "_visit", counted)
     with Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
         engine.backward(engine(batches(1)[0]))
         engine.step()
@@ -108,10 +110,10 @@ def test_both_engines_really_update(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_goes_wrong_on_the_device_ends_training_with_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> Done:
+    def broken(*_: Any) -> None:
         raise RuntimeError("the device is on fire")
 
-    monkeypatch.setattr(StreamedUpdate, "_piece", broken)
+    monkeypatch.setattr(StreamedUpdate, "_visit", broken)
     model = GPT()
     engine = Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=1.0))
     with pytest.raises(RuntimeError, match="on fire"), engine:
@@ -144,7 +146,7 @@ def test_every_element_is_updated_by_one_engine(
     segments = tuple(Segment(a, b, how) for a, b in zip(edges[:-1:2], edges[1::2], strict=False) if a < b)
     state = _state(elements)
     update = UnitUpdate(state, segments, Done())
-    host, device = shared([update], share, least)
+    host, device = shared([update], allot([Reach("", elements)], share, least, 3).edges)
     owners = torch.zeros(elements, dtype=torch.int32)
     for part in (*host, *device):
         assert part.segments
@@ -163,7 +165,7 @@ def test_every_element_is_updated_by_one_engine(
 def _state(elements: int) -> UnitState:
     from types import SimpleNamespace
 
-    unit: Any = SimpleNamespace(shape=SimpleNamespace(trainable_elements=elements))
+    unit: Any = SimpleNamespace(name="", shape=SimpleNamespace(trainable_elements=elements))
     there: Any = object()
     return UnitState(unit, [(0, elements)], [(0, elements)], host_weights=there, host_state=there, host_gradients=there)
 
@@ -215,14 +217,15 @@ def test_on_a_gpu_the_share_changes_no_bit(placement: tuple) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("late", ["arriving", "computing", "leaving", "main"])
+@pytest.mark.parametrize("late", ["arriving", "computing", "leaving", "home", "main"])
 def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is missing between two streams shows as other bits, for here one of them lags behind."""
     expected = _trained_on_gpu()
-    piece = StreamedUpdate._piece
+    visiting = StreamedUpdate._visit
 
-    def lagging(self: StreamedUpdate, *args: Any) -> Done:
-        streams = {"arriving": None, "computing": self._computing, "leaving": self._leaving}
+    def lagging(self: StreamedUpdate, *args: Any) -> None:
+        leaving, home = self._leaving._stream, self._home._stream
+        streams = {"arriving": None, "computing": self._computing, "leaving": leaving, "home": home}
         if late == "main":
             with torch.cuda.stream(torch.cuda.default_stream()):
                 torch.cuda._sleep(2_000_000)
@@ -231,9 +234,9 @@ def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.Mon
                 torch.cuda._sleep(2_000_000)
         else:
             torch.cuda._sleep(2_000_000)
-        return piece(self, *args)
+        visiting(self, *args)
 
-    monkeypatch.setattr(StreamedUpdate, "_piece", lagging)
+    monkeypatch.setattr(StreamedUpdate, "_visit", lagging)
     found = _trained_on_gpu()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name

@@ -1,0 +1,121 @@
+"""Visits: pieces of the host's state on the device for their update, the slots they pass through, and their pace.
+
+[Note: patient lanes]
+A link serves copies in the order in which they were given to it, whatever their streams: one that is given a second's
+worth of state ahead lets weights wait for a second. So the lanes that carry state keep no more than two pieces under
+way, and sleep until the first of them is over.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from offload.allotment import Piece
+from offload.split import Took
+from offload.state import OptimizerState
+from offload.streams import Done
+from offload.unit_update import UnitUpdate
+
+PIECES_UNDER_WAY = 2
+PATIENCE_SECONDS = 1e-4
+"""How often a lane that keeps few pieces under way looks whether one is over."""
+
+
+@dataclass(eq=False)
+class Slot:
+    """Device memory for one piece."""
+
+    weights: torch.Tensor
+    gradients: torch.Tensor
+    state: OptimizerState
+    updated: Done
+    """When the piece in it needs its gradients no more."""
+    left: Done
+    """When the piece in it is on the host again."""
+    arrived: Done | None = None
+    """When the state that came ahead is in it."""
+
+
+class Kept(NamedTuple):
+    """A part of a unit's gradients that stays on the device."""
+
+    part: slice
+    there: torch.Tensor
+    free: Done
+    """When it may be written to."""
+
+
+@dataclass(frozen=True, eq=False)
+class Visit:
+    """One piece in one step."""
+
+    update: UnitUpdate
+    piece: Piece
+    slot: Slot
+    before: Done
+    """When the piece that was in the slot has left."""
+    arrived: Done | None
+    """Of state that came ahead."""
+    has_gradients: bool
+    """Whether the slot has them."""
+    last: bool
+    """Whether it is the last piece of its unit."""
+    updated: Done = field(default_factory=Done)
+    left: Done = field(default_factory=Done)
+
+    def fail(self, error: BaseException) -> None:
+        """Let whoever waits for any of it know."""
+        for done in (self.updated, self.left, self.update.promise):
+            if not done.told:
+                done.fail(error)
+
+    def skip(self) -> None:
+        """Leave everything as it is."""
+        self.updated.finish(None)
+        self.left.follow_all([self.before])
+        if self.last:
+            self.update.promise.finish(None)
+
+
+class Patience:
+    """[Note: patient lanes]"""
+
+    def __init__(self) -> None:
+        self._under_way: deque[Done] = deque()
+
+    def wait(self, done: Done) -> None:
+        """One more piece is under way; go on when there are few."""
+        self._under_way.append(done)
+        while len(self._under_way) >= PIECES_UNDER_WAY:
+            if self._under_way[0].reached():
+                self._under_way.popleft()
+            else:
+                time.sleep(PATIENCE_SECONDS)
+
+
+class Clock:
+    """Seconds on a CUDA device from the moment the clip factor is known until the last promise is kept."""
+
+    def __init__(self, visits: Sequence[Visit]) -> None:
+        self._elements = sum(v.piece.stop - v.piece.start for v in visits)
+        self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._stopped = False
+
+    def start(self) -> None:
+        """The updates may begin."""
+        self._first.record()
+
+    def stop(self) -> None:
+        """The last promise is kept."""
+        self._last.record()
+        self._stopped = True
+
+    def read(self) -> Took | None:
+        """What they took, if they are over."""
+        if not self._stopped or not self._last.query():
+            return None
+        return Took(self._elements, self._first.elapsed_time(self._last) / 1000)
