@@ -1,181 +1,183 @@
 """DeepSpeed configurations run as ``memplan plan --engine deepspeed`` emits them: peaks beside the prediction.
 
-    python -m benchmarks.emitted --calibration calibration.json
+    python -m benchmarks.emitted --register
 
 Every case is planned by the command line from a Hugging Face ``config.json``, and its ``ds_config.json`` is trained by
-DeepSpeed in a process of its own. The optimizer and the recompute are this script's, as ``NOTES.md`` beside the
-configuration asks for. The allocator may hold no more than the plan's GPU budget.
+DeepSpeed in a process of its own: see ``benchmarks.emitted_training``. The allocator may hold no more than the plan's
+GPU budget.
 """
 
 import argparse
 import contextlib
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from benchmarks.common import LLAMAS, llama_config, save
+from benchmarks.common import LLAMAS, RESULTS, save
+from benchmarks.emitted_training import shape_of
 from offload.plan import Plan
 
 GIB = 1 << 30
-BATCH, LENGTH, STEPS = 8, 2048, 3
-CASES = (("1b", 30, 100), ("1b", 20, 100), ("1b", 12, 100), ("3b", 24, 105), ("3b", 70, 100))
-"""Model, GiB of GPU memory, GiB of host memory."""
-ENVIRONMENT = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+SHOWN_CHARACTERS = 2000
+"""Of the log of a case that failed."""
+BUILD = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+REGISTER = {"PYTORCH_CUDA_ALLOC_CONF": "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"}
+"""Page-locks the same bytes in less than a tenth of the time: threads touch them before the driver sees them."""
 
 
-def shape_of(size: str) -> Any:
-    """The Llama's configuration, as for plan and for training."""
-    return llama_config(
-        LLAMAS[size],
-        tie_word_embeddings=True,
-        use_cache=False,
-        attn_implementation="sdpa",
-        max_position_embeddings=LENGTH,
-        architectures=["LlamaForCausalLM"],
-    )
+@dataclass(frozen=True)
+class Case:
+    """A model, and the memory that its plan may take."""
+
+    size: str
+    gpu_gib: float
+    host_gib: float
+
+    @classmethod
+    def read(cls, text: str) -> "Case":
+        """From MODEL:GPU:HOST."""
+        size, gpu, host = text.split(":")
+        if size not in LLAMAS:
+            raise ValueError(f"{size} is none of {', '.join(LLAMAS)}")
+        return cls(size, float(gpu), float(host))
+
+    def __str__(self) -> str:
+        return f"{self.size} in {self.gpu_gib:g} GiB"
 
 
-class HostPeak(threading.Thread):
-    """The most that was taken of the host's available memory since the start."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._first = psutil.virtual_memory().available
-        self.taken_bytes = 0
-
-    def run(self) -> None:
-        """Look again and again."""
-        while True:
-            self.taken_bytes = max(self.taken_bytes, self._first - psutil.virtual_memory().available)
-            time.sleep(0.02)
+CASES = (Case("1b", 30, 100), Case("1b", 20, 100), Case("1b", 12, 100), Case("3b", 24, 105), Case("3b", 70, 100))
 
 
-def plan_case(size: str, gpu_gib: int, host_gib: int, calibration: Path, out: Path) -> Plan:
-    """By the command line, as a person would."""
-    model = out / "model"
-    model.mkdir(parents=True)
-    shape_of(size).save_pretrained(model)
-    options = f"--seq {LENGTH} --batch-size {BATCH} --engine deepspeed --machine H200".split()
-    options += [f"--gpu-memory={gpu_gib}GiB", f"--host-memory={host_gib}GiB", f"--calibration={calibration}"]
-    command = [sys.executable, "-m", "memplan", "plan", str(model), *options, "--out", str(out)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+def plan_case(case: Case, out: Path, args: argparse.Namespace) -> Plan:
+    """By the command line, as a person would; for an H200 wherever this runs."""
+    options = f"--seq {args.length} --batch-size {args.batch} --engine deepspeed --machine H200".split()
+    # Given in full: a virtual machine can show little host memory until it is used.
+    options += [f"--gpu-memory={case.gpu_gib:g}GiB", f"--host-memory={case.host_gib:g}GiB"]
+    options += [f"--calibration={args.calibration}", "--out", str(out)]
+    command = [sys.executable, "-m", "memplan", "plan", str(out / "model"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"no plan: {(done.stderr or done.stdout)[-SHOWN_CHARACTERS:]}")
     return Plan.load(out / "plan.json")
 
 
-def train(out: Path, size: str) -> dict[str, Any]:
-    """A few steps by the emitted configuration."""
-    import deepspeed
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from transformers import LlamaForCausalLM
+def build_update() -> str:
+    """DeepSpeed compiles its CPU Adam at the first use: here, so that no case's time holds it."""
+    begun = time.perf_counter()
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", BUILD], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return f"CPU Adam not built: {(done.stdout + done.stderr)[-SHOWN_CHARACTERS:]}"
+    return f"CPU Adam built or found in {time.perf_counter() - begun:.0f} s"
 
-    plan = Plan.load(out / "plan.json")
-    config = json.loads((out / "ds_config.json").read_text())
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget.gpu_bytes / total))
-    peak = HostPeak()
-    peak.start()
-    deepspeed.init_distributed("nccl", verbose=False)
-    sharded = config["zero_optimization"]["stage"] == 3
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with deepspeed.zero.Init(config_dict_or_path=config) if sharded else torch.device("cuda"):
-        model = LlamaForCausalLM(shape_of(size)).train()
-    torch.set_default_dtype(torch.float32)
-    if plan.recompute:
-        assert len(plan.recompute) == LLAMAS[size][1], "Hugging Face's models recompute all blocks or none"
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rates: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        optimizer: Any = DeepSpeedCPUAdam(model.parameters(), adamw_mode=True, **rates)
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True, **rates)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    data = torch.randint(0, 1000, (STEPS, plan.micro_batch_size, LENGTH), device="cuda")
-    seconds = []
-    for tokens in data:
-        begun = time.perf_counter()
-        for _ in range(plan.gradient_accumulation_steps):
-            loss = engine(input_ids=tokens, labels=tokens).loss
-            engine.backward(loss)
-            engine.step()
-        torch.cuda.synchronize()
-        seconds.append(round(time.perf_counter() - begun, 4))
+
+def train_case(case: Case, out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """In a process of its own, as DeepSpeed leaves much behind."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.emitted_training", str(out), case.size]
+    environment = {**os.environ, **(REGISTER if args.register else {})}
+    log = out / "log"
+    with log.open("wb") as stream, contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [*command, "--steps", str(args.steps), "--length", str(args.length)],
+            timeout=args.seconds,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            check=False,
+        )
+    result = out / "result.json"
+    if result.exists():
+        measured: dict[str, Any] = json.loads(result.read_text())
+        return measured
+    return {"failed": log.read_text(errors="replace")[-SHOWN_CHARACTERS:]}
+
+
+def row_of(case: Case, planning: "Future[Plan]", out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One case: planned, trained, both to be compared."""
+    row: dict[str, Any] = {"model": case.size, "gpu_budget_bytes": int(case.gpu_gib * GIB)}
+    try:
+        plan = planning.result()
+    except Exception as error:  # noqa: BLE001 - a row of the result
+        return {**row, "plan": None, "measured": {"failed": f"{type(error).__name__}: {error}"}}
+    p, last = plan.prediction, plan.placements[-1]
     return {
-        "seconds": seconds,
-        "loss": float(loss.detach()),
-        "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
-        "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
-        "host_bytes": peak.taken_bytes,
-        "deepspeed": deepspeed.__version__,
-    }
-
-
-def row_of(case: tuple[str, int, int], calibration: Path) -> dict[str, Any]:
-    """One case: planned, trained in a process of its own, compared."""
-    size, gpu_gib, host_gib = case
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "plan"
-        plan = plan_case(size, gpu_gib, host_gib, calibration, out)
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.emitted", "--train", str(out), "--model", size]
-        with (out / "log").open("wb") as log, contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, timeout=150, stdout=log, stderr=log, check=False)
-        result = out / "result.json"
-        last = (out / "log").read_text(errors="replace")[-400:]
-        measured = json.loads(result.read_text()) if result.exists() else {"failed": last}
-    p = plan.prediction
-    tiers = f"{plan.placements[-1].parameters}/{plan.placements[-1].optimizer}"
-    predicted = {"gpu_peak_bytes": p.gpu_peak_bytes, "gpu_upper_bytes": p.gpu_upper_bytes, "host_bytes": p.host_bytes}
-    return {
-        "model": size,
-        "gpu_budget_bytes": plan.budget.gpu_bytes,
+        **row,
         "plan": f"stage {plan.zero_stage}, {plan.micro_batch_size} x {plan.gradient_accumulation_steps}, recompute "
-        f"{len(plan.recompute)}, {tiers}, GPU's share of the update {plan.gpu_update_share}",
-        "predicted": {**predicted, "seconds": p.step_seconds},
-        "measured": measured,
+        f"{len(plan.recompute)}, {last.parameters}/{last.optimizer}, GPU's share of the update {plan.gpu_update_share}",
+        "predicted": {
+            "gpu_peak_bytes": p.gpu_peak_bytes,
+            "gpu_upper_bytes": p.gpu_upper_bytes,
+            "host_bytes": p.host_bytes,
+            "host_upper_bytes": p.host_upper_bytes,
+            "pinned_bytes": p.pinned_bytes,
+            "phases": p.phases,
+            "seconds": p.step_seconds,
+            "seconds_range": p.step_seconds_range,
+        },
+        "measured": train_case(case, out, args),
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
-    p, m = row["predicted"], row["measured"]
-    head = f"{row['model']} in {row['gpu_budget_bytes'] / GIB:.0f} GiB: {row['plan']}:"
-    if "gpu_peak_bytes" not in m:
-        return f"{head} {m}"
-    gpu, upper, predicted = (n / GIB for n in (m["gpu_peak_bytes"], p["gpu_upper_bytes"], p["gpu_peak_bytes"]))
-    host = f"host {m['host_bytes'] / GIB:.1f} of {p['host_bytes'] / GIB:.1f}"
-    seconds = f"{m['seconds']} of {p['seconds']:.2f} s"
-    return f"{head} GPU {gpu:.2f} of {predicted:.2f}, at most {upper:.2f} GiB; {host}; {seconds}"
+    m = row["measured"]
+    head = f"{row['model']} in {row['gpu_budget_bytes'] / GIB:g} GiB: {row['plan']}:"
+    if "failed" in m:
+        return f"{head} failed: {m['failed']}"
+    p = row["predicted"]
+
+    def gib(of: dict[str, Any], name: str) -> str:
+        return f"{of[name] / GIB:.2f}" if of[name] is not None else "?"
+
+    gpu = f"GPU allocated {gib(m, 'gpu_peak_bytes')} (reserved {gib(m, 'gpu_reserved_bytes')}) "
+    gpu += f"of {gib(p, 'gpu_peak_bytes')}, at most {gib(p, 'gpu_upper_bytes')} GiB"
+    host = f"host {gib(m, 'resident_bytes')} of {gib(p, 'host_bytes')}, at most {gib(p, 'host_upper_bytes')}"
+    pinned = f"pinned {gib(m, 'pinned_bytes')} of {gib(p, 'pinned_bytes')}"
+    # The first step allocates and traces.
+    seconds = statistics.median(m["seconds"][1:] or m["seconds"])
+    return f"{head} {gpu}; {host}; {pinned}; {seconds:.2f} s of {p['seconds']:.2f} {m['seconds']}"
 
 
 def main() -> None:
-    """Plan and train every case, print lines, save the rows."""
+    """Plan and train every case, print lines, save the rows after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calibration", type=Path)
-    parser.add_argument("--train", type=Path, help="the directory of a plan: what a process of its own does")
-    parser.add_argument("--model", default="1b")
+    parser.add_argument("--calibration", type=Path, default=RESULTS / "rates-h200.json")
+    parser.add_argument("--cases", nargs="*", type=Case.read, default=CASES, help="MODEL:GPU:HOST, memory in GiB")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=150, help="after which a case is given up")
+    parser.add_argument("--register", action="store_true", help="page-lock by registering, which is quicker")
+    parser.add_argument("--name", default="emitted-deepspeed", help="of the result")
+    parser.add_argument("--out", type=Path, help="a second place for the result")
     args = parser.parse_args()
-    if args.train is not None:
-        os.environ.update(ENVIRONMENT)
-        try:
-            found = train(args.train, args.model)
-        except Exception as error:  # noqa: BLE001 - a row of the result
-            found = {"failed": f"{type(error).__name__}: {error}"[:400]}
-        (args.train / "result.json").write_text(json.dumps(found))
-        os._exit(0)  # DeepSpeed's threads can hang at an ordinary exit
-    rows = []
-    for case in CASES:
-        rows.append(row_of(case, args.calibration.resolve()))
-        print(line(rows[-1]), flush=True)
-    print(save("emitted-deepspeed", rows))
+    begun, rows = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as directory:
+        outs = [Path(directory) / str(i) for i in range(len(args.cases))]
+        for case, out in zip(args.cases, outs, strict=True):  # not in threads: transformers imports as it goes
+            (out / "model").mkdir(parents=True)
+            shape_of(case.size, args.length).save_pretrained(out / "model")
+        # All before the first is trained, or planning would take cores from the one that is timed.
+        with ThreadPoolExecutor(len(outs) + 1) as pool:
+            building = pool.submit(build_update)
+            planning = [pool.submit(plan_case, c, out, args) for c, out in zip(args.cases, outs, strict=True)]
+        print(f"{time.perf_counter() - begun:6.1f} s  planned; {building.result()}", flush=True)
+        for case, future, out in zip(args.cases, planning, outs, strict=True):
+            print(f"{time.perf_counter() - begun:6.1f} s  {case} ...", flush=True)
+            rows.append(row_of(case, future, out, args))
+            print(f"{time.perf_counter() - begun:6.1f} s  {line(rows[-1])}", flush=True)
+            path = save(args.name, rows, batch=args.batch, length=args.length, steps=args.steps)
+            if args.out is not None:
+                shutil.copyfile(path, args.out)
+    print(path)
 
 
 if __name__ == "__main__":

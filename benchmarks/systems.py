@@ -110,7 +110,7 @@ def deepspeed_offloaded(args: Namespace) -> Step:
     """DeepSpeed's stage 3 with parameters and optimizer on the host, with its documented settings."""
     import deepspeed
 
-    deepspeed.init_distributed("nccl", verbose=False)
+    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     host = {"device": "cpu", "pin_memory": True}
     config = {
         "train_micro_batch_size_per_gpu": args.batch,
@@ -147,14 +147,17 @@ def deepspeed_offloaded(args: Namespace) -> Step:
 def fsdp2_offloaded(args: Namespace) -> Step:
     """FSDP2 with its policy of offloading to the host: fp32 shards, bf16 computation."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+    how: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+    if torch.cuda.is_available():
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
+        how["offload_policy"] = CPUOffloadPolicy()
+    else:  # nowhere to offload from; the mesh is otherwise one of accelerators
+        dist.init_process_group("gloo")
+        how["mesh"] = init_device_mesh("cpu", (1,))
     model = _recomputed(args, "cpu", torch.float32)
-    how: dict[str, Any] = {
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
-        "offload_policy": CPUOffloadPolicy(),
-    }
     for layer in model.model.layers:
         fully_shard(layer, **how)
     fully_shard(model, **how)
