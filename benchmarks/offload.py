@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--clip", type=float, default=1.0, help="0 for none")
     parser.add_argument("--gpu-gb", type=float, default=0.0, help="the most that the allocator may hold; 0 for all")
+    parser.add_argument("--update-gb", type=float, default=32.0, help="on the GPU, for state that comes in backward")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=2)
@@ -150,7 +151,10 @@ def main() -> None:
     rows = [row_of(name, each, plain_row.get("step_seconds")) for name, each in runs.items()]
     for row in rows:
         print(line(row))
-    facts = {name: getattr(args, name) for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb")}
+    facts = {
+        name: getattr(args, name)
+        for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb", "update_gb")
+    }
     print(save(f"offload-{args.name or args.model}", rows, **facts, steps=args.steps, rounds=args.rounds))
 
 

@@ -67,12 +67,12 @@ class Bench:
     def updater(self, share: float, *, in_torch: bool) -> Iterator[Updater]:
         """With this share for the device; ``in_torch`` by torch's own operations on the host."""
         threads = update_threads(self.device) if self.device.type == "cuda" else CORES
-        names = ("update", threads), ("down", 1), ("up", 1), ("streamed", 1)
+        names = ("update", threads), *((name, 1) for name in ("down", "up", "home", "leaving", "streamed"))
         lanes = {name: Lane(name, self.device, threads) for name, threads in names}
-        size = Buckets().update_elements
         streamed = None
         if share:
-            streamed = StreamedUpdate(FORM, size, share, self.device, lanes["streamed"])
+            streams = lanes["streamed"], lanes["home"], lanes["leaving"]
+            streamed = StreamedUpdate(FORM, Buckets(), share, self.units, self.device, *streams)
         links = lanes["update"], lanes["down"], lanes["up"]
         updater = Updater(FORM, *links, None, [self.arena.take(0)] * 3, streamed, self.device)
         # Where there is no GPU: what would be used beside one.
@@ -90,6 +90,7 @@ class Bench:
         landed = Done.now(self.device)
         updates = [UnitUpdate(u, (Segment(0, u.unit.shape.trainable_elements, HOW),), landed) for u in self.units]
         moved = beside.bytes_moved if beside is not None else 0
+        updater.coming()
         begun = time.perf_counter()
         updater.begin(updates, clip)
         i = 0

@@ -7,6 +7,7 @@ own: the engine and plain PyTorch exact masters, DeepSpeed and FSDP2 too, torcha
 import os
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import nn
 
 from benchmarks.common import llama
 from offload.engine import Engine
-from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, StateFormat, Tier
+from offload.residency import streamed_slot_bytes
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
 G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
+PIECE_ELEMENTS = 1 << 23
+"""Of an update that the GPU shares: 16 to 32 MiB a copy."""
 
 Step = Callable[[torch.Tensor], torch.Tensor]
 """One optimizer step on the tokens of its micro-batches; the loss of the last."""
@@ -67,12 +71,22 @@ def plain(args: Namespace) -> Step:
     return step
 
 
-def through_tiers(*placement: Tier, share: float = 0.0, loss_chunks: int = 1) -> System:
-    """The engine with every unit in one placement, the root unit (the tied embedding) too."""
+def through_tiers(*placement: Tier, share: float = 0.0, ahead: bool = False, loss_chunks: int = 1) -> System:
+    """The engine with every layer in one placement; without clipping it updates in backward.
+
+    The root unit (the tied embedding), which is in use all through a step and has a place on the device for that
+    anyway, keeps its weights and gradients in it; its state is where that of the others is. With ``ahead``,
+    ``--update-gb`` of the device's memory are for state that comes while backward runs.
+    """
 
     def system(args: Namespace) -> Step:
         model = llama(args.model)
         layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+        root = Placement("", G, G, placement[2])
+        slots = round(args.update_gb * 1e9 / streamed_slot_bytes(PIECE_ELEMENTS, StateFormat(Precision.BF16)))
+        buckets = Buckets(prefetch_units=2)
+        if share:
+            buckets = replace(buckets, update_elements=PIECE_ELEMENTS, update_slots=max(3, slots) if ahead else 3)
         plan = Plan(
             model=args.model,
             parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
@@ -80,8 +94,8 @@ def through_tiers(*placement: Tier, share: float = 0.0, loss_chunks: int = 1) ->
             device=_device(),
             gpus=1,
             zero_stage=0,
-            placements=tuple(Placement(unit, *placement) for unit in ("", *layers)),
-            buckets=Buckets(prefetch_units=2),
+            placements=(root, *(Placement(unit, *placement) for unit in layers)),
+            buckets=buckets,
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
             recompute=tuple(layers),
@@ -92,7 +106,8 @@ def through_tiers(*placement: Tier, share: float = 0.0, loss_chunks: int = 1) ->
             loss_chunks=loss_chunks,
         )
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        engine = Engine(model, plan, optimizer, max_grad_norm=args.clip or None)
+        early = not args.clip and placement[2] is not G
+        engine = Engine(model, plan, optimizer, max_grad_norm=args.clip or None, update_in_backward=early)
 
         def step(tokens: torch.Tensor) -> torch.Tensor:
             for part in _micro_batches(args, tokens):
@@ -192,8 +207,10 @@ SYSTEMS: dict[str, System] = {
     "resident": through_tiers(G, G, G),
     "optimizer-host": through_tiers(G, H, H),
     "host": through_tiers(H, H, H),
-    "host-shared": through_tiers(H, H, H, share=0.5),
-    "host-shared-chunked": through_tiers(H, H, H, share=0.5, loss_chunks=16),
+    "host-shared": through_tiers(H, H, H, share=0.35),
+    "host-shared-chunked": through_tiers(H, H, H, share=0.35, loss_chunks=16),
+    "host-ahead": through_tiers(H, H, H, share=0.6, ahead=True),
+    "host-ahead-chunked": through_tiers(H, H, H, share=0.6, ahead=True, loss_chunks=16),
     "optimizer-nvme": through_tiers(H, H, N),
     "deepspeed": deepspeed_offloaded,
     "fsdp2": fsdp2_offloaded,

@@ -30,6 +30,11 @@ class Piece:
     slot: int | None = None
     """Where it waits for its update; ``None`` for one that comes when there is room."""
 
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Allotment:

@@ -167,7 +167,7 @@ class Engine:
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
         early = self._update_in_backward
-        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, self._down, in_backward=early)
+        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, in_backward=early)
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         self._gradients.kept = self._updater.kept

@@ -37,7 +37,6 @@ class StreamedUpdate:
         states: Sequence[UnitState],
         device: torch.device,
         lane: Callable[[str, int], Lane],
-        home: Lane,
         *,
         in_backward: bool,
     ) -> "StreamedUpdate | None":
@@ -45,7 +44,7 @@ class StreamedUpdate:
         form, share = plan.state_format, plan.gpu_update_share
         if not streamed_bytes([s.unit.placement for s in states], plan.buckets, form, share):
             return None
-        leaving, coming = lane("leaving", 1), lane("streamed", 1)  # closed the other way round
+        home, leaving, coming = (lane(name, 1) for name in ("home", "leaving", "streamed"))  # closed in reverse
         parts = [state.part() for state in states]
         return cls(form, plan.buckets, share, parts, device, coming, home, leaving, in_backward=in_backward)
 
@@ -133,7 +132,7 @@ class StreamedUpdate:
         for piece in self._parts().pieces.get(name, ()):
             if piece.slot is not None:
                 slot = self._slots[piece.slot]
-                found.append(Kept(_in_unit(state, piece), slot.gradients[: piece.stop - piece.start], slot.updated))
+                found.append(Kept(_in_unit(state, piece), slot.gradients[: piece.elements], slot.updated))
         if found:
             self._kept.add(name)
         return found
@@ -175,8 +174,12 @@ class StreamedUpdate:
         """The updates as the host's parts and the device's."""
         return shared(updates, self._parts().edges)
 
-    def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
-        """Start the device's parts; each promise is kept when the device has been told everything of it."""
+    def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done, host: Done | None) -> None:
+        """Start the device's parts; each promise is kept when the device has been told everything of it.
+
+        ``host`` is the host's update beside it. What came ahead leaves when that is over: until then the host's memory
+        has enough to do, and nobody waits for that state.
+        """
         visits = []
         for update in updates:
             name = update.state.unit.name
@@ -190,7 +193,7 @@ class StreamedUpdate:
                 slot.updated, slot.left = visit.updated, visit.left
                 visits.append(visit)
             self._kept.discard(name)
-        self._last = self._lane.submit(lambda: self._run(visits, clip, begun))
+        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host))
 
     def _slot_of(self, piece: Piece) -> Slot:
         if piece.slot is not None:
@@ -208,7 +211,7 @@ class StreamedUpdate:
         last = [self._last] if self._last is not None else []
         return [*last, *(slot.left for slot in self._slots)]
 
-    def _run(self, visits: Sequence[Visit], clip: ClipFactor, begun: Done) -> None:
+    def _run(self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None) -> None:
         try:
             if clip.skipped():
                 for visit in visits:
@@ -221,27 +224,32 @@ class StreamedUpdate:
                 begun.wait()  # the clip factor, and what was computing with weights that never leave the device
                 if clock is not None:
                     clock.start()
-            patience, leaving = Patience(), Patience()
+            coming, leaving = Patience(), Patience()
             for visit in visits:
-                self._visit(visit, clip.on_device, patience, leaving)
+                self._update_piece(visit, clip.on_device, coming)
+                self._keep_promise(visit)
+                if visit.piece.slot is None:
+                    self._let_go(visit, leaving, after=[visit.updated])
             if clock is not None and visits:
                 self._home.submit(clock.stop, after=[v.update.promise for v in visits if v.last])
+            for visit in visits:
+                if visit.piece.slot is not None:
+                    self._let_go(visit, leaving, after=[visit.updated, *filter(None, [host])])
         except BaseException as error:
             for visit in visits:
                 visit.fail(error)
             raise
 
-    def _visit(self, visit: Visit, clip: torch.Tensor, patience: "Patience", leaving: "Patience") -> None:
-        """One piece there and back. On the lane."""
-        state, slot, size = visit.update.state, visit.slot, visit.piece.stop - visit.piece.start
-        part = slice(visit.piece.start, visit.piece.stop)
-        weights = slot.weights[:size] if state.device_weights is None else state.device_weights[part]
-        gradients = slot.gradients[:size] if state.device_gradients is None else state.device_gradients[part]
+    def _update_piece(self, visit: Visit, clip: torch.Tensor, coming: Patience) -> None:
+        """Update one piece when it is there: have what did not come ahead come now."""
+        state, piece, slot = visit.update.state, visit.piece, visit.slot
+        part = slice(piece.start, piece.stop)
+        gradients = slot.gradients[: piece.elements] if state.device_gradients is None else state.device_gradients[part]
         arrived, brings = visit.arrived, state.device_gradients is None and not visit.has_gradients
         if arrived is None or brings:
             visit.before.wait()
             if arrived is None:
-                self._fetch_state(state, visit.piece, slot)
+                self._fetch_state(state, piece, slot)
             else:
                 arrived.wait()
             if brings:
@@ -249,39 +257,41 @@ class StreamedUpdate:
                 visit.update.landed.wait()
                 self._fetch(gradients, state.host_gradients[part])
             arrived = Done.now(self._device)
-            patience.wait(arrived)
+            coming.wait(arrived)
         with _on(self._computing):
             arrived.wait()
             visit.update.landed.wait()
-            for s in visit.update.within(part.start, part.stop).segments:
-                a, b = s.start - part.start, s.stop - part.start
-                self._update(weights[a:b], gradients[a:b], slot.state.span(a, b), s.how, clip)
+            for s in visit.update.within(piece.start, piece.stop).segments:
+                a, b = s.start - piece.start, s.stop - piece.start
+                self._update(visit.weights[a:b], gradients[a:b], slot.state.span(a, b), s.how, clip)
             visit.updated.follow(Done.now(self._device))
-        self._send(visit, weights, leaving)
 
-    def _send(self, visit: Visit, weights: torch.Tensor, patience: "Patience") -> None:
-        """Let a piece leave; its unit's promise is kept when the new weights can be had where they live."""
-        state, size = visit.update.state, visit.piece.stop - visit.piece.start
+    def _keep_promise(self, visit: Visit) -> None:
+        """Let new weights go to where they live; they can be had then, and those that live on the device at once."""
+        visit.update.wait_copied()
+        state, piece = visit.update.state, visit.piece
+        if state.device_weights is None:
+            assert state.host_weights is not None
+            pair = state.host_weights[piece.start : piece.stop], visit.weights
+            visit.home = self._home.submit(lambda: self._leave([pair]), after=[visit.updated])
+        if visit.last:
+            visit.update.promise.follow(visit.home)
+
+    def _let_go(self, visit: Visit, leaving: Patience, after: Sequence[Done]) -> None:
+        """Let state go, and the mirror of weights that live on the device."""
+        state, piece = visit.update.state, visit.piece
         assert state.host_state is not None
         assert state.host_weights is not None
-        part = slice(visit.piece.start, visit.piece.stop)
-        mirror = state.host_weights[part]
-        there, made = state.host_state.span(part.start, part.stop).tensors(), visit.slot.state.span(0, size).tensors()
-        pairs = list(zip(there, made, strict=True))
-        visit.update.wait_copied()
-        if state.device_weights is None:
-            home = self._home.submit(lambda: self._leave([(mirror, weights)]), after=[visit.updated])
-        else:  # nobody on the device waits for the mirror
-            home, pairs = visit.updated, [(mirror, weights), *pairs]
+        there = state.host_state.span(piece.start, piece.stop).tensors()
+        pairs = list(zip(there, visit.slot.state.span(0, piece.elements).tensors(), strict=True))
+        if state.device_weights is not None:
+            pairs.append((state.host_weights[piece.start : piece.stop], visit.weights))
 
         def leave() -> None:
             self._leave(pairs)
-            patience.wait(Done.now(self._device))
+            leaving.wait(Done.now(self._device))
 
-        gone = self._leaving.submit(leave, after=[visit.updated])
-        visit.left.follow_all([home, gone])
-        if visit.last:
-            visit.update.promise.follow(home)
+        visit.left.follow_all([visit.home, self._leaving.submit(leave, after)])
 
     # Copies
 
@@ -289,8 +299,8 @@ class StreamedUpdate:
         assert state.host_state is not None
         assert state.host_weights is not None
         if state.device_weights is None:
-            self._fetch(slot.weights[: piece.stop - piece.start], state.host_weights[piece.start : piece.stop])
-        home, there = state.host_state.span(piece.start, piece.stop), slot.state.span(0, piece.stop - piece.start)
+            self._fetch(slot.weights[: piece.elements], state.host_weights[piece.start : piece.stop])
+        home, there = state.host_state.span(piece.start, piece.stop), slot.state.span(0, piece.elements)
         for target, source in zip(there.tensors(), home.tensors(), strict=True):
             self._fetch(target, source)
 

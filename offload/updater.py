@@ -110,13 +110,13 @@ class Updater:
         """Start the step. Units with state on the device are updated on the current stream, the others beside it."""
         self.check()
         begun = Done.now(self._device)
-        away = [u for u in updates if u.state.device_state is None]
+        away, streamed = [u for u in updates if u.state.device_state is None], list[UnitUpdate]()
         if self._streamed is not None:
             away, streamed = self._streamed.shared(away)
-            if streamed:
-                self._streamed.begin(streamed, clip, begun)
-        if away:
-            self._last = self._lane.submit(lambda: self._run(away, clip, begun))
+        host = self._lane.submit(lambda: self._run(away, clip, begun)) if away else None
+        self._last = host or self._last
+        if self._streamed is not None and streamed:
+            self._streamed.begin(streamed, clip, begun, host)
         for update in updates:
             if update.state.device_state is not None:
                 self._update_resident(update, clip)

@@ -49,7 +49,7 @@ class Kept(NamedTuple):
     """When it may be written to."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Visit:
     """One piece in one step."""
 
@@ -65,7 +65,19 @@ class Visit:
     last: bool
     """Whether it is the last piece of its unit."""
     updated: Done = field(default_factory=Done)
+    home: Done = field(init=False)
+    """When its new weights can be had where they live."""
     left: Done = field(default_factory=Done)
+
+    def __post_init__(self) -> None:
+        """Weights that live on the device are there when they are updated."""
+        self.home = self.updated
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Where they are updated: in the slot, or where they live on the device."""
+        whole, piece = self.update.state.device_weights, self.piece
+        return self.slot.weights[: piece.elements] if whole is None else whole[piece.start : piece.stop]
 
     def fail(self, error: BaseException) -> None:
         """Let whoever waits for any of it know."""
@@ -101,7 +113,7 @@ class Clock:
     """Seconds on a CUDA device from the moment the clip factor is known until the last promise is kept."""
 
     def __init__(self, visits: Sequence[Visit]) -> None:
-        self._elements = sum(v.piece.stop - v.piece.start for v in visits)
+        self._elements = sum(v.piece.elements for v in visits)
         self._first, self._last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._stopped = False
 

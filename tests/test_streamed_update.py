@@ -31,10 +31,10 @@ ON_HOST = ((H, H, H), (G, G, H), (G, H, H), (H, G, H))
 
 
 @pytest.mark.parametrize("kind", [GPT, TiedGPT, FrozenGPT, SkippingGPT, LoopingGPT])
-@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize(("share", "slots"), [(0.4, 3), (1.0, 3), (0.5, 9), (1.0, 400)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_with_a_shared_update_is_plain_training(
-    kind: type[GPT], share: float, accumulation: int, tmp_path: Path
+    kind: type[GPT], share: float, slots: int, accumulation: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     model = kind()
@@ -47,7 +47,7 @@ def test_training_with_a_shared_update_is_plain_training(
         tmp_path,
         gpu_update_share=share,
         gradient_accumulation_steps=accumulation,
-        buckets=Buckets(prefetch_units=1, update_elements=1000, io_bytes=16384),
+        buckets=Buckets(prefetch_units=1, update_elements=1000, io_bytes=16384, update_slots=slots),
     )
     losses, found = train_through_tiers(model, plan, data, 0.05)
     assert losses == pytest.approx(train_plainly(plain, data, accumulation, 0.05), rel=1e-6)
@@ -56,20 +56,23 @@ def test_training_with_a_shared_update_is_plain_training(
 
 def test_in_bf16_the_share_changes_no_bit(tmp_path: Path) -> None:
     found = []
-    for share in (0.0, 0.3, 1.0):
+    for share, slots in ((0.0, 3), (0.3, 3), (1.0, 3), (0.6, 8), (1.0, 40)):
         torch.manual_seed(0)
         model = GPT()
-        plan = plan_for(model, ON_HOST, tmp_path, Precision.BF16, gpu_update_share=share)
+        buckets = Buckets(1, 5000, 16384, update_slots=slots)
+        plan = plan_for(model, ON_HOST, tmp_path, Precision.BF16, gpu_update_share=share, buckets=buckets)
         found.append(train_through_tiers(model, plan, batches(6), 0.05))
-    assert found[0][0] == found[1][0] == found[2][0]
-    for name, tensor in found[0][1].items():
-        assert torch.equal(tensor, found[1][1][name]), name
-        assert torch.equal(tensor, found[2][1][name]), name
+    for losses, tensors in found[1:]:
+        assert losses == found[0][0]
+        for name, tensor in found[0][1].items():
+            assert torch.equal(tensor, tensors[name]), name
 
 
-@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "streamed", "leaving", "everything"])
-@pytest.mark.parametrize("placement", ON_HOST)
-def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slow", ["up", "returns", "down", "update", "streamed", "home", "leaving", "everything"])
+@pytest.mark.parametrize(("placement", "slots"), [*((p, 3) for p in ON_HOST), ((H, H, H), 7), ((G, G, H), 40)])
+def test_slow_transfers_change_nothing(
+    slow: str, placement: tuple, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits, submit = random.Random(0), Lane.submit
 
     def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
@@ -84,7 +87,9 @@ def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch:
     model = GPT()
     plain = copy.deepcopy(model)
     data = batches(4)
-    losses, found = train_through_tiers(model, plan_for(model, (placement,), gpu_update_share=0.5), data, 0.05)
+    buckets = Buckets(1, 5000, 16384, update_slots=slots)
+    plan = plan_for(model, (placement,), gpu_update_share=0.6, buckets=buckets)
+    losses, found = train_through_tiers(model, plan, data, 0.05)
     assert losses == pytest.approx(train_plainly(plain, data, 1, 0.05), rel=1e-6)
     assert_same(found, plain, 1e-6)
 
@@ -92,13 +97,13 @@ def test_slow_transfers_change_nothing(slow: str, placement: tuple, monkeypatch:
 def test_both_engines_really_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT()
     pieces: list[int] = []
-    visiting = StreamedUpdate._visit
+    visiting = StreamedUpdate._update_piece
 
     def counted(self: StreamedUpdate, visit: Visit, *rest: Any) -> None:
         pieces.append(visit.piece.stop - visit.piece.start)
         visiting(self, visit, *rest)
 
-    monkeypatch.setattr(StreamedUpdate, "_visit", counted)
+    monkeypatch.setattr(StreamedUpdate, "_update_piece", counted)
     with Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
         engine.backward(engine(batches(1)[0]))
         engine.step()
@@ -113,7 +118,7 @@ def test_what_goes_wrong_on_the_device_ends_training_with_its_error(monkeypatch:
     def broken(*_: Any) -> None:
         raise RuntimeError("the device is on fire")
 
-    monkeypatch.setattr(StreamedUpdate, "_visit", broken)
+    monkeypatch.setattr(StreamedUpdate, "_update_piece", broken)
     model = GPT()
     engine = Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=1.0))
     with pytest.raises(RuntimeError, match="on fire"), engine:
@@ -221,7 +226,7 @@ def test_on_a_gpu_the_share_changes_no_bit(placement: tuple) -> None:
 def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is missing between two streams shows as other bits, for here one of them lags behind."""
     expected = _trained_on_gpu()
-    visiting = StreamedUpdate._visit
+    visiting = StreamedUpdate._update_piece
 
     def lagging(self: StreamedUpdate, *args: Any) -> None:
         leaving, home = self._leaving._stream, self._home._stream
@@ -236,7 +241,7 @@ def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.Mon
             torch.cuda._sleep(2_000_000)
         visiting(self, *args)
 
-    monkeypatch.setattr(StreamedUpdate, "_visit", lagging)
+    monkeypatch.setattr(StreamedUpdate, "_update_piece", lagging)
     found = _trained_on_gpu()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
