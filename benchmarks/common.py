@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 from collections.abc import Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import psutil
 import torch
 from torch import nn
 
+from offload.on_meta import on_meta
+
 RESULTS = Path(__file__).parent / "results"
 
 LLAMAS = {
@@ -19,7 +22,11 @@ LLAMAS = {
     "tiny": (256, 4, 8, 4, 1024, 4096),
     "1b": (2048, 16, 32, 8, 8192, 128256),
     "3b": (3072, 28, 24, 8, 8192, 128256),
+    "8b": (4096, 32, 32, 8, 14336, 128256),
+    "14b": (5120, 40, 40, 8, 17408, 151936),
 }
+LARGE = ("8b", "14b")
+"""Those that are built on meta, and whose head is not the embedding."""
 
 
 def machine() -> dict[str, Any]:
@@ -56,12 +63,13 @@ def llama_config(shape: tuple[int, ...], **more: Any) -> Any:
 
 
 def llama(size: str) -> nn.Module:
-    """A Llama with tied embeddings in fp32, from a configuration; the same weights every time."""
+    """A Llama in fp32, from a configuration; the same weights every time. Only an engine makes a large one real."""
     from transformers import LlamaForCausalLM
 
-    config = llama_config(LLAMAS[size], tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa")
+    large = size in LARGE
+    config = llama_config(LLAMAS[size], tie_word_embeddings=not large, use_cache=False, attn_implementation="sdpa")
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"), on_meta() if large else nullcontext():
         model = LlamaForCausalLM(config)
     return model.train()
 

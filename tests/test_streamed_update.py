@@ -3,6 +3,7 @@
 import copy
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tests.test_engine_equals_pytorch import assert_same, train_plainly, train_t
 
 ON_HOST = ((H, H, H), (G, G, H), (G, H, H), (H, G, H))
 """Each way in which state on the host meets weights and gradients."""
+LARGER_PIECES = Buckets(prefetch_units=1, update_elements=1 << 17)
 
 
 @pytest.mark.parametrize("kind", [GPT, TiedGPT, FrozenGPT, SkippingGPT, LoopingGPT])
@@ -210,22 +212,25 @@ def test_a_plan_with_a_share_fits_its_budget_to_the_byte(tmp_path: Path) -> None
 @pytest.mark.parametrize("placement", ON_HOST)
 def test_on_a_gpu_the_share_changes_no_bit(placement: tuple) -> None:
     found = []
-    for share in (0.0, 0.5, 1.0):
+    for share, slots in ((0.0, 3), (0.5, 3), (0.7, 9), (1.0, 40)):
         torch.manual_seed(0)
         model = GPT(width=256)
-        plan = plan_for(model, (placement,), None, Precision.BF16, "cuda", gpu_update_share=share)
+        buckets = replace(LARGER_PIECES, update_slots=slots)
+        plan = plan_for(model, (placement,), None, Precision.BF16, "cuda", gpu_update_share=share, buckets=buckets)
         found.append(train_through_tiers(model, plan, batches(20), 0.05))
-    for name, tensor in found[0][1].items():
-        for _, other in found[1:]:
-            assert torch.equal(tensor, other[name]), name
+    for losses, tensors in found[1:]:
+        assert losses == found[0][0]
+        for name, tensor in found[0][1].items():
+            assert torch.equal(tensor, tensors[name]), name
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("late", ["arriving", "computing", "leaving", "home", "main"])
-def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("slots", [3, 9])
+def test_on_a_gpu_slow_streams_change_nothing(late: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is missing between two streams shows as other bits, for here one of them lags behind."""
-    expected = _trained_on_gpu()
+    expected = _trained_on_gpu(slots)
     visiting = StreamedUpdate._update_piece
 
     def lagging(self: StreamedUpdate, *args: Any) -> None:
@@ -242,13 +247,14 @@ def test_on_a_gpu_slow_streams_change_nothing(late: str, monkeypatch: pytest.Mon
         visiting(self, *args)
 
     monkeypatch.setattr(StreamedUpdate, "_update_piece", lagging)
-    found = _trained_on_gpu()
+    found = _trained_on_gpu(slots)
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
 
 
-def _trained_on_gpu() -> dict[str, torch.Tensor]:
+def _trained_on_gpu(slots: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     model = GPT(width=256)
-    plan = plan_for(model, ON_HOST, None, Precision.BF16, "cuda", gpu_update_share=0.6)
+    buckets = replace(LARGER_PIECES, update_slots=slots)
+    plan = plan_for(model, ON_HOST, None, Precision.BF16, "cuda", gpu_update_share=0.6, buckets=buckets)
     return train_through_tiers(model, plan, batches(5), 0.05)[1]
