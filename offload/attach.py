@@ -58,7 +58,7 @@ def take_over(
 def _check_copies(unit: Unit, whole: contents.Contents, ranks: Ranks) -> None:
     """Raise OffloadError where the processes of a tensor axis begin with different copies of a parameter."""
     for field in unit.fields if ranks.divides_tensors else ():
-        if field.share is None and not ranks.alike(field.view(whole.weights)):
+        if field.share is None and not ranks.alike(field.view(whole.weights), roughly=False):
             raise OffloadError(
                 f"parameter {field.name} is not divided over the mesh and differs between its processes, which must "
                 "have the same copy: build the model with the same seed in each, or make it a DTensor"

@@ -88,6 +88,8 @@ def _of_mesh(mesh: "DeviceMesh", parameters: dict[str, nn.Parameter], world: int
             "processes, with an axis for data and, where parameters are DTensors, one for tensors"
         )
     lines = [_lines(mesh, dim) for dim in range(mesh.ndim)]
+    if any(line != tuple(sorted(line)) for axis in lines for line in axis):
+        raise OffloadError("the mesh's ranks do not rise along its axes, as those of init_device_mesh do; make it so")
     rank = dist.get_rank()
     if not parameters:
         if mesh.ndim > 1:

@@ -16,7 +16,7 @@ from offload.dtensors import gradient_of, is_partial, share_of
 from offload.errors import OffloadError
 from offload.gradients import Gathering, GradientCollector
 from offload.plan import Plan
-from offload.ranks import ALIKE, Ranks
+from offload.ranks import Ranks
 from offload.state import UnitState
 from offload.streams import Done, Lane
 
@@ -106,7 +106,7 @@ class DividedGradients(GradientCollector):
     def _own(self, parameter: torch.Tensor, name: str) -> torch.Tensor | None:
         partial, gradient = is_partial(parameter.grad), gradient_of(parameter)
         copied = self._watched and not partial and share_of(parameter) is None
-        if copied and gradient is not None and not self._ranks.alike(gradient, ALIKE):
+        if copied and gradient is not None and not self._ranks.alike(gradient, roughly=True):
             raise OffloadError(
                 f"the gradient of parameter {name} differs between processes that share tensors, each of which "
                 "has all of it: give these processes the same batch, and a module that sees a part of the sequence "

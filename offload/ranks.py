@@ -30,8 +30,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 TIMEOUT = timedelta(minutes=10)
 """After which a rank that waits for another gives up."""
-ALIKE = 0.05
-"""Of a gradient's norm, how far two processes may be apart that computed the same: kernels add in any order."""
+ALIKE, NOTHING = 0.05, 1e-6
+"""Of a gradient's norm, and beside it, how far two processes may be apart that computed the same: kernels add in any
+order, and some gradients are rounding noise alone."""
 
 
 def local_device(plan: Plan, axes: Axes | None) -> torch.device:
@@ -154,14 +155,17 @@ class Ranks:
         """This process's place on the tensor axis; 0 where there is none."""
         return self._axes.tensor_position
 
-    def alike(self, copy: torch.Tensor, within: float = 0.0) -> bool:
-        """Whether the processes of a tensor axis have the same in it, but for this part of its norm; all learn it."""
+    def alike(self, copy: torch.Tensor, *, roughly: bool) -> bool:
+        """Whether the processes of a tensor axis have the same in it, to the last bit or as gradients; all learn it."""
         if self._tensor is None:
             return True
         here = copy.detach().float().cpu().contiguous()
         first = here.clone()
         dist.broadcast(first, group=self._tensor, group_src=0)
-        same = torch.equal(here, first) or bool((here - first).norm() <= within * first.norm())
+        same = torch.equal(here.view(torch.int32), first.view(torch.int32))
+        if roughly and not same:
+            size = first.norm()  # in fp16 the first ones may overflow, on all
+            same = not size.isfinite() or bool((here - first).norm() <= ALIKE * size + NOTHING)
         differs = torch.tensor(not same, dtype=torch.uint8)
         dist.all_reduce(differs, dist.ReduceOp.MAX, group=self._tensor)
         return not differs

@@ -197,6 +197,9 @@ def refused(rank: int, world: int, directory: str) -> dict[str, str]:
     both = divided()
     both[0].ln_f.weight = nn.Parameter(distribute_tensor(torch.ones(32), mesh, [Replicate(), Shard(0)]))
     attempt("two axes", *both, mesh=mesh)
+    reading = divided()
+    reading[0].h[3].register_forward_hook(lambda *_: reading[0].h[0].up.weight.sum() and None)
+    attempt("read", reading[0], plan_for(reading[0], PLACEMENTS["host"]), mesh=mesh, trains=True)
     on_meta = divided()
     on_meta[0].ln_f = nn.LayerNorm(32, device="meta")
     attempt("meta", *on_meta, mesh=mesh)
@@ -217,11 +220,25 @@ def test_what_does_not_go_with_divided_tensors_is_refused(tmp_path: Path) -> Non
         "not divided": "no parameter of the model is a DTensor",
         "partial": "parameter ln_f.weight is placed Partial(sum); only Shard and Replicate can be trained",
         "two axes": "parameter ln_f.weight is a DTensor on 2 axes",
+        "read": "reads a parameter of shape [128, 32] outside of the forward of its module",
         "meta": "ln_f.weight is on meta, and the model has DTensors",
     }
     assert first.keys() == expected.keys()
     for what, sentence in expected.items():
         assert sentence in first[what], (what, first[what])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", [Precision.AMP, Precision.BF16, Precision.FP16])
+def test_tensors_are_divided_in_half_precision_too(precision: Precision, tmp_path: Path) -> None:
+    case = Case("sequence", 3, "mixed", steps=5, precision=precision)
+    each = on_ranks(4, many, [case], str(tmp_path))
+    torch.manual_seed(0)
+    expected = train_plainly(TensorGPT(), global_batches(case.steps, 2), 2, case)
+    found = [sum(losses) / 2 for losses in zip(each[0][0][0], each[2][0][0], strict=True)]
+    assert found == pytest.approx(expected, rel=2e-3)
+    for name, tensor in each[0][0][1].items():
+        assert all(torch.equal(tensor, rank[0][1][name]) for rank in each), name
 
 
 @pytest.mark.full
