@@ -6,6 +6,12 @@ alone: gathers of weights in the order in which units are used, reductions of gr
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
 so they overlap with computing.
 
+[Note: a bucket is a unit]
+What is gathered or reduced at a time is one unit, whatever a plan's ``Buckets`` say to other engines. Joining several
+would save the latency of a call each; but a unit would wait for its neighbours before it computes, or goes home, and
+take a slot meanwhile, beyond those that ``offload.residency`` counts. Blocks are large enough for their calls not to
+count, and what is small and in no block is in the root unit, which is one call.
+
 [Note: the norm over a tensor axis]
 Processes of one tensor axis ([Note: tensor parallel] in ``offload.axes``) have different parts of some parameters and
 the same copies of the others. The square of the norm is summed over them, with the copies counted by the first alone
