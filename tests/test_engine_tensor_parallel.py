@@ -150,19 +150,6 @@ def look_and_write(rank: int, world: int, directory: str) -> Any:
         return before, shown, doubled, loaded, said, train(engine, rank, world, replace(case, steps=3))
 
 
-def test_parameters_can_be_seen_written_and_loaded_whole(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    plain = TensorGPT()
-    for before, shown, doubled, loaded, said, losses in on_ranks(2, look_and_write, str(tmp_path)):
-        for name, parameter in plain.named_parameters():
-            assert torch.equal(before[name], parameter.detach())
-            assert torch.equal(loaded[name], parameter.detach())
-            assert torch.equal(doubled[name], parameter.detach() * (2 if name == "h.0.up.weight" else 1))
-        assert all(torch.equal(tensor, before[name]) for name, tensor in shown.items())
-        assert "parameter wte.weight was changed in place behind the engine's back" in said
-        assert len(losses) == 3
-
-
 def refused(rank: int, world: int, directory: str) -> dict[str, str]:
     """What is said to everything that does not go."""
     said: dict[str, str] = {}
@@ -206,8 +193,31 @@ def refused(rank: int, world: int, directory: str) -> dict[str, str]:
     return said
 
 
-def test_what_does_not_go_with_divided_tensors_is_refused(tmp_path: Path) -> None:
-    first, second = on_ranks(2, refused, str(tmp_path))
+def both(rank: int, world: int, directory: str) -> tuple[Any, Any]:
+    return look_and_write(rank, world, directory), refused(rank, world, directory)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What two processes found, which take longer to start than to do both."""
+    return on_ranks(2, both, str(tmp_path_factory.mktemp("both")))
+
+
+def test_parameters_can_be_seen_written_and_loaded_whole(two_ranks: list[Any]) -> None:
+    torch.manual_seed(0)
+    plain = TensorGPT()
+    for before, shown, doubled, loaded, said, losses in (found[0] for found in two_ranks):
+        for name, parameter in plain.named_parameters():
+            assert torch.equal(before[name], parameter.detach())
+            assert torch.equal(loaded[name], parameter.detach())
+            assert torch.equal(doubled[name], parameter.detach() * (2 if name == "h.0.up.weight" else 1))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in shown.items())
+        assert "parameter wte.weight was changed in place behind the engine's back" in said
+        assert len(losses) == 3
+
+
+def test_what_does_not_go_with_divided_tensors_is_refused(two_ranks: list[Any]) -> None:
+    first, second = (found[1] for found in two_ranks)
     assert first == second
     expected = {
         "no mesh": "is a DTensor; give the engine the whole mesh too",
