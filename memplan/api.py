@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
 from memplan.audit import audit
@@ -93,6 +94,7 @@ def initialize(
     grad_scaler: torch.amp.GradScaler | None = None,
     *,
     update_in_backward: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
     """(engine, optimizer, dataloader, lr_scheduler) for training ``model`` by ``plan``, a Plan or a path to one.
 
@@ -103,7 +105,8 @@ def initialize(
     ``lr_scheduler`` is any torch scheduler on it, or a function that makes one of it; ``engine.step`` steps it. The
     dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
     ``grad_scaler`` has the rules of fp16's loss scale, by default torch's; ``update_in_backward`` is described at
-    ``Engine``.
+    ``Engine``. For a model that ``parallelize_module`` divided, ``mesh`` is the 2-D mesh that its axis belongs to; the
+    plan's ``gpus`` are the ranks of the other axis, that of the data.
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
@@ -116,6 +119,7 @@ def initialize(
         weights=files,
         grad_scaler=grad_scaler,
         update_in_backward=update_in_backward,
+        mesh=mesh,
     )
     if callable(lr_scheduler):
         lr_scheduler = lr_scheduler(engine.optimizer)

@@ -7,6 +7,7 @@ from torch import nn
 
 from offload import contents
 from offload.arena import Arena
+from offload.dtensors import local_of
 from offload.errors import OffloadError
 from offload.initialise import Initialiser
 from offload.plan import Plan, Tier
@@ -23,7 +24,7 @@ MASTER_BYTES = 4
 
 def host_bytes_of(units: Sequence[Unit]) -> int:
     """Of the model's own parameters in host memory: what becomes free as its units are taken over."""
-    return sum(f.parameter.nbytes for u in units for f in u.fields if f.parameter.device.type == "cpu")
+    return sum(local_of(f.parameter).nbytes for u in units for f in u.fields if f.parameter.device.type == "cpu")
 
 
 def take_over(
@@ -42,6 +43,7 @@ def take_over(
         whole = contents.from_model(state, plan.optimizer)
         if ranks is not None:
             ranks.from_first(whole.weights)
+            _check_copies(unit, whole, ranks)
         send_away(state, nan)
         contents.write(state, whole, plan.state_format, store)
         del whole  # before there is another one
@@ -51,6 +53,16 @@ def take_over(
             "let each module initialise its own, or build the model for real"
         )
     return [found[placement.unit] for placement in plan.placements]
+
+
+def _check_copies(unit: Unit, whole: contents.Contents, ranks: Ranks) -> None:
+    """Raise OffloadError where the processes of a tensor axis begin with different copies of a parameter."""
+    for field in unit.fields if ranks.divides_tensors else ():
+        if field.share is None and not ranks.alike(field.view(whole.weights), roughly=False):
+            raise OffloadError(
+                f"parameter {field.name} is not divided over the mesh and differs between its processes, which must "
+                "have the same copy: build the model with the same seed in each, or make it a DTensor"
+            )
 
 
 def in_turn(

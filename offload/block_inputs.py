@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from offload.arena import Arena
+from offload.dtensors import local_of
 from offload.plan import Tier
 from offload.residency import checkpoint_host_bytes
 from offload.streams import Done, Lane
@@ -77,7 +78,8 @@ class BlockInputs:
         """A recomputed block is about to run on these: what of them needs a gradient is to go to the host."""
         if self._lane is None:
             return
-        tensors = (t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad and t.numel())
+        given = (t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad and t.numel())
+        tensors = map(local_of, given)
         # Others, such as masks, are the same for all blocks, and parts stay with the whole: they would free nothing.
         self._expected = {t.data_ptr() for t in tensors if t.untyped_storage().nbytes() == t.nbytes}
 

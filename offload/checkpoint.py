@@ -29,6 +29,7 @@ SCHEMA = "memplan.checkpoint/2"
 MANIFEST, TRAINING, REST, LATEST = "manifest.json", "training.json", "rest.safetensors", "latest"
 STEP_TAG = re.compile(r"step-\d+")
 """Tags that are made for a step; only these checkpoints are ever removed."""
+RANK_FILE = re.compile(r"rank-\d+(?:-tensor-(\d+))?\.safetensors")
 _READ_BYTES = 8 << 20
 _SEAL = b'"crc32c": '
 
@@ -55,14 +56,20 @@ class Checkpoint:
         """The kind of what updated it; AdamW where it was made before there was a choice."""
         return self.training.get("optimizer", OptimizerKind.ADAMW)
 
-    def rank_files(self) -> list[Path]:
-        """The files with parameters and their state."""
-        return [self.path / name for name in self.manifest["files"] if name.startswith("rank-")]
+    def rank_files(self) -> list[tuple[Path, int]]:
+        """The files with parameters and their state, each with its writer's place on the tensor axis."""
+        found = ((name, RANK_FILE.fullmatch(name)) for name in self.manifest["files"])
+        return [(self.path / name, int(match[1] or 0)) for name, match in found if match is not None]
+
+    @property
+    def tensor_parts(self) -> int:
+        """Processes on the tensor axis."""
+        return self.manifest.get("tensor_parallel", 1)
 
 
-def rank_file(rank: int) -> str:
-    """The name of the file that a rank writes."""
-    return f"rank-{rank}.safetensors"
+def rank_file(rank: int, tensor: int | None = None) -> str:
+    """The name of the file that a rank writes, one of several with this place on the tensor axis."""
+    return f"rank-{rank}.safetensors" if tensor is None else f"rank-{rank}-tensor-{tensor}.safetensors"
 
 
 def step_tag(step: int) -> str:

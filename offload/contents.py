@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from offload.arena import page_aligned
+from offload.dtensors import local_of
 from offload.optimizer import join_master, split_master_
 from offload.plan import OptimizerKind, Precision, StateFormat
 from offload.residency import chunks, mirrored
@@ -146,7 +147,7 @@ def from_model(state: UnitState, optimizer: OptimizerKind) -> Contents:
     moments = dict.fromkeys(optimizer.moments, nothing)
     contents = Contents(torch.zeros(shape.elements), shape.trainable_elements, moments)
     for field in state.unit.fields:
-        field.view(contents.weights).copy_(field.parameter.detach())
+        field.view(contents.weights).copy_(local_of(field.parameter).detach())
     return contents
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload.dtensors import gradient_of, is_partial, share_of
+from offload.errors import OffloadError
 from offload.gradients import Gathering, GradientCollector
 from offload.plan import Plan
 from offload.ranks import Ranks
@@ -55,6 +57,8 @@ class DividedGradients(GradientCollector):
         self._next = 0
         self._divided = {s.unit.name: _Divided(torch.zeros((), device=device), _places(s)) for s in trained}
         self._total = torch.zeros((), device=device)
+        self._watched = ranks.divides_tensors
+        """Whether copies of a gradient on a tensor axis are compared: in the first backward pass."""
         self.overflow_count = 0
         """Buffers made beyond the plan, because units that were complete had to wait for others."""
 
@@ -68,7 +72,7 @@ class DividedGradients(GradientCollector):
 
     def end_backward(self) -> None:
         """Reduce what is left, and agree with the others on which parameters have a gradient."""
-        self._in_backward = False
+        self._in_backward = self._watched = False
         for name in self._order[self._next :]:
             self._divided[name].complete = True
         self._reduce_in_order()
@@ -98,6 +102,17 @@ class DividedGradients(GradientCollector):
         super().clear()
         for divided in self._divided.values():
             divided.partial = False
+
+    def _own(self, parameter: torch.Tensor, name: str) -> torch.Tensor | None:
+        partial, gradient = is_partial(parameter.grad), gradient_of(parameter)
+        copied = self._watched and not partial and share_of(parameter) is None
+        if copied and gradient is not None and not self._ranks.alike(gradient, roughly=True):
+            raise OffloadError(
+                f"the gradient of parameter {name} differs between processes that share tensors, each of which "
+                "has all of it: give these processes the same batch, and a module that sees a part of the sequence "
+                "in each (SequenceParallel) parameters that are DTensors"
+            )
+        return gradient
 
     def _summed(self, gathering: Gathering) -> set[str]:
         return self._divided[gathering.state.unit.name].passed if self._each_pass else gathering.present
@@ -150,7 +165,7 @@ class DividedGradients(GradientCollector):
                 own.add_(_brought(home if home is not None else state.host_gradients, buffer, own))
             if last:
                 ranks.sum_over_replicas(own)
-                if divided.fields:  # else this rank's part is padding
+                if divided.fields:  # else this rank's part is padding, or counted by another
                     norms = torch._foreach_norm([own[part] for part in divided.fields], dtype=torch.float32)
                     divided.square.copy_(torch.stack(norms).square().sum())
             if home is not None:
@@ -194,9 +209,9 @@ def _brought(home: torch.Tensor | None, buffer: torch.Tensor, own: torch.Tensor)
 
 
 def _places(state: UnitState) -> list[slice]:
-    """Of the unit's trainable parameters, in the elements that this rank updates."""
+    """Of the parameters that count in the norm, in the elements that this rank updates."""
     here, found = state.updated, []
-    for f in state.unit.trainable:
+    for f in filter(lambda f: f.counted, state.unit.trainable):
         a, b = max(f.start, here.start), min(f.stop, here.stop)
         if a < b:
             found.append(slice(a - here.start, b - here.start))

@@ -16,12 +16,15 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from offload import checkpoint, hooks, restore, whole
 from offload import contents as unit_contents
 from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
+from offload.axes import Axes
 from offload.block_inputs import BlockInputs
+from offload.checks import checked_axes
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.divided_gradients import collector
 from offload.errors import OffloadError
@@ -36,7 +39,6 @@ from offload.ranks import Ranks, local_device
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
 from offload.saver import Saver, Saving
 from offload.setup import (
-    check_can_run,
     check_scheduler,
     close_all,
     close_at_exit,
@@ -54,7 +56,7 @@ from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
-from offload.unit import check_model, check_recompute, check_trainable, partition
+from offload.unit import check_trainable, partition
 from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
 from offload.watch import Watch
@@ -73,7 +75,8 @@ class Engine:
 
     ``optimizer`` is one of torch's, or Lion, over the model's parameters, and of the plan's kind: its groups give the
     hyperparameters, its state stays empty, for the engine keeps the state in the tiers. ``lr_scheduler`` is any torch
-    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``weights`` are
+    scheduler on it, stepped after every update. ``max_grad_norm`` clips the global norm, exactly. ``mesh`` has an
+    axis for data beside that of DTensors: [Note: tensor parallel] in ``offload.axes``. ``weights`` are
     safetensors files with the first values (``WeightFiles``); else those of the model count, and what of it is on meta
     is initialised. In fp16 the loss is scaled by the rules of ``grad_scaler`` (a ``torch.amp.GradScaler`` with its
     defaults): a step whose gradients are not finite changes nothing, and schedulers step when the next one knows it.
@@ -99,12 +102,9 @@ class Engine:
         grad_scaler: torch.amp.GradScaler | None = None,
         *,
         update_in_backward: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
-        check_can_run(plan)
-        check_model(plan, model)
-        check_recompute(plan, model)
-        if update_in_backward:
-            check_early_updates(plan, max_grad_norm)
+        axes = checked_axes(model, plan, mesh, max_grad_norm, weights, update_in_backward=update_in_backward)
         self._update_in_backward = update_in_backward
         self.model, self.plan = model, plan
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
@@ -114,7 +114,7 @@ class Engine:
         if lr_scheduler is not None:
             self.step_scheduler(lr_scheduler)
         self.max_grad_norm = max_grad_norm
-        self.device = local_device(plan)
+        self.device = local_device(plan, axes)
         self.loss_scale = loss_scale(grad_scaler, plan.precision, self.device)
         self.global_step = 0
         """Steps so far, those that were skipped too."""
@@ -124,20 +124,20 @@ class Engine:
         """Value of ``global_step`` at the last forward pass with gradients."""
         self._closers: list[Callable[[], None]] = []
         try:
-            self._attach(weights)
+            self._attach(weights, axes)
         except BaseException:
             self._release()
             raise
         close_at_exit(self)
 
-    def _attach(self, weights: Path | None) -> None:
+    def _attach(self, weights: Path | None, axes: Axes | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device, shards = self.plan, self.device, Shards.of(self.plan)
         files = WeightFiles(weights, self.model) if weights is not None else None
         grow_segments(device)
-        if (ranks := Ranks.of(plan, device)) is not None:
+        if (ranks := Ranks.of(plan, device, axes)) is not None:
             self._closers.append(ranks.close)
-        units = partition(self.model, plan.placements, shards)
+        units = partition(self.model, plan.placements, shards, ranks.tensor_position if ranks is not None else 0)
         shapes, placements = [u.shape for u in units], [u.placement for u in units]
         needed = footprint(shapes, placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
         self.store: Store | None = None

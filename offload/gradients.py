@@ -142,10 +142,10 @@ class GradientCollector:
 
     def _hook(self, gathering: Gathering, field: Field) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
             if not self._in_backward:
                 parameter.grad = None
                 raise OffloadError("backward was called on a loss itself; call engine.backward(loss) in its place")
+            gradient = self._own(parameter, field.name)
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
                 target = gathering.views_in(self._target(gathering))[field.name]
                 if field.name in self._summed(gathering):
@@ -161,6 +161,10 @@ class GradientCollector:
                 self.on_complete(gathering.state.unit.name)
 
         return torch.no_grad()(take)
+
+    def _own(self, parameter: torch.Tensor, _: str) -> torch.Tensor | None:
+        """What this process has of the gradient of a parameter, which has a name."""
+        return parameter.grad
 
     def _summed(self, gathering: Gathering) -> set[str]:
         """Parameters whose sum so far is in the buffer that is gathered into."""

@@ -19,11 +19,16 @@ from torch.utils.hooks import RemovableHandle
 
 from offload.block_inputs import WaitingInput
 from offload.compiled import check_compiled, hookable
+from offload.dtensors import Distributed
 from offload.unit import Unit
 from offload.weights import WeightReference
 
 KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
 """What transformers' blocks call the cache among their keyword arguments."""
+
+
+Packed = torch.Tensor | WeightReference | WaitingInput | Distributed
+"""What autograd keeps of a tensor that it saves."""
 
 
 class Listener(Protocol):
@@ -53,10 +58,10 @@ class Listener(Protocol):
     def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
         """A block that is recomputed in backward is about to run on these."""
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
+    def pack(self, tensor: torch.Tensor) -> Packed:
         """Autograd saves a tensor."""
 
-    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
+    def unpack(self, packed: Packed) -> torch.Tensor:
         """Autograd needs it back."""
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from offload.block_inputs import BlockInputs, WaitingInput
+from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
 from offload.gradients import GradientCollector
+from offload.hooks import Packed
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
 from offload.setup import explained
@@ -183,17 +185,20 @@ class Passes:
         if self._phase == "forward":
             self._inputs.expect(arguments)
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | WeightReference | WaitingInput:
+    def pack(self, tensor: torch.Tensor) -> Packed:
         """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
-        reference = self._mover.reference(tensor) or self._inputs.send(tensor)
+        local = local_of(tensor)
+        reference = self._mover.reference(local) or self._inputs.send(local)
         if reference is not None:
-            return reference
-        if not self._mover.is_resident(tensor):
-            self._meter.saved(tensor)
+            return Distributed(reference, tensor) if is_distributed(tensor) else reference
+        if not self._mover.is_resident(local):
+            self._meter.saved(local)
         return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
 
-    def unpack(self, packed: torch.Tensor | WeightReference | WaitingInput) -> torch.Tensor:
+    def unpack(self, packed: Packed) -> torch.Tensor:
         """The tensor again; a unit that is away is fetched, and so is an input."""
+        if isinstance(packed, Distributed):
+            return packed.of(self.unpack(packed.local))
         if isinstance(packed, WaitingInput):
             return packed.owner.fetch(packed)
         if isinstance(packed, WeightReference):

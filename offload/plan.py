@@ -109,9 +109,10 @@ class Buckets:
     io_bytes: int = 8 << 20
     """Largest single request to the NVMe tier."""
     reduce_elements: int = 1 << 26
-    """Gradient elements reduced over the ranks at a time."""
+    """Gradient elements reduced over the ranks at a time, by DeepSpeed; memplan's engine reduces a unit at a time."""
     gather_elements: int = 1 << 26
-    """Weight elements gathered from the ranks at a time, and ahead of their use in stage 3."""
+    """Weight elements gathered from the ranks at a time, and ahead of their use in stage 3, by DeepSpeed; memplan's
+    engine gathers a unit at a time, and ``prefetch_units`` ahead."""
     persistence_elements: int = 0
     """Parameters of no more elements than this stay whole on every rank in stage 3 (DeepSpeed)."""
     live_elements: int = 0

@@ -5,6 +5,17 @@ Ranks must call collectives of one group in one order. There are four groups of 
 alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
 so they overlap with computing.
+
+[Note: a bucket is a unit]
+What is gathered or reduced at a time is one unit, whatever a plan's ``Buckets`` say to other engines. Joining several
+would save the latency of a call each; but a unit would wait for its neighbours before it computes, or goes home, and
+take a slot meanwhile, beyond those that ``offload.residency`` counts. Blocks are large enough for their calls not to
+count, and what is small and in no block is in the root unit, which is one call.
+
+[Note: the norm over a tensor axis]
+Processes of one tensor axis ([Note: tensor parallel] in ``offload.axes``) have different parts of some parameters and
+the same copies of the others. The square of the norm is summed over them, with the copies counted by the first alone
+(``Field.counted``): so every part counts once, and all of them clip by the same number, to the last bit.
 """
 
 import os
@@ -14,7 +25,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from offload.errors import OffloadError
+from offload.axes import Axes
+from offload.dtensors import Share
 from offload.plan import Plan
 from offload.shards import Shards
 
@@ -24,65 +36,56 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 TIMEOUT = timedelta(minutes=10)
 """After which a rank that waits for another gives up."""
+ALIKE, NOTHING = 0.05, 1e-6
+"""Of a gradient's norm, and beside it, how far two processes may be apart that computed the same: kernels add in any
+order, and some gradients are rounding noise alone."""
 
 
-def local_device(plan: Plan) -> torch.device:
+def local_device(plan: Plan, axes: Axes | None) -> torch.device:
     """The device of this process: on a node with several GPUs that of its local rank."""
     if plan.device == "cpu":
         return torch.device("cpu")
-    return torch.device(plan.device, int(os.environ.get("LOCAL_RANK", "0")) if plan.gpus > 1 else 0)
+    return torch.device(plan.device, int(os.environ.get("LOCAL_RANK", "0")) if axes is not None else 0)
 
 
 class Ranks:
-    """All ranks of a plan, and those that share a copy of the model with this one.
+    """All ranks of a plan's data axis, those that share a copy of the model with this one, and its tensor axis."""
 
-    Raises OffloadError where torch.distributed is not as the plan has it.
-    """
-
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world != plan.gpus:
-            raise OffloadError(
-                f"this plan is for {plan.gpus} GPUs, one process each, and torch.distributed has {world}; start "
-                f"{plan.gpus} processes (torchrun --nproc-per-node ...), or plan with --gpus {world}"
-            )
-        self.world, self.rank = world, dist.get_rank()
+    def __init__(self, plan: Plan, device: torch.device, axes: Axes) -> None:
+        self._axes, self._groups = axes, list[dist.ProcessGroup]()
+        self.world, self.rank = plan.gpus, axes.data_position
         self.shards = Shards.of(plan)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
-        group = self.shards.group
+        group, data, tensor = self.shards.group, axes.data, axes.tensor
         self.position = self.rank % group
         backend = "nccl" if device.type == "cuda" else "gloo"
-        sharing = [list(range(first, first + group)) for first in range(0, world, group)]
-        replicas = [list(range(position, world, group)) for position in range(group)]
+        sharing = [line[first : first + group] for line in data for first in range(0, self.world, group)]
+        replicas = [line[position::group] for line in data for position in range(group)]
         self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
-        self._replicas = self._own(replicas, backend) if group < world else None
-        self._agreeing = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
+        self._replicas = self._own(replicas, backend) if group < self.world else None
+        self._agreeing = self._own(data, "gloo")
         self._sharing_on_host = self._own(sharing, "gloo")
-        self._saving = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
+        self._saving = self._own([tuple(range(len(axes.places)))], "gloo")
+        self._norms = self._own(tensor, backend) if len(data) > 1 else None
+        self._tensor = self._own(tensor, "gloo") if len(data) > 1 else None
 
     @classmethod
-    def of(cls, plan: Plan, device: torch.device) -> "Ranks | None":
-        """A plan's; None where it is for one."""
-        return cls(plan, device) if plan.gpus > 1 else None
+    def of(cls, plan: Plan, device: torch.device, axes: Axes | None) -> "Ranks | None":
+        """A plan's; None where it is for one process."""
+        return cls(plan, device, axes) if axes is not None else None
 
     def close(self) -> None:
         """Give the groups back."""
-        for group in (
-            self._gathering,
-            self._reducing,
-            self._replicas,
-            self._agreeing,
-            self._sharing_on_host,
-            self._saving,
-        ):
-            if group is not None:
-                dist.destroy_process_group(group)
+        for group in self._groups:
+            dist.destroy_process_group(group)
 
-    def _own(self, sets: Sequence[list[int]], backend: str) -> dist.ProcessGroup:
+    def _own(self, sets: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
         """The group of the set that this rank is in; every rank makes all of them."""
-        groups = [dist.new_group(ranks, timeout=TIMEOUT, backend=backend) for ranks in sets]
-        return next(g for ranks, g in zip(sets, groups, strict=True) if self.rank in ranks)
+        groups = [dist.new_group(list(ranks), timeout=TIMEOUT, backend=backend) for ranks in sets]
+        own = next(g for ranks, g in zip(sets, groups, strict=True) if self._axes.rank in ranks)
+        self._groups.append(own)
+        return own
 
     # Gathers: by the lane that does nothing else
 
@@ -113,9 +116,11 @@ class Ranks:
             dist.all_reduce(own, group=self._replicas)
 
     def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
-        """The sum of a scalar over the parts of one copy."""
+        """The sum of a scalar over the parts of one copy. [Note: the norm over a tensor axis]"""
         if self.shards.zero_stage >= 1:
             dist.all_reduce(square_norm, group=self._reducing)
+        if self._norms is not None:
+            dist.all_reduce(square_norm, group=self._norms)
         return square_norm
 
     # Agreement: by the main thread
@@ -130,7 +135,7 @@ class Ranks:
     def from_first(self, tensor: torch.Tensor) -> None:
         """Have what the first rank has."""
         here = tensor.cpu()
-        dist.broadcast(here, 0, group=self._agreeing)
+        dist.broadcast(here, group=self._agreeing, group_src=0)
         if here is not tensor:
             tensor.copy_(here)
 
@@ -139,11 +144,64 @@ class Ranks:
         if len(whole):
             _gather(whole, self.own(whole), group=self._sharing_on_host)
 
+    # The tensor axis: by whoever has the model compute, or reads it whole
+
+    @property
+    def divides_tensors(self) -> bool:
+        """Whether there is a tensor axis."""
+        return self._tensor is not None
+
+    @property
+    def tensor_parts(self) -> int:
+        """Processes on the tensor axis."""
+        return len(self._axes.data)
+
+    @property
+    def tensor_position(self) -> int:
+        """This process's place on the tensor axis; 0 where there is none."""
+        return self._axes.tensor_position
+
+    def alike(self, copy: torch.Tensor, *, roughly: bool) -> bool:
+        """Whether the processes of a tensor axis have the same in it, to the last bit or as gradients; all learn it."""
+        if self._tensor is None:
+            return True
+        here = copy.detach().float().cpu().contiguous()
+        first = here.clone()
+        dist.broadcast(first, group=self._tensor, group_src=0)
+        same = torch.equal(here.view(torch.int32), first.view(torch.int32))
+        if roughly and not same:
+            size = first.norm()  # in fp16 the first ones may overflow, on all
+            same = not size.isfinite() or bool((here - first).norm() <= ALIKE * size + NOTHING)
+        differs = torch.tensor(not same, dtype=torch.uint8)
+        dist.all_reduce(differs, dist.ReduceOp.MAX, group=self._tensor)
+        return not differs
+
+    def joined(self, share: Share | None, part: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor on the host that the tensor axis divides; a copy of its own."""
+        if share is None or self._tensor is None:
+            return part.clone()
+        most = part.new_zeros(share.at(0).shape)  # the first part is the largest
+        most.narrow(share.dim, 0, part.shape[share.dim]).copy_(part)
+        found = [torch.empty_like(most) for _ in range(share.parts)]
+        dist.all_gather(found, most, group=self._tensor)
+        parts = zip(found, share.sizes, strict=True)
+        return torch.cat([tensor.narrow(share.dim, 0, size) for tensor, size in parts], share.dim)
+
     # Checkpoints: by the lane that writes them
 
+    @property
+    def number(self) -> int:
+        """Of this process among all that save."""
+        return self._axes.rank
+
+    @property
+    def places(self) -> list[tuple[int, int | None]]:
+        """Of all that save, by number: ``Axes.places``."""
+        return self._axes.places
+
     def tell_all(self, numbers: Sequence[int]) -> list[list[int]]:
-        """What every rank says, by rank; all say equally many."""
+        """What every process says, by its number; all say equally many."""
         here = torch.tensor(numbers, dtype=torch.int64)
-        said = [torch.empty_like(here) for _ in range(self.world)]
+        said = [torch.empty_like(here) for _ in self.places]
         dist.all_gather(said, here, group=self._saving)
         return [numbers.tolist() for numbers in said]

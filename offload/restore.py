@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from offload.checkpoint import REST, Checkpoint, rank_file
 from offload.contents import Contents
+from offload.dtensors import Share
 from offload.errors import CheckpointError
 from offload.plain import restored
 from offload.randomness import restore_random_states
@@ -34,15 +35,27 @@ class _Span(NamedTuple):
 
 
 class CheckpointTensors:
-    """The tensors of a checkpoint, whichever rank wrote which elements of them. Raises CheckpointError."""
+    """The tensors of a checkpoint, whichever rank wrote which elements of them. Raises CheckpointError.
+
+    Parameters that a tensor axis divided are whole again, or divided in another way.
+    """
 
     def __init__(self, found: Checkpoint) -> None:
         self.path = found.path
         self._opened = ExitStack()
-        self._spans: dict[tuple[str, str], list[_Span]] = {}
+        self._spans: dict[tuple[str, str, int], list[_Span]] = {}
+        """By kind, name, and place on the tensor axis."""
+        self._tensor_parts = found.tensor_parts
+        self._shares = {
+            name: Share(facts["divided_dim"], found.tensor_parts, 0, torch.Size(facts["shape"]))
+            for name, facts in found.training["parameters"].items()
+            if "divided_dim" in facts
+        }
+        self._joined: tuple[tuple[str, str], torch.Tensor] | None = None
+        """The one that was put together last: it may be asked for piece by piece."""
         try:
-            for file in found.rank_files():
-                self._add(self._open(file))
+            for file, position in found.rank_files():
+                self._add(self._open(file), position)
             self._rest = self._open(found.path / REST)
         except BaseException:
             self._opened.close()
@@ -50,10 +63,43 @@ class CheckpointTensors:
         for spans in self._spans.values():
             spans.sort(key=lambda span: span.start)
 
-    def read_into(self, target: torch.Tensor, kind: str, name: str, start: int = 0) -> None:
-        """Fill a flat tensor with elements of a parameter's ``kind`` (``WEIGHT`` or a moment), from ``start`` on."""
+    def read_into(self, target: torch.Tensor, kind: str, name: str, start: int = 0, share: Share | None = None) -> None:
+        """Fill a flat tensor with elements of a parameter's ``kind`` (``WEIGHT`` or a moment), from ``start`` on.
+
+        They are those of the whole parameter, or of a share of it.
+        """
+        saved = self._shares.get(name)
+        if saved is None and share is None:
+            self._read(target, kind, name, start, 0)
+        elif saved is not None and share is not None and saved.at(share.position) == share:
+            self._read(target, kind, name, start, share.position)
+        else:
+            whole = self._whole(kind, name, saved, share)
+            own = whole if share is None else share.own(whole)
+            target.copy_(own.reshape(-1)[start : start + target.numel()])
+
+    def _whole(self, kind: str, name: str, saved: Share | None, share: Share | None) -> torch.Tensor:
+        """A parameter in its shape, put together from what the tensor axis divided as ``saved`` says."""
+        if self._joined is not None and self._joined[0] == (kind, name):
+            return self._joined[1]
+        self._joined = None
+        if saved is None:
+            assert share is not None
+            whole = torch.empty(share.whole)
+            self._read(whole.view(-1), kind, name, 0, 0)
+        else:
+            whole = torch.empty(saved.whole)
+            for position in range(saved.parts):
+                part = torch.empty(saved.at(position).shape)
+                self._read(part.view(-1), kind, name, 0, position)
+                saved.at(position).own(whole).copy_(part)
+        self._joined = (kind, name), whole
+        return whole
+
+    def _read(self, target: torch.Tensor, kind: str, name: str, start: int, position: int) -> None:
+        """What the ranks of this place on the tensor axis wrote."""
         done, stop = start, start + target.numel()
-        for span in self._spans.get((kind, name), ()):
+        for span in self._spans.get((kind, name, position), ()):
             a, b = max(done, span.start), min(stop, span.stop)
             if a < b and span.start <= done:
                 target[a - start : b - start].copy_(self._slice(span, a, b))
@@ -66,16 +112,16 @@ class CheckpointTensors:
 
     def names(self) -> set[str]:
         """Of the parameters."""
-        return {name for kind, name in self._spans if kind == WEIGHT}
+        return {name for kind, name, _ in self._spans if kind == WEIGHT}
 
     def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What no unit owns: ``buffer/NAME`` and ``parameter/NAME``."""
         for key in self._rest.keys():  # noqa: SIM118 - it is no dict
             yield key, self._rest.get_tensor(key)
 
-    def random_states(self, rank: int) -> dict[str, torch.Tensor]:
+    def random_states(self, rank: int, tensor: int) -> dict[str, torch.Tensor]:
         """Those of a rank's generators by their name; empty where there was no such rank."""
-        file = self.path / rank_file(rank)
+        file = self.path / rank_file(rank, tensor if self._tensor_parts > 1 else None)
         if not file.exists():
             return {}
         opened = self._open(file)
@@ -93,13 +139,13 @@ class CheckpointTensors:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} can not be read: {error}") from error
 
-    def _add(self, file: Any) -> None:
+    def _add(self, file: Any, position: int) -> None:
         for key in file.keys():  # noqa: SIM118
             kind, start, *name = key.split("/", 2)
             if kind != RANDOM:
                 elements = file.get_slice(key).get_shape()[0]
                 span = _Span(int(start), int(start) + elements, key, file)
-                self._spans.setdefault((kind, name[0]), []).append(span)
+                self._spans.setdefault((kind, name[0], position), []).append(span)
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +175,8 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
             for key, tensor in tensors.rest():
                 parts[key].copy_(tensor)
         ranks = next((state.ranks for state in engine.states), None)
-        random_states = tensors.random_states(ranks.rank if ranks is not None else 0)
+        place = (ranks.rank, ranks.tensor_position) if ranks is not None else (0, 0)
+        random_states = tensors.random_states(*place)
     engine.global_step = found.step
     engine.hyperparameters.steps = dict(training["parameter_steps"])
     if engine.loss_scale is not None and training.get("loss_scale") is not None:
@@ -145,10 +192,10 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
 
 def _read(field: Field, whole: Contents, tensors: CheckpointTensors) -> None:
     span = slice(field.start, field.stop)
-    tensors.read_into(whole.weights[span], WEIGHT, field.name)
+    tensors.read_into(whole.weights[span], WEIGHT, field.name, share=field.share)
     if field.trainable:
         for kind, moments in whole.moments.items():
-            tensors.read_into(moments[span], kind, field.name)
+            tensors.read_into(moments[span], kind, field.name, share=field.share)
 
 
 def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors) -> None:
@@ -163,9 +210,9 @@ def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors)
     if differing := saved.keys() ^ fields.keys():
         raise CheckpointError(f"{found.path} is of another model: parameter {min(differing)} is in only one of the two")
     for name, field in fields.items():
-        if saved[name]["shape"] != list(field.shape):
+        if saved[name]["shape"] != list(field.whole_shape):
             raise CheckpointError(
-                f"{found.path} is of another model: {name} is {saved[name]['shape']}, not {list(field.shape)}"
+                f"{found.path} is of another model: {name} is {saved[name]['shape']}, not {list(field.whole_shape)}"
             )
         if field.trainable and not saved[name]["trainable"]:
             raise CheckpointError(f"{found.path} was made with {name} frozen, so it has no optimizer state of it")

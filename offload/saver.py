@@ -137,6 +137,8 @@ class Saver:
         staging = self._staging = Staging(staging_bytes(every, max(0, spare)))
         saving.staging_bytes = staging.capacity_bytes
         small = _Small(engine, client_state)
+        if self._ranks is not None and self._ranks.divides_tensors:
+            small.facts["tensor_parallel"] = self._ranks.tensor_parts
         self._copied = {name: Done() for name in pieces}
         items: queue.SimpleQueue[CopiedPiece | BaseException] = queue.SimpleQueue()
         copied, store, ranks = self._copied, engine.store, self._ranks
@@ -160,7 +162,7 @@ class Saver:
         def write() -> None:
             try:
                 _write(saving, directory, tag, ranks, _Parts(small, every, items, staging))
-                if keep is not None and (ranks is None or ranks.rank == 0):
+                if keep is not None and (ranks is None or ranks.number == 0):
                     with suppress(OSError):  # the next one tries again
                         checkpoint.prune(directory, keep)
             except BaseException as error:
@@ -205,7 +207,10 @@ def _parameters(engine: "Engine") -> dict[str, dict[str, Any]]:
     for name, parameter in engine.model.named_parameters(remove_duplicate=False):
         if (field := fields.get(id(parameter))) is None:
             continue
-        facts = found.setdefault(field.name, {"shape": list(field.shape), "trainable": field.trainable, "aliases": []})
+        shape = list(field.whole_shape)
+        facts = found.setdefault(field.name, {"shape": shape, "trainable": field.trainable, "aliases": []})
+        if field.share is not None:
+            facts["divided_dim"] = field.share.dim
         if name != field.name:
             facts["aliases"].append(name)
     return found
@@ -227,7 +232,8 @@ Written = dict[str, dict[str, int]]
 
 def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts: _Parts) -> None:
     """Write all files aside, then make them a checkpoint."""
-    rank, partial = ranks.rank if ranks is not None else 0, checkpoint.partial_of(directory, tag)
+    rank, partial = ranks.number if ranks is not None else 0, checkpoint.partial_of(directory, tag)
+    names = [checkpoint.rank_file(*place) for place in (ranks.places if ranks is not None else [(0, None)])]
     common: Written = {}
 
     def begin() -> tuple[int, int]:
@@ -238,7 +244,7 @@ def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts
     def write() -> tuple[int, int]:
         if rank == 0:
             common.update(_write_common(partial, parts.small))
-        return _write_own(partial / checkpoint.rank_file(rank), parts)
+        return _write_own(partial / names[rank], parts)
 
     def publish() -> tuple[int, int]:
         if rank == 0:
@@ -248,7 +254,7 @@ def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts
     try:
         _in_step(ranks, begin)
         own = [{"bytes": size, "crc32c": crc} for size, crc in _in_step(ranks, write)]
-        files = common | {checkpoint.rank_file(r): facts for r, facts in enumerate(own)}
+        files = common | dict(zip(names, own, strict=True))
         _in_step(ranks, publish)
     except BaseException:
         if rank == 0:

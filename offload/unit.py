@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from offload.dtensors import Share, local_of, share_of
 from offload.errors import OffloadError, PlanError
 from offload.plan import Placement, Plan
 from offload.residency import UnitShape, aligned
@@ -20,7 +21,18 @@ class Field:
     parameter: nn.Parameter
     start: int
     shape: torch.Size
+    """Of what this process has of it."""
     trainable: bool
+    share: Share | None = None
+    """How a tensor axis divides it; None where this process has all of it."""
+    counted: bool = True
+    """Whether this process counts its gradient in the norm: [Note: the norm over a tensor axis] in
+    ``offload.ranks``."""
+
+    @property
+    def whole_shape(self) -> torch.Size:
+        """Of all of it."""
+        return self.shape if self.share is None else self.share.whole
 
     @property
     def stop(self) -> int:
@@ -84,8 +96,10 @@ def check_trainable(units: Iterable[Unit]) -> None:
                 raise OffloadError(f"parameter {field.name} was {change} during training; do so before Engine()")
 
 
-def partition(model: nn.Module, placements: Sequence[Placement], shards: Shards = ALONE) -> tuple[Unit, ...]:
-    """One Unit a placement, in the same order.
+def partition(
+    model: nn.Module, placements: Sequence[Placement], shards: Shards = ALONE, tensor_position: int = 0
+) -> tuple[Unit, ...]:
+    """One Unit a placement, in the same order; of DTensors it has the part of this ``tensor_position``.
 
     A parameter belongs to the unit whose path begins its name; one that several units share, or none has, belongs
     to the root unit. Only floating-point parameters with elements are owned: others stay where the model has them.
@@ -107,18 +121,25 @@ def partition(model: nn.Module, placements: Sequence[Placement], shards: Shards 
         if owner not in owned:
             raise PlanError(f"parameter {aliases[0]} belongs to the root unit, which the plan does not place")
         owned[owner].append((aliases[0], parameter))
-    return tuple(_unit(p, modules[p.unit], owned[p.unit], shards) for p in placements)
+    return tuple(_unit(p, modules[p.unit], owned[p.unit], shards, tensor_position) for p in placements)
 
 
-def _unit(placement: Placement, module: nn.Module, owned: list[tuple[str, nn.Parameter]], shards: Shards) -> Unit:
+def _unit(
+    placement: Placement,
+    module: nn.Module,
+    owned: list[tuple[str, nn.Parameter]],
+    shards: Shards,
+    tensor_position: int,
+) -> Unit:
     sizes: dict[bool, list[int]] = {True: [], False: []}
     for _, parameter in owned:
-        sizes[parameter.requires_grad].append(parameter.numel())
+        sizes[parameter.requires_grad].append(local_of(parameter).numel())
     shape = UnitShape.of(placement.unit, sizes[True], sizes[False]).padded(shards)
     fields = []
     next_start = {True: 0, False: shape.trainable_elements}
     for name, parameter in sorted(owned, key=lambda item: not item[1].requires_grad):
-        trainable = parameter.requires_grad
-        fields.append(Field(name, parameter, next_start[trainable], parameter.shape, trainable))
-        next_start[trainable] += aligned(parameter.numel(), ALIGN_ELEMENTS)
+        trainable, share, here = parameter.requires_grad, share_of(parameter), local_of(parameter).shape
+        counted = share is not None or tensor_position == 0
+        fields.append(Field(name, parameter, next_start[trainable], here, trainable, share, counted))
+        next_start[trainable] += aligned(here.numel(), ALIGN_ELEMENTS)
     return Unit(placement, module, tuple(fields), shape)

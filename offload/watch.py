@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from offload.dtensors import local_of
 from offload.errors import OffloadError
 from offload.state import UnitState
 from offload.unit import Field
@@ -79,7 +80,7 @@ class Watch:
             parameter = field.parameter
             if any(module._parameters.get(key) is not parameter for module, key in self._holders[field.name]):
                 return f"another tensor took the place of parameter {field.name}"
-            if parameter.data_ptr() != address(field):
+            if local_of(parameter).data_ptr() != address(field):
                 return f"other data was assigned to parameter {field.name}, or it was converted or moved,"
             if parameter._version != self._versions[field.name] and _has_other_copies(state, field):
                 return f"parameter {field.name} was changed in place"

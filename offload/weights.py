@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from offload.compiled import uncompiled
+from offload.dtensors import local_of, show
 from offload.errors import OffloadError
 from offload.residency import UPDATE_RING
 from offload.schedule import Fetch
@@ -40,13 +41,13 @@ class WeightReference(NamedTuple):
 def send_away(state: UnitState, nan: torch.Tensor) -> None:
     """Leave a unit's parameters with nothing but their shape; ``nan`` is a scalar of their type and device."""
     for field in state.unit.fields:
-        field.parameter.data = nan.expand(field.shape)
+        show(field.parameter, nan.expand(field.shape))
 
 
 def storage_address(tensor: torch.Tensor) -> int:
-    """Address of the tensor's memory; 0 for a sparse or other tensor that has no plain storage."""
+    """Address of the tensor's memory here; 0 for a sparse or other tensor that has no plain storage."""
     try:
-        return tensor.untyped_storage().data_ptr()
+        return local_of(tensor).untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):
         return 0
 
@@ -85,18 +86,19 @@ class AwayGuard(TorchDispatchMode):
         if not func.is_view:
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor) and self._out_of_reach(storage_address(leaf)):
+                    names = self._names(local_of(leaf).shape)
                     raise OffloadError(
                         f"{func} reads a parameter of shape {list(leaf.shape)} outside of the forward of its module, "
-                        f"while its unit is away: one of {self._names(leaf.shape)}. Leave that module's parameters to "
-                        "the root unit: take its unit out of the plan."
+                        f"while its unit is away: one of {names}. Leave that module's parameters to the root unit: "
+                        "take its unit out of the plan."
                     )
         for value, argument in zip(args, func._schema.arguments, strict=False):
             changes = argument.alias_info is not None and argument.alias_info.is_write
             if changes and isinstance(value, torch.Tensor) and self._held(storage_address(value)):
                 raise OffloadError(
                     f"{func} changes a parameter of shape {list(value.shape)} in place: one of "
-                    f"{self._names(value.shape)}. The engine keeps other copies of it, which would not change; train "
-                    "this model without offloading that parameter's optimizer state and weights."
+                    f"{self._names(local_of(value).shape)}. The engine keeps other copies of it, which would not "
+                    "change; train this model without offloading that parameter's optimizer state and weights."
                 )
         return func(*args, **(kwargs or {}))
 
@@ -229,7 +231,7 @@ class WeightMover:
         self.forget(name)
         self._lent.add(name)
         for field in self._states[name].unit.fields:
-            field.parameter.data = field.view(flat)
+            show(field.parameter, field.view(flat))
 
     def take_back(self, name: str) -> None:
         """Bind the unit's parameters to what the tiers hold."""
@@ -381,7 +383,7 @@ class WeightMover:
 
     def _bind(self, state: UnitState, flat: torch.Tensor) -> None:
         for field in state.unit.fields:
-            field.parameter.data = field.view(flat)
+            show(field.parameter, field.view(flat))
         if not state.on_device:
             self._bound.add(state.unit.name)
 

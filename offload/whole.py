@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from offload import contents
+from offload.dtensors import is_distributed, local_of, share_of
 from offload.errors import OffloadError
 from offload.state import UnitState, weight_dtype
 from offload.unit import Field
@@ -82,7 +83,8 @@ def state_dict(engine: "Engine") -> dict[str, Any]:
     for state in engine.states:
         whole = contents.read(state, engine.plan.state_format, engine.store)
         for field in state.unit.fields:
-            weight = field.view(whole.weights).clone()
+            part = field.view(whole.weights)
+            weight = state.ranks.joined(field.share, part) if state.ranks is not None else part.clone()
             result |= dict.fromkeys(keys.get(id(field.parameter), ()), weight)
     return result
 
@@ -99,7 +101,7 @@ def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) 
         if given:
             whole = contents.read(state, engine.plan.state_format, engine.store)
             for field, tensor in given:
-                field.view(whole.weights).copy_(tensor)
+                field.view(whole.weights).copy_(_own(field, tensor))
             engine.replace(state, whole)
     owned = _owned(engine)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def _changed(engine: "Engine", state: UnitState) -> contents.Contents | None:
 
 def _take_over(field: Field, before: torch.Tensor, master: torch.Tensor, engine: "Engine") -> bool:
     """Give a master the elements of its parameter that are not as before; whether there are any."""
-    now = field.parameter.detach().cpu()
+    now = local_of(field.parameter).detach().cpu()
     if now.shape != field.shape:
         raise OffloadError(
             f"inside of gathered() parameter {field.name} became one of shape {list(now.shape)}, it has "
@@ -162,6 +164,15 @@ def _take_over(field: Field, before: torch.Tensor, master: torch.Tensor, engine:
     differs = now.contiguous().view(bits) != before.view(bits)  # as numbers, no NaN would equal itself
     master[differs] = now[differs].float()
     return bool(differs.any())
+
+
+def _own(field: Field, tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor that is whole, or divided as the parameter is."""
+    if not is_distributed(tensor):
+        return field.share.own(tensor) if field.share is not None else tensor
+    if share_of(tensor) != field.share:
+        raise OffloadError(f"{field.name} is divided in another way there than in the model; give it as a whole tensor")
+    return local_of(tensor)
 
 
 def _owned(engine: "Engine") -> set[int]:
