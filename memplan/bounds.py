@@ -52,7 +52,7 @@ def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
     lanes = _lanes(work, counts)
     columns = work.by_unit.sum(axis=0) + work.rest
     compute = work.micro_batches * float(columns.sum())
-    updated = float(sum(work.state_elements)) * work.cpu_update_seconds
+    updated = float(sum(work.state_elements)) * work.nvme_update_seconds  # nobody shares it
     return {
         **lanes,
         "cpu_update": np.full_like(lanes["nvme"], updated),
@@ -86,7 +86,8 @@ def _lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
         "host_to_device": (fetched(counts.parameters) + returned + gradients * (k - 1)) / work.up_rate,
         "device_to_host": (gradients * k + late) / work.down_rate,
         "nvme": on_disk * (1 / work.read_rate + 1 / work.write_rate) + weight_reads,
-        "cpu_update": t.state_elements[counts.state] * work.cpu_update_seconds,
+        "cpu_update": t.state_elements[counts.state] * work.host_update_seconds
+        + t.state_elements[counts.nvme_state] * (work.nvme_update_seconds - work.host_update_seconds),
         "collective": collective,
     }
     return {lane: np.broadcast_to(seconds, np.shape(counts.state)) for lane, seconds in found.items()}

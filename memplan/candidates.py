@@ -221,8 +221,12 @@ class FamilySearch:
         return int(self.tables.gpu_bytes(counts)) + max(self.activations.peak_bytes, self.update_bytes)
 
     def gpu_upper_bytes(self, counts: Counts) -> int:
-        """The largest peak to expect on one GPU: what decides whether a candidate fits."""
-        return int(self.tables.gpu_bytes(counts)) + self.upper_bytes
+        """The largest peak to expect on one GPU: what decides whether a candidate fits.
+
+        Where state leaves the GPU there is room for the slots of a shared update, although all of it may go to NVMe.
+        """
+        kept = self.tables.update_slots_bytes if counts.state and counts.state == counts.nvme_state else 0
+        return int(self.tables.gpu_bytes(counts)) + kept + self.upper_bytes
 
     @property
     def upper_bytes(self) -> int:
@@ -252,8 +256,9 @@ class FamilySearch:
         gradients, parameters = np.mgrid[0 : n + 1, 0 : n + 1]
         resident = t.gpu_bytes(Counts(0, gradients, parameters))
         over = resident + self.upper_bytes - self.problem.budget.gpu_bytes
-        freed = t.state_bytes
-        state = np.maximum(np.searchsorted(freed, over), np.maximum(gradients, parameters))
+        # As soon as anything leaves there are the slots of its update, too.
+        over = np.where((over > 0) | (gradients > 0) | (parameters > 0), over + t.update_slots_bytes, over)
+        state = np.maximum(np.searchsorted(t.state_bytes, over), np.maximum(gradients, parameters))
         grid = Counts(state, gradients, parameters)
         excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget
         kept = (state <= n) & (excess <= self._movable_host_bytes(replace(grid, state=np.minimum(state, n))))

@@ -31,6 +31,7 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
             f"of {best.counts.nvme_state} units goes to NVMe"
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
+    said += _update_reason(problem, best)
     said += [step_reason(best.seconds, expected.lane_seconds), problem.rates.source]
     if best.counts.nvme_state and machine.disk is not None and machine.disk.trouble:
         read, written = problem.rates.nvme_read_bytes_per_second, problem.rates.nvme_write_bytes_per_second
@@ -100,6 +101,16 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
         f"With everything on the GPU tier {format_bytes(resident)} would be needed of {budget}. What fits stays; "
         f"{_counts_text(problem, best.counts)}."
     )
+
+
+def _update_reason(problem: Problem, best: Candidate) -> list[str]:
+    share = problem.gpu_update_share
+    if not share or best.counts.state == best.counts.nvme_state:
+        return []
+    return [
+        f"The GPU makes {share:.0%} of the update of state on the host, which streams through it while the CPU makes "
+        "the rest; the engine moves that by what its first steps take."
+    ]
 
 
 def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from memplan.sharding import Sharding
 from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
-from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes
+from offload.residency import BLOCK_BYTES, UPDATE_RING, UnitShape, aligned, state_bytes, streamed_slot_bytes
 
 Ints = Any
 """An int, or an integer array: the tables take both."""
@@ -77,9 +77,14 @@ class ChainTables:
         buckets: Buckets,
         form: StateFormat,
         sharding: Sharding,
+        *,
+        shared_update: bool = False,
     ) -> None:
-        """``shapes`` in the order of the chain."""
+        """``shapes`` in the order of the chain; ``shared_update``: the GPU has a share in that of the host's state."""
         self.units = len(shapes)
+        slot = streamed_slot_bytes(buckets.update_elements, form)
+        self.update_slots_bytes = buckets.update_slots * slot if shared_update else 0
+        """Of the GPU, where state is on the host."""
         self.form = form
         shards = sharding.shards
         shapes = [s.padded(shards) for s in shapes]
@@ -125,7 +130,8 @@ class ChainTables:
         gradients = (
             self.gradient_elements[-1] - self.gradient_elements[c.gradients] + self.gradient_slot_elements[c.gradients]
         )
-        return (parameters + gradients) * w + self.state_bytes[-1] - self.state_bytes[c.state]
+        slots = (np.asarray(c.state) > np.asarray(c.nvme_state)) * self.update_slots_bytes
+        return (parameters + gradients) * w + self.state_bytes[-1] - self.state_bytes[c.state] + slots
 
     def host_bytes(self, c: Counts) -> Ints:
         """Of one rank, staging included."""

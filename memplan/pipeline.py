@@ -227,7 +227,8 @@ class _Pipeline:
         off = self.state_off[u]
         if w.state_elements[u] and off.any():
             chunks = w.update_chunks[u]
-            seconds = w.state_elements[u] * w.cpu_update_seconds * self.update_factor
+            each = np.where(self.state_nvme[u], w.nvme_update_seconds, w.host_update_seconds)
+            seconds = w.state_elements[u] * each * self.update_factor
             there = np.maximum(self.norm_known, self.landed[u])
             late = off & ~self.grad_off[u]
             sending = w.gradient_bytes[u] / w.down_rate

@@ -11,6 +11,7 @@ from memplan.memory import ChainTables, chain_order
 from memplan.passes import PassSeconds, pass_seconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
+from memplan.shared_update import shared_update
 from memplan.units import owner
 from memplan.work import StepWork
 from offload.plan import Buckets, Budget, OptimizerKind, Precision, StateFormat, Target, Tier
@@ -99,7 +100,17 @@ class Problem:
 
     def tables(self, sharding: Sharding, buckets: Buckets) -> ChainTables:
         """Bytes of every candidate of these."""
-        return self.once(("tables", sharding, buckets), lambda: ChainTables(self.chain, buckets, self.form, sharding))
+
+        def tables() -> ChainTables:
+            shared = self.gpu_update_share > 0
+            return ChainTables(self.chain, buckets, self.form, sharding, shared_update=shared)
+
+        return self.once(("tables", sharding, buckets), tables)
+
+    @property
+    def gpu_update_share(self) -> float:
+        """Of the update of state on the host, where memplan's engine makes it."""
+        return shared_update(self.rates, self.form, self.device, self.gpus_per_node).gpu_share
 
     def activations(self, way: Way) -> Activations:
         """Bytes beside the model's state."""
@@ -125,6 +136,7 @@ class Problem:
             self.rates,
             self.once("trained", self._trained),
             self.once(("recomputed", family.way.recomputed_blocks), lambda: self._recomputed(family.way)),
+            self.device,
         )
 
     def _recomputed(self, way: Way) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ from memplan.pipeline import LANES, timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
 from memplan.units import units_of
-from offload.plan import Budget, OptimizerKind, Plan, Precision, Prediction, StateFormat, Target, Tier
+from offload.plan import Buckets, Budget, OptimizerKind, Plan, Precision, Prediction, StateFormat, Target, Tier
+from offload.residency import streamed_slot_bytes
 from profiler.profile import ModelProfile
 
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
@@ -43,8 +44,9 @@ def plan(
     found = search(problem)
     if not found:
         raise _nothing_fits(problem, machine)
-    best = plan_of(problem, found[0], machine)
-    reasons = reasons_for(problem, found[0], best.prediction, machine)
+    chosen = replace(found[0], buckets=with_more_slots(problem, found[0]))
+    best = plan_of(problem, chosen, machine)
+    reasons = reasons_for(problem, chosen, best.prediction, machine)
     return replace(best, reasons=reasons, alternatives=alternatives_to(problem, found))
 
 
@@ -57,7 +59,28 @@ def plan_of(problem: Problem, candidate: Candidate, machine: Machine) -> Plan:
         placements=placements_of(problem.shapes, chain_order(problem.shapes), candidate.counts),
         buckets=candidate.buckets,
         prediction=predict(problem, candidate),
+        gpu_update_share=problem.gpu_update_share if _state_on_host(candidate) else 0.0,
     )
+
+
+def with_more_slots(problem: Problem, candidate: Candidate) -> Buckets:
+    """The candidate's buckets, with what room is left on the GPU as slots for state that comes ahead of its update.
+
+    No more than the GPU's share fills: the engine's steps are then as predicted, or faster.
+    """
+    if not problem.gpu_update_share or not _state_on_host(candidate):
+        return candidate.buckets
+    buckets, counts = candidate.buckets, candidate.counts
+    family = FamilySearch(problem, candidate.family, buckets)
+    room = problem.budget.gpu_bytes - family.gpu_upper_bytes(counts)
+    on_host = int(family.tables.state_elements[counts.state] - family.tables.state_elements[counts.nvme_state])
+    filled = -(-round(problem.gpu_update_share * on_host) // buckets.update_elements)
+    more = min(room // streamed_slot_bytes(buckets.update_elements, problem.form), filled)
+    return replace(buckets, update_slots=buckets.update_slots + max(0, int(more)))
+
+
+def _state_on_host(candidate: Candidate) -> bool:
+    return candidate.counts.state > candidate.counts.nvme_state
 
 
 def predict(problem: Problem, candidate: Candidate) -> Prediction:

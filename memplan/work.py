@@ -11,9 +11,10 @@ from memplan.memory import ChainTables, chain_order, state_extent_bytes, weight_
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD_ISSUE, PassSeconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
+from memplan.shared_update import SharedUpdate, beside_adam, shared_update
 from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets, Precision, StateFormat
-from offload.residency import UnitShape, update_traffic_bytes
+from offload.residency import UnitShape
 
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
@@ -47,6 +48,7 @@ class StepWork:
     """Number of trainable parameters of each unit."""
     recomputed: tuple[int, ...]
     """Number of recomputed blocks in each unit."""
+    device: str = "cuda"
 
     @property
     def precision(self) -> Precision:
@@ -195,7 +197,7 @@ class StepWork:
 
         So a plan never gains by moving away what fits.
         """
-        one = self.rates.gpu_update_seconds[self.precision] * self._beside_adam
+        one = self.rates.gpu_update_seconds[self.precision] * beside_adam(self.form)
         return max(self.step_issue_seconds, sum(self.state_elements) * one)
 
     @property
@@ -205,14 +207,18 @@ class StepWork:
         return pieces * PIECE_CALLS * self.rates.call_seconds
 
     @property
-    def cpu_update_seconds(self) -> float:
-        """Of one element; the ranks of a node share its cores."""
-        return self.rates.cpu_update_seconds[self.precision] * self._beside_adam * self.sharding.gpus_per_node
+    def host_update_seconds(self) -> float:
+        """Of one element of state in host memory, with the GPU's share; the ranks of a node share its cores."""
+        return self._update.seconds
 
     @property
-    def _beside_adam(self) -> float:
-        """What an update takes of Adam's, which the rates are of: memory bounds both, so as much as its bytes."""
-        return update_traffic_bytes(1 << 20, self.form) / update_traffic_bytes(1 << 20, StateFormat(self.precision))
+    def nvme_update_seconds(self) -> float:
+        """Of one element of state on NVMe, which only the CPU updates."""
+        return self._update.cpu_seconds
+
+    @cached_property
+    def _update(self) -> SharedUpdate:
+        return shared_update(self.rates, self.form, self.device, self.sharding.gpus_per_node)
 
     @cached_property
     def up_rate(self) -> float:

@@ -144,7 +144,8 @@ class _Engine:
         for _ in range(steps):
             for micro_batch in range(self.work.micro_batches):
                 yield from self._forward(beside_update=micro_batch == 0)
-                yield from self._backward(first=micro_batch == 0)
+                last = micro_batch == self.work.micro_batches - 1
+                yield from self._backward(first=micro_batch == 0, last=last)
             yield from self._step()
             yield self.compute.last  # the loop reads its loss
             self.ends.append(self.clock.now)
@@ -160,7 +161,7 @@ class _Engine:
             self.in_use.discard(u.shape.name)
         yield from self._issue(self.work.rest, FORWARD, FORWARD_ISSUE, "rest forward")
 
-    def _backward(self, first: bool) -> Process:
+    def _backward(self, first: bool, last: bool) -> Process:
         self.backward = True
         if "" in self.by_name:
             yield from self._use("")
@@ -181,7 +182,7 @@ class _Engine:
                 yield from self._target(root, first)
             self._land(root)
         self.in_use.clear()
-        self.prefetcher.end_pass()
+        self.prefetcher.end_pass(step_follows=last)
         yield from self._pay()
 
     def _step(self) -> Process:
@@ -359,7 +360,9 @@ class _Engine:
         yield from chunk.gradients.host
         if chunk.gradients.event is not None:
             yield chunk.gradients.event
-        seconds = chunk.elements * self.work.cpu_update_seconds * self.update_factor
+        alone = chunk.unit.place.optimizer is Tier.NVME
+        each = self.work.nvme_update_seconds if alone else self.work.host_update_seconds
+        seconds = chunk.elements * each * self.update_factor
         yield self.cores.give(seconds, f"{unit.label} update")
         writes = self.staging[chunk.ring]
         for tier, size, what in self._kept(place):

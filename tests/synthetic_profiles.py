@@ -1,6 +1,7 @@
 """Profiles made up for the planner's tests: no model is built."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -30,6 +31,15 @@ RATES = Rates(
     pinning_bytes_per_second=1e9,
     source="Rates are made up.",
 )
+
+SHARED_RATES = replace(
+    RATES,
+    streamed_update_seconds=dict.fromkeys(Precision, 1.5e-6),
+    cpu_update_beside_streamed=1.2,
+    streamed_update_beside_cpu=1.1,
+    host_to_device=Curve.flat(2e7),
+)
+"""With which the GPU takes a share of the update of state on the host."""
 
 PEAKS = PhasePeaks(0, None, 0, None, 0, 0, 0)
 

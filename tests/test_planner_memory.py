@@ -44,15 +44,19 @@ SHARDINGS = [Sharding(0, 1), *(Sharding(stage, n) for stage in range(4) for n in
     st.integers(0, 3),
     st.sampled_from([1 << 10, 1 << 16, 1 << 24]),
     st.sampled_from(SHARDINGS),
+    st.sampled_from([(0.0, 3), (0.4, 3), (0.4, 20)]),
 )
 @settings(deadline=None, max_examples=200)
-def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(chain, form, prefetch, update_elements, sharding):
+def test_the_tables_agree_with_the_runtimes_footprint_to_the_byte(
+    chain, form, prefetch, update_elements, sharding, update
+):
     shapes, counts = chain
-    buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements)
+    share, slots = update
+    buckets = Buckets(prefetch_units=prefetch, update_elements=update_elements, update_slots=slots)
     order, shards = chain_order(shapes), sharding.shards
-    tables = ChainTables([shapes[i] for i in order], buckets, form, sharding)
+    tables = ChainTables([shapes[i] for i in order], buckets, form, sharding, shared_update=share > 0)
     padded, placements = [s.padded(shards) for s in shapes], placements_of(shapes, order, counts)
-    expected = footprint(padded, placements, buckets, form, 0.0, shards)
+    expected = footprint(padded, placements, buckets, form, share, shards)
     assert int(tables.gpu_bytes(counts)) == expected.gpu_bytes
     assert int(tables.host_bytes(counts)) == expected.host_bytes
     assert int(tables.nvme_bytes(counts)) == expected.nvme_bytes

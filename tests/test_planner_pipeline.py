@@ -16,6 +16,7 @@ from memplan.pipeline import step_seconds, timeline
 from memplan.quick_rates import REFERENCE
 from memplan.rates import PLANNED, Curve, Rates
 from memplan.sharding import Sharding
+from memplan.shared_update import shared_update
 from memplan.work import StepWork
 from offload.plan import Buckets, Precision, StateFormat
 from offload.residency import UnitShape, state_bytes
@@ -84,6 +85,7 @@ def small(seed: int) -> tuple[StepWork, Counts]:
         cpu_update_seconds=dict.fromkeys(Precision, 10 ** r.uniform(-6.5, -5)),
         nvme_read_bytes_per_second=10 ** r.uniform(5, 6.5),
         nvme_write_bytes_per_second=10 ** r.uniform(5, 6.5),
+        streamed_update_seconds=r.choice([{}, dict.fromkeys(Precision, 10 ** r.uniform(-6.5, -5))]),
     )
     buckets = Buckets(prefetch_units=r.choice([1, 2]), update_elements=r.choice([1 << 14, 1 << 16, 1 << 20]))
     precision = r.choice(PLANNED)
@@ -235,10 +237,14 @@ def test_state_that_leaves_the_gpu_is_updated_and_streamed_once_a_step(case):
     work, counts = case
     found = timeline(work, counts).busy_seconds
     units = [work.shapes[i] for i in chain_order(work.shapes)]
-    elements = sum(u.trainable_elements for u in units[: counts.state])
+    nvme, host = (
+        sum(u.trainable_elements for u in part)
+        for part in (units[: counts.nvme_state], units[counts.nvme_state : counts.state])
+    )
     factor = work.rates.cpu_update_beside_links if counts.parameters else 1.0
     seconds = work.rates.cpu_update_seconds[work.precision] * factor
-    assert found.get("cpu_update", 0.0) == pytest.approx(elements * seconds)
+    shared = shared_update(work.rates, work.form, "cuda", 1).seconds * factor
+    assert found.get("cpu_update", 0.0) == pytest.approx(nvme * seconds + host * shared)
     if counts.nvme_parameters == 0:
         whole = work.nvme_state_bytes
         moved = sum(whole[i] for i in chain_order(work.shapes)[: counts.nvme_state])

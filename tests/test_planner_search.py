@@ -19,7 +19,7 @@ from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Buckets, OptimizerKind, Plan, Precision, Tier
 from offload.residency import footprint
-from tests.synthetic_profiles import RATES, cases, machine_of, transformer
+from tests.synthetic_profiles import RATES, SHARED_RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=60)
 
@@ -34,9 +34,9 @@ def every_count(units: int):
                 yield Counts(state, gradients, parameters, state, nvme_parameters)
 
 
-def brute_force(profile, machine, batch_size):
+def brute_force(profile, machine, batch_size, rates):
     """The best seconds of every count of every family, all of them priced."""
-    problem = problem_of(profile, machine, RATES, batch_size, None)
+    problem = problem_of(profile, machine, rates, batch_size, None)
     ranks = machine.gpus // machine.nodes
     for size in update_sizes(problem):
         best = None
@@ -68,16 +68,20 @@ def brute_force(profile, machine, batch_size):
     return None
 
 
-@given(st.sampled_from([1, 1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=3)), st.sampled_from([2, 4, 6]))
-@settings(deadline=None, max_examples=25)
-def test_the_search_finds_what_brute_force_finds(case, batch_size):
+@given(
+    st.sampled_from([1, 1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=3)),
+    st.sampled_from([2, 4, 6]),
+    st.sampled_from([RATES, SHARED_RATES]),
+)
+@settings(deadline=None, max_examples=30)
+def test_the_search_finds_what_brute_force_finds(case, batch_size, rates):
     profile, machine = case
-    expected = brute_force(profile, machine, batch_size)
+    expected = brute_force(profile, machine, batch_size, rates)
     if expected is None:
         with pytest.raises(NothingFits):
-            plan(profile, machine, RATES, batch_size=batch_size)
+            plan(profile, machine, rates, batch_size=batch_size)
     else:
-        found = plan(profile, machine, RATES, batch_size=batch_size)
+        found = plan(profile, machine, rates, batch_size=batch_size)
         assert float(rounded(found.prediction.step_seconds)) == expected[0]
 
 
@@ -85,12 +89,13 @@ def test_the_search_finds_what_brute_force_finds(case, batch_size):
     st.sampled_from([1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=4)),
     st.sampled_from(PREFETCH_DEPTHS),
     st.sampled_from([2, 4, 6]),
+    st.sampled_from([RATES, SHARED_RATES]),
     st.data(),
 )
 @settings(deadline=None, max_examples=80)
-def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, data):
+def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, rates, data):
     profile, machine = case
-    problem = problem_of(profile, replace(machine, device="cuda"), RATES, batch_size, None)
+    problem = problem_of(profile, replace(machine, device="cuda"), rates, batch_size, None)
     family = data.draw(st.sampled_from(sorted(problem.families(), key=repr)))
     work = problem.work(family, Buckets(prefetch_units=depth, update_elements=1 << 16))
     all_counts = list(every_count(len(problem.shapes)))
@@ -102,17 +107,17 @@ def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, data):
     assert step_seconds(work, one)[0] == step_seconds(work, arrays)[0], "a price does not depend on its neighbours"
 
 
-@given(cases(), st.sampled_from([1, 6, 8]), st.sampled_from(OptimizerKind))
+@given(cases(), st.sampled_from([1, 6, 8]), st.sampled_from(OptimizerKind), st.sampled_from([RATES, SHARED_RATES]))
 @SLOW
-def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer):
+def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer, rates):
     profile, machine = case
     try:
-        found = plan(profile, machine, RATES, batch_size=batch_size, optimizer=optimizer)
+        found = plan(profile, machine, rates, batch_size=batch_size, optimizer=optimizer)
     except NothingFits:
         assume(False)
     shapes = units_of(profile)
-    held = footprint(shapes, found.placements, found.buckets, found.state_format)
-    assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= machine.gpu_bytes
+    held = footprint(shapes, found.placements, found.buckets, found.state_format, found.gpu_update_share)
+    assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= found.prediction.gpu_upper_bytes <= machine.gpu_bytes
     assert held.host_bytes == found.prediction.host_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps == batch_size
@@ -121,12 +126,12 @@ def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer
         assert all(p.optimizer is not Tier.HOST for p in found.placements)
 
 
-@given(cases(), st.sampled_from([1, 8]))
+@given(cases(), st.sampled_from([1, 8]), st.sampled_from([RATES, SHARED_RATES]))
 @SLOW
-def test_the_smallest_change_that_is_named_makes_it_fit(case, batch_size):
+def test_the_smallest_change_that_is_named_makes_it_fit(case, batch_size, rates):
     profile, machine = case
     try:
-        plan(profile, machine, RATES, batch_size=batch_size)
+        plan(profile, machine, rates, batch_size=batch_size)
     except NothingFits as error:
         short = error
     else:
@@ -139,10 +144,10 @@ def test_the_smallest_change_that_is_named_makes_it_fit(case, batch_size):
             tier = {"--gpu-memory": "gpu", "--host-memory": "host", "--nvme": "nvme"}[option]
             wanted = parse_bytes(size.removeprefix("DIR:"))
             changed = replace(changed, **{f"{tier}_bytes": wanted})
-        plan(profile, changed, RATES, batch_size=batch_size)
+        plan(profile, changed, rates, batch_size=batch_size)
         grain = 1 << 10 if wanted < 1 << 23 else 1 << 20  # what the size was rounded up to
         with pytest.raises(NothingFits):
-            plan(profile, replace(changed, **{f"{tier}_bytes": wanted - grain}), RATES, batch_size=batch_size)
+            plan(profile, replace(changed, **{f"{tier}_bytes": wanted - grain}), rates, batch_size=batch_size)
 
 
 @given(cases(gpus=4))
@@ -246,3 +251,18 @@ def test_nothing_fits_names_the_tier_the_shortage_and_the_change():
     with pytest.raises(NothingFits, match=r"Nothing fits: the \w+ tier is short .*smallest change: --") as caught:
         plan(transformer(4, activation=5_000_000), machine_of(2_000_000, 1_000), RATES, batch_size=4)
     assert caught.value.tier in ("gpu", "host", "nvme")
+
+
+def test_what_room_is_left_on_the_gpu_becomes_slots_of_the_shared_update():
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+    found = {}
+    for gpu in range(300_000_000, 520_000_000, 20_000_000):
+        machine = machine_of(gpu, 10**9, device="cuda")
+        found[gpu] = plan(profile, machine, SHARED_RATES, batch_size=4)
+        assert found[gpu].gpu_update_share > 0
+        assert any("The GPU makes 59% of the update" in reason for reason in found[gpu].reasons)
+        assert found[gpu].prediction.gpu_upper_bytes <= gpu
+    assert all(p.buckets.update_slots >= 3 for p in found.values())
+    assert any(p.buckets.update_slots > 3 for p in found.values())
+    resident = plan(profile, machine_of(10**10, 10**9, device="cuda"), SHARED_RATES, batch_size=4)
+    assert (resident.gpu_update_share, resident.buckets.update_slots) == (0.0, 3)
