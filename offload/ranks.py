@@ -4,16 +4,16 @@
 Ranks must call collectives of one group in one order. There are four groups of the same ranks, each used by one thread
 alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
-so they overlap with computing.
+so they overlap with computing. The watchdog is told of each one: [Note: who is to blame] in ``offload/watchdog.py``.
 """
 
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from offload import watchdog
 from offload.errors import OffloadError
 from offload.plan import Plan
 from offload.shards import Shards
@@ -21,9 +21,6 @@ from offload.shards import Shards
 # Newer versions have other names for these two.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-TIMEOUT = timedelta(minutes=10)
-"""After which a rank that waits for another gives up."""
 
 
 def local_device(plan: Plan) -> torch.device:
@@ -48,6 +45,9 @@ class Ranks:
             )
         self.world, self.rank = world, dist.get_rank()
         self.shards = Shards.of(plan)
+        self._begun = watchdog.current() is None
+        self._dog = watchdog.current() or watchdog.begin()
+        self._timeout = self._dog.backstop()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
         group = self.shards.group
@@ -55,11 +55,12 @@ class Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         sharing = [list(range(first, first + group)) for first in range(0, world, group)]
         replicas = [list(range(position, world, group)) for position in range(group)]
-        self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
-        self._replicas = self._own(replicas, backend) if group < world else None
-        self._agreeing = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
-        self._sharing_on_host = self._own(sharing, "gloo")
-        self._saving = dist.new_group(list(range(world)), timeout=TIMEOUT, backend="gloo")
+        with self._dog.inside("start", "making the groups"):
+            self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
+            self._replicas = self._own(replicas, backend) if group < world else None
+            self._agreeing = dist.new_group(list(range(world)), timeout=self._timeout, backend="gloo")
+            self._sharing_on_host = self._own(sharing, "gloo")
+            self._saving = dist.new_group(list(range(world)), timeout=self._timeout, backend="gloo")
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "Ranks | None":
@@ -68,6 +69,8 @@ class Ranks:
 
     def close(self) -> None:
         """Give the groups back."""
+        if self._begun:
+            watchdog.end()
         for group in (
             self._gathering,
             self._reducing,
@@ -81,15 +84,16 @@ class Ranks:
 
     def _own(self, sets: Sequence[list[int]], backend: str) -> dist.ProcessGroup:
         """The group of the set that this rank is in; every rank makes all of them."""
-        groups = [dist.new_group(ranks, timeout=TIMEOUT, backend=backend) for ranks in sets]
+        groups = [dist.new_group(ranks, timeout=self._timeout, backend=backend) for ranks in sets]
         return next(g for ranks, g in zip(sets, groups, strict=True) if self.rank in ranks)
 
     # Gathers: by the lane that does nothing else
 
-    def gather(self, whole: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, unit: str) -> None:
         """Bring together what every rank has at its own place in ``whole``."""
         if len(whole):
-            _gather(whole, self.own(whole), group=self._gathering)
+            with self._dog.inside("gather", "gather", unit):
+                _gather(whole, self.own(whole), group=self._gathering)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's place in what is divided evenly."""
@@ -98,24 +102,27 @@ class Ranks:
 
     # Reductions: by the lane that does nothing else
 
-    def reduce(self, gradients: torch.Tensor) -> torch.Tensor:
+    def reduce(self, gradients: torch.Tensor, unit: str) -> torch.Tensor:
         """Sum gradients over the ranks that share a copy, in place; returns what this rank has of the sum."""
-        if self.shards.zero_stage == 0:
-            dist.all_reduce(gradients, group=self._reducing)
-            return gradients
-        own = self.own(gradients)
-        _reduce_scatter(own, gradients, group=self._reducing)
-        return own
+        with self._dog.inside("reduce", "reduce", unit):
+            if self.shards.zero_stage == 0:
+                dist.all_reduce(gradients, group=self._reducing)
+                return gradients
+            own = self.own(gradients)
+            _reduce_scatter(own, gradients, group=self._reducing)
+            return own
 
-    def sum_over_replicas(self, own: torch.Tensor) -> None:
+    def sum_over_replicas(self, own: torch.Tensor, unit: str) -> None:
         """Sum what this rank has over the others that have the same, in place."""
         if self._replicas is not None:
-            dist.all_reduce(own, group=self._replicas)
+            with self._dog.inside("reduce", "sum over replicas", unit):
+                dist.all_reduce(own, group=self._replicas)
 
     def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
         """The sum of a scalar over the parts of one copy."""
         if self.shards.zero_stage >= 1:
-            dist.all_reduce(square_norm, group=self._reducing)
+            with self._dog.inside("reduce", "norm of the gradients"):
+                dist.all_reduce(square_norm, group=self._reducing)
         return square_norm
 
     # Agreement: by the main thread
@@ -124,20 +131,23 @@ class Ranks:
         """For each flag, whether it is set on any rank."""
         told = torch.tensor(flags, dtype=torch.uint8)
         if len(told):
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
+            with self._dog.inside("agreement", "agreement on the gradients"):
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
         return [bool(flag) for flag in told.tolist()]
 
     def from_first(self, tensor: torch.Tensor) -> None:
         """Have what the first rank has."""
         here = tensor.cpu()
-        dist.broadcast(here, 0, group=self._agreeing)
+        with self._dog.inside("start", "first values"):
+            dist.broadcast(here, 0, group=self._agreeing)
         if here is not tensor:
             tensor.copy_(here)
 
     def gather_on_host(self, whole: torch.Tensor) -> None:
         """``gather`` in host memory."""
         if len(whole):
-            _gather(whole, self.own(whole), group=self._sharing_on_host)
+            with self._dog.inside("start", "gather on the host"):
+                _gather(whole, self.own(whole), group=self._sharing_on_host)
 
     # Checkpoints: by the lane that writes them
 
@@ -145,5 +155,6 @@ class Ranks:
         """What every rank says, by rank; all say equally many."""
         here = torch.tensor(numbers, dtype=torch.int64)
         said = [torch.empty_like(here) for _ in range(self.world)]
-        dist.all_gather(said, here, group=self._saving)
+        with self._dog.inside("checkpoint", "checkpoint"):
+            dist.all_gather(said, here, group=self._saving)
         return [numbers.tolist() for numbers in said]

@@ -339,7 +339,7 @@ class WeightMover:
 
         def gather() -> None:
             for part in whole:
-                ranks.gather(part)
+                ranks.gather(part, state.unit.name)
 
         return gathers.submit(gather, after=[after])
 
