@@ -197,7 +197,8 @@ class Watchdog:
                 if time.monotonic() - failing_since > 2 * GRACE_SECONDS and self._waits():
                     self._without_store()
             if self.verdict is not None:
-                if not self._pause(LEAVE_SECONDS):
+                # A rank that fails by itself has to say why, and to close what it has.
+                if not self._pause(LEAVE_SECONDS * (3 if self._mine and not self._said else 1)):
                     self._end(1)
                 return
 
