@@ -19,18 +19,21 @@ import torch.distributed as dist
 
 from memplan.launch import SESSION
 from memplan.options import BAD_INPUT, NOTHING_FITS
+from memplan.progress import INTERRUPTED
 from offload import watchdog
 from offload.watchdog import Verdict, Watchdog
 
 POLL_SECONDS = 0.05
 ENDING_SECONDS = 10.0
 """How long processes may take to end at SIGTERM, before SIGKILL."""
-NO_RESTART = 0, BAD_INPUT, NOTHING_FITS, 130
-"""Exit codes that would be the same again, or are what a person wanted."""
+WELL = 0, INTERRUPTED
+"""Exit codes of processes that ended as all were to."""
+NO_RESTART = *WELL, BAD_INPUT, NOTHING_FITS
+"""Exit codes that are what a person wanted, or would be the same again."""
 
 
 def run_in_processes(count: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
-    """Run ``memplan`` with these arguments in so many processes; the exit code of the first that failed, or 0.
+    """Run ``memplan`` with these arguments in so many processes; the exit code of the first that failed, or theirs.
 
     Where one ends by a signal or in an error that may pass, all are started again, up to ``max_restarts`` times.
     """
@@ -95,11 +98,11 @@ class _Attempt:
         ]
 
     def run(self) -> int:
-        """Wait for all of them; the exit code of the first that failed, or 0."""
+        """Wait for all of them; the exit code of the first that failed, or that of all: 0, or 130 if interrupted."""
         with self._signals():
             failed = self._first_failure()
             if failed is None:
-                return 0
+                return max(process.returncode for process in self._processes)
             self._explain(failed)
             for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in self._processes:
@@ -113,9 +116,9 @@ class _Attempt:
             codes = [process.poll() for process in self._processes]
             # Of several that ended at once, those that were killed can not have ended because of the others.
             for rank, code in sorted(enumerate(codes), key=lambda item: item[1] or 0):
-                if code:
+                if code not in (None, *WELL):
                     return _Ended(rank, code)
-            if all(code == 0 for code in codes):
+            if None not in codes:
                 return None
             time.sleep(POLL_SECONDS)
 

@@ -41,9 +41,13 @@ def last_step_at(run_dir: Path, rank: int = 0) -> float:
     ("fault", "sentence"),
     [
         ("kill 1 12", r"rank 1 \(\S+\) is gone: process \d+ ended without a word"),
-        ("exit 2 12", r"rank 2 \(\S+\) is gone: process \d+ ended without a word"),
+        pytest.param("exit 2 12", r"rank 2 \(\S+\) is gone: process \d+ ended without a word", marks=pytest.mark.full),
         ("raise 1 12", r"rank 1 \(\S+\): training failed in step 12: ValueError: the batch is empty"),
-        ("raise 0 1", r"rank 0 \(\S+\): training failed in step 1: ValueError: the batch is empty"),
+        pytest.param(
+            "raise 0 1",
+            r"rank 0 \(\S+\): training failed in step 1: ValueError: the batch is empty",
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_a_rank_that_dies_ends_the_others_and_one_sentence_names_it(fault: str, sentence: str, folder: Path) -> None:
@@ -72,7 +76,11 @@ def test_the_first_rank_takes_the_store_with_it_and_the_others_end_all_the_same(
 
 
 @pytest.mark.parametrize(
-    ("stage", "where"), [(3, r"gather of \S+ of step 12"), (0, r"(reduce of|agreement on) .* of step 12")]
+    ("stage", "where"),
+    [
+        (3, r"gather of \S+ of step 12"),
+        pytest.param(0, r"(reduce of|agreement on) .* of step 12", marks=pytest.mark.full),
+    ],
 )
 def test_a_rank_that_hangs_is_named_with_the_collective_that_the_others_are_in(
     stage: int, where: str, folder: Path
@@ -90,6 +98,7 @@ def test_a_rank_that_hangs_is_named_with_the_collective_that_the_others_are_in(
     assert {e["step"] for e in waits} == {12}
 
 
+@pytest.mark.full
 def test_a_process_that_is_stopped_is_known_by_its_silence(folder: Path) -> None:
     fleet = faulty(folder, "stop 2 12", "stop", silent=4)
     until = time.time() + 60

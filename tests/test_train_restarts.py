@@ -3,15 +3,20 @@
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from memplan.cli import app
 from memplan.described import find_machine
 from memplan.plan_command import planned_for
+from offload.errors import PlanError
 from profiler.source import load_source
 from tests.fleet import MODEL, Fleet, events, losses
 
@@ -63,10 +68,24 @@ def test_a_rank_killed_in_any_step_changes_no_loss(launcher: str, folder: Path) 
 
 
 def test_a_run_that_may_be_started_again_must_have_a_name(folder: Path) -> None:
-    command = [sys.executable, "-m", "memplan", "train", "net.py", "--nproc", "2", "--max-restarts", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert (done.returncode, done.stderr) == (
-        2,
-        "memplan: with --max-restarts, name the run by --out: what is started again must find it\n",
-    )
+    done = CliRunner().invoke(app, ["train", str(folder / "net.py"), "--nproc", "2", "--max-restarts", "1"])
+    assert isinstance(done.exception, PlanError)
+    assert str(done.exception) == "with --max-restarts, name the run by --out: what is started again must find it"
+
+
+@pytest.mark.full
+def test_ctrl_c_ends_all_processes_after_the_step_with_a_checkpoint(folder: Path) -> None:
+    words = ["--plan", "plan.json", "--steps", "1000000", "--out", "interrupted", "--nproc", "2"]
+    command = [sys.executable, "-m", "memplan", "train", "net.py", "--no-tui", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    until = time.time() + 100
+    while '"step"' not in (log.read_text() if (log := folder / "interrupted" / "events.jsonl").exists() else ""):
+        assert time.time() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    said, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert re.search(r"interrupted at step \d+", said)
+    assert len(list((folder / "interrupted" / "checkpoints").glob("step-*"))) == 1
