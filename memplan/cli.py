@@ -24,7 +24,7 @@ from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.export import Dtype
 from memplan.export import export as export_run
 from memplan.formatting import format_bytes
-from memplan.launch import Place, joined, told_by_first
+from memplan.launch import Place, joined, told_by_first, were_restarted
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -173,14 +173,14 @@ def train(
     source = load_source(file, seq)
     with joined(place, collective_timeout):
         session = f"{datetime.now():%Y%m%d-%H%M%S}"
-        told = None
+        told, restarted = None, were_restarted(place)
         if place.speaks:
             run_dir = out or Path(f"runs/{source.name}-{session}")
-            go_on = prepare_run(run_dir, resume=resume, restarted=place.restarts > 0)
+            go_on = prepare_run(run_dir, resume=resume, restarted=restarted)
             told = json.dumps([str(run_dir), go_on, session])
         told_dir, resume_now, session = json.loads(told_by_first(told))  # nobody goes on before it is prepared
         run_dir = Path(told_dir)
-        if place.restarts and place.speaks:
+        if restarted and place.speaks:
             console.print(_restarted(run_dir, resume_now), highlight=False, soft_wrap=True)
         if plan is None and resume_now:
             plan = run_dir / "plan.json"
@@ -193,7 +193,7 @@ def train(
                 "--optimizer": optimizer,
             }
             # What is started again says what it said at first, when there was no plan.
-            if not place.restarts and (given := [name for name, wish in wishes.items() if wish is not None]):
+            if not restarted and (given := [name for name, wish in wishes.items() if wish is not None]):
                 raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
             chosen = Plan.load(plan)
             if nvme is not None:

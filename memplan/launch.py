@@ -206,6 +206,16 @@ def told_by_first(text: str | None) -> str:
     return told[0]
 
 
+def were_restarted(place: Place) -> bool:
+    """Whether a launcher started these processes again: torchrun counts only on the node where one had failed."""
+    if (dog := watchdog.current()) is None:
+        return place.restarts > 0
+    told = torch.tensor(place.restarts)
+    with dog.inside("start", "count of restarts"):
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=_group())
+    return told.item() > 0
+
+
 def together(loss: float, stop: bool) -> tuple[float, bool]:
     """The mean of what all processes have of a loss, and whether any of them wants to stop."""
     if (dog := watchdog.current()) is None:

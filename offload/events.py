@@ -6,8 +6,9 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 ``run``         once at the start, and again when a run is resumed:
                 model, device, precision, parameters, pid, host, rank, ranks, session, first_step, last_step,
                 micro_batch_size, gradient_accumulation_steps, budget_bytes{gpu,host,nvme},
-                predicted_bytes{gpu,host,nvme}, predicted_step_seconds (or null), bottleneck (or null), units[{name, elements, parameters,
-                gradients, optimizer}] in forward order (the last three are tiers)
+                predicted_bytes{gpu,host,nvme}, predicted_step_seconds (or null), bottleneck (or null),
+                units[{name, elements, parameters, gradients, optimizer}] in forward order (the last three are
+                tiers)
 ``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
                 null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
 ``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), nonfinite_steps (of

@@ -1,5 +1,6 @@
 """Training whose processes are started again goes on from the last checkpoint, to the losses of an undisturbed one."""
 
+import functools
 import os
 import random
 import re
@@ -19,6 +20,7 @@ from memplan.plan_command import planned_for
 from offload.errors import PlanError
 from profiler.source import load_source
 from tests.fleet import MODEL, Fleet, events, losses
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 24, 3
@@ -65,6 +67,22 @@ def test_a_rank_killed_in_any_step_changes_no_loss(launcher: str, folder: Path) 
         assert "Traceback" not in done.stderr
     else:
         assert [re.sub(r"\(.*", "", line) for line in said] == [f"memplan: rank {rank} "]
+
+
+@pytest.mark.full
+def test_nodes_go_on_together_though_only_one_of_them_counts_the_restart(folder: Path) -> None:
+    words = ["--plan", "plan.json", "--steps", str(STEPS), "--out", "nodes", "--checkpoint-every", str(EVERY)]
+    agent = [f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=nodes", "--nnodes=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node=1", "--max-restarts=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": "kill 1 11"}
+    start = functools.partial(subprocess.Popen, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    nodes = [start([*command, "-m", "memplan", "train", "net.py", "--no-tui", *words]) for _ in range(2)]
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert losses(folder / "nodes") == losses(folder / "undisturbed")
+    said = [line for text in errors for line in text.splitlines() if line.startswith("memplan: ")]
+    assert len(said) == 1
+    assert said[0].startswith("memplan: rank 1 ")
 
 
 def test_a_run_that_may_be_started_again_must_have_a_name(folder: Path) -> None:
