@@ -185,7 +185,7 @@ _groups: list[dist.ProcessGroup] = []
 @contextmanager
 def _speaking_together(dog: watchdog.Watchdog) -> Iterator[None]:
     """With a group for what is told before and between steps: there is more patience than with joining."""
-    _groups.append(dist.new_group(timeout=dog.backstop(), backend="gloo"))
+    _groups.append(dist.new_group(timeout=dog.backstop("start"), backend="gloo"))
     try:
         yield
     finally:

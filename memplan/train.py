@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
 from memplan.audit import audit
-from memplan.errors import RunDirectoryError, TrainingFailed
+from memplan.errors import MemplanError, RunDirectoryError, TrainingFailed
 from memplan.export import keep_config
 from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes
@@ -108,7 +108,11 @@ def train(
         if place.speaks:  # only now: a plan that is refused must not take the place of the run's own
             keep_config(source, start.model, run_dir)
             plan.save(run_dir / "plan.json")
-        with Progress(run_dir, options.dashboard and place.speaks, console) as progress, run.told_of(progress):
+        with (
+            Progress(run_dir, options.dashboard and place.speaks, console) as progress,
+            run.told_of(progress),
+            run.explaining(),
+        ):
             with run.engine, run.explaining():
                 run.start(progress)
                 run.loop(stop, progress)
@@ -219,13 +223,13 @@ class _Run:
     def explaining(self) -> Iterator[None]:
         """What ends the run by an error is told: to the other processes, in the events, and with the file's own lines.
 
-        It comes before the engine closes: its collectives may wait for processes that must hear of it.
+        It comes before the engine closes, whose collectives may wait for processes that must hear of it, and after it.
         """
         try:
             yield
         except BaseException as error:
             told: BaseException = error
-            if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError):
+            if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError | MemplanError):
                 # What fails before any step is done fails on whatever the file gives: it is the file's fault.
                 kind = TrainingFailed if self.losses else SourceError
                 sentence = f"training failed in step {self.step + 1}: {type(error).__name__}: {error}"
@@ -251,9 +255,6 @@ class _Run:
         dog.on_wait = lambda place, seconds: self.events.write("waiting", step=dog.step, inside=place, seconds=seconds)
         try:
             yield
-        except BaseException as error:  # from closing the engine
-            self._write_end(error, "failed")
-            raise
         finally:
             dog.on_verdict = lambda: None
 

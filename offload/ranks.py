@@ -47,7 +47,6 @@ class Ranks:
         self.shards = Shards.of(plan)
         self._begun = watchdog.current() is None
         self._dog = watchdog.current() or watchdog.begin()
-        self._timeout = self._dog.backstop()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
         group = self.shards.group
@@ -56,11 +55,12 @@ class Ranks:
         sharing = [list(range(first, first + group)) for first in range(0, world, group)]
         replicas = [list(range(position, world, group)) for position in range(group)]
         with self._dog.inside("start", "making the groups"):
-            self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
-            self._replicas = self._own(replicas, backend) if group < world else None
-            self._agreeing = dist.new_group(list(range(world)), timeout=self._timeout, backend="gloo")
-            self._sharing_on_host = self._own(sharing, "gloo")
-            self._saving = dist.new_group(list(range(world)), timeout=self._timeout, backend="gloo")
+            self._gathering, self._reducing = (self._own(sharing, backend, kind) for kind in ("gather", "reduce"))
+            self._replicas = self._own(replicas, backend, "reduce") if group < world else None
+            everybody = [list(range(world))]
+            self._agreeing = self._own(everybody, "gloo", "start")
+            self._sharing_on_host = self._own(sharing, "gloo", "start")
+            self._saving = self._own(everybody, "gloo", "checkpoint")
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device) -> "Ranks | None":
@@ -82,9 +82,10 @@ class Ranks:
             if group is not None:
                 dist.destroy_process_group(group)
 
-    def _own(self, sets: Sequence[list[int]], backend: str) -> dist.ProcessGroup:
+    def _own(self, sets: Sequence[list[int]], backend: str, kind: str) -> dist.ProcessGroup:
         """The group of the set that this rank is in; every rank makes all of them."""
-        groups = [dist.new_group(ranks, timeout=self._timeout, backend=backend) for ranks in sets]
+        timeout = self._dog.backstop(kind)
+        groups = [dist.new_group(ranks, timeout=timeout, backend=backend) for ranks in sets]
         return next(g for ranks, g in zip(sets, groups, strict=True) if self.rank in ranks)
 
     # Gathers: by the lane that does nothing else

@@ -9,7 +9,8 @@ was killed is known by its process, or by its silence. Whoever finds out first w
 there is none yet, and that one says it; the others read it within a second, and end. So there is one sentence.
 
 In a step this costs a tuple and two looks at the clock a collective. Whoever waits in C++ can not be woken: a process
-that does not end by itself soon after a verdict is ended here.
+that does not end by itself soon after a verdict is ended here. A collective of NCCL is left as soon as the device has
+been given it; there the others wait in the next one on the host, which is the agreement on the gradients.
 """
 
 import json
@@ -142,9 +143,13 @@ class Watchdog:
             track.since, track.changed = None, time.monotonic()
             track.waited_seconds += track.changed - began
 
-    def backstop(self) -> timedelta:
-        """For groups: when torch.distributed is to give up where this did not."""
-        return timedelta(seconds=2 * max(self.timeout_seconds, PATIENT_SECONDS))
+    def patience_seconds(self, kind: str) -> float:
+        """For how long a rank may keep the others waiting in a collective of this kind."""
+        return max(self.timeout_seconds, PATIENT_SECONDS) if kind in PATIENT else self.timeout_seconds
+
+    def backstop(self, kind: str) -> timedelta:
+        """For a group of such collectives: when torch.distributed is to give up where this did not."""
+        return timedelta(seconds=2 * self.patience_seconds(kind))
 
     def waited_seconds(self) -> float:
         """Inside of collectives so far."""
@@ -241,7 +246,7 @@ class Watchdog:
         if self._broken_since is not None and now - self._broken_since > GRACE_SECONDS:
             found = self._gone() or found
         for kind, seconds in waiting.items():
-            patience = max(self.timeout_seconds, PATIENT_SECONDS) if kind in PATIENT else self.timeout_seconds
+            patience = self.patience_seconds(kind)
             if found is None and seconds > patience:
                 found = blame(self._standings(), patience)
         if found is not None:
