@@ -24,7 +24,7 @@ from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.export import Dtype
 from memplan.export import export as export_run
 from memplan.formatting import format_bytes
-from memplan.launch import Place, joined, run_in_processes, told_by_first
+from memplan.launch import Place, joined, told_by_first, were_restarted
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -42,6 +42,7 @@ from memplan.options import (
 )
 from memplan.plan_command import plan as plan_command
 from memplan.plan_command import planned_for, remark
+from memplan.processes import run_in_processes, without_options
 from memplan.profile_page import write_profile_page
 from memplan.report import write_report
 from memplan.show_measured import measured_table
@@ -52,6 +53,7 @@ from memplan.train import train as run_training
 from offload.chunked_loss import in_chunks
 from offload.errors import OffloadError, PlanError
 from offload.plan import Plan
+from offload.watchdog import TIMEOUT_SECONDS
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
 from profiler.measure import check_measurable, measure_step
@@ -73,6 +75,7 @@ console = Console()
 errors = Console(stderr=True)
 
 TIMED = {"rich_help_panel": "On a GPU"}
+SEVERAL = {"rich_help_panel": "Several processes"}
 PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 parameters; bf16: everything in bf16."
 
 
@@ -146,20 +149,40 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Of the optimizer, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
-    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; else torchrun's or one.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine; else torchrun's or one.", **SEVERAL)
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Of --nproc's processes, from the last checkpoint, when one dies.", **SEVERAL)
+    ] = 0,
+    collective_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds for which one process may keep the others waiting.", **SEVERAL)
+    ] = TIMEOUT_SECONDS,
 ) -> None:
     """Train by a plan, with a live dashboard; writes plan.json, events.jsonl and a checkpoint into the run."""
-    if nproc is not None:
-        raise typer.Exit(run_in_processes(nproc, sys.argv[1:]))
     if resume and out is None:
         raise PlanError("--resume needs the run to go on with: name it by --out")
     place = Place.here(os.environ)
+    if out is None and (max_restarts or place.max_restarts):
+        raise PlanError("with --max-restarts, name the run by --out: what is started again must find it")
+    if nproc is not None:
+        arguments = without_options(sys.argv[1:], "--nproc", "--max-restarts")
+        raise typer.Exit(run_in_processes(nproc, arguments, max_restarts))
+    if max_restarts:
+        raise PlanError("--max-restarts is for --nproc; give it to torchrun where that starts the processes")
     source = load_source(file, seq)
-    with joined(place):
-        run_dir = out or Path(told_by_first(f"runs/{source.name}-{datetime.now():%Y%m%d-%H%M%S}"))
+    with joined(place, collective_timeout):
+        session = f"{datetime.now():%Y%m%d-%H%M%S}"
+        told, restarted = None, were_restarted(place)
         if place.speaks:
-            prepare_run(run_dir, resume=resume)
-        if plan is None and resume:
+            run_dir = out or Path(f"runs/{source.name}-{session}")
+            go_on = prepare_run(run_dir, resume=resume, restarted=restarted)
+            told = json.dumps([str(run_dir), go_on, session])
+        told_dir, resume_now, session = json.loads(told_by_first(told))  # nobody goes on before it is prepared
+        run_dir = Path(told_dir)
+        if restarted and place.speaks:
+            console.print(_restarted(run_dir, resume_now), highlight=False, soft_wrap=True)
+        if plan is None and resume_now:
             plan = run_dir / "plan.json"
         if plan is not None:
             wishes = {
@@ -169,7 +192,8 @@ def train(
                 "--precision": precision,
                 "--optimizer": optimizer,
             }
-            if given := [name for name, wish in wishes.items() if wish is not None]:
+            # What is started again says what it said at first, when there was no plan.
+            if not restarted and (given := [name for name, wish in wishes.items() if wish is not None]):
                 raise PlanError(f"{given[0]} is for making a plan, and {plan} is one already; leave one of them out")
             chosen = Plan.load(plan)
             if nvme is not None:
@@ -189,9 +213,14 @@ def train(
             chosen = Plan.from_dict(json.loads(told_by_first(told)))
         dashboard = not no_tui and sys.stdout.isatty() and sys.stdin.isatty() and os.environ.get("TERM") != "dumb"
         kept = checkpoint_every, keep_checkpoints
-        options = TrainingOptions(steps, learning_rate, clip, seed, resume, dashboard, *kept)
+        options = TrainingOptions(steps, learning_rate, clip, seed, resume_now, dashboard, *kept, session)
         code = run_training(source, chosen, run_dir, options, console, place)
     raise typer.Exit(code)
+
+
+def _restarted(run_dir: Path, resume: bool) -> str:
+    where = "from its last checkpoint" if resume else "from the beginning, for it has no checkpoint"
+    return f"started again: {run_dir} goes on {where}"
 
 
 @app.command()
@@ -278,11 +307,11 @@ def main() -> None:
 
 
 def _say(error: ValueError) -> None:
-    """The sentence, and the lines of the person's own code that led to it."""
+    """The sentence, with its rank where there are several, and the lines of the person's own code that led to it."""
     traceback = getattr(error, "traceback", "")
     if traceback:
         errors.print(traceback, markup=False, highlight=False, soft_wrap=True)
-    errors.print(f"memplan: {error}", markup=False, highlight=False, soft_wrap=True)
+    errors.print(f"memplan: {getattr(error, 'rank', '')}{error}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

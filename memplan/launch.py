@@ -1,22 +1,29 @@
-"""Processes of one training: how this one came to be, and how several are started on this machine.
+"""Processes of one training: which of them this one is, how they come together, and what they tell each other.
 
 torchrun, and Kubernetes' PyTorchJob as it, set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Slurm sets
 names of its own, which are read where those are missing.
 """
 
 import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from memplan.errors import LaunchError
-from offload.ranks import TIMEOUT
+from offload import watchdog
+from offload.errors import RankLost
 
+JOINING = timedelta(minutes=10)
+"""In which all processes must have started."""
+ASKING_SECONDS = 0.02
+SESSION = "memplan/session"
+"""Where the first process leaves the word of ``met``, for who started them."""
 SLURM_PORTS = 15000, 20000
 """Between which the port of a Slurm job is, by its number: every process finds the same one."""
 
@@ -32,6 +39,9 @@ class Place:
     """Processes on this node."""
     master: str = "127.0.0.1"
     port: int = 0
+    restarts: int = 0
+    """How often torchrun, or ``--nproc``, has started them again."""
+    max_restarts: int = 0
 
     @classmethod
     def here(cls, environment: Mapping[str, str]) -> "Place":
@@ -39,7 +49,10 @@ class Place:
         if "RANK" in environment or "WORLD_SIZE" in environment:
             names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "port": "MASTER_PORT"}
             local = int(environment.get("LOCAL_WORLD_SIZE") or _text(environment, "WORLD_SIZE"))
-            place = cls(**_numbers(environment, names), local_world=local, master=_text(environment, "MASTER_ADDR"))
+            restarts = [int(environment.get(f"TORCHELASTIC_{n}", 0)) for n in ("RESTART_COUNT", "MAX_RESTARTS")]
+            found = _numbers(environment, names)
+            place = cls(**found, local_world=local, master=_text(environment, "MASTER_ADDR"))
+            place = replace(place, restarts=restarts[0], max_restarts=restarts[1])
         elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
             names = {"rank": "SLURM_PROCID", "world": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
             first, last = SLURM_PORTS
@@ -89,8 +102,11 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 @contextmanager
-def joined(place: Place) -> Iterator[None]:
-    """Be one of the processes of ``place`` meanwhile: gloo on the host, and NCCL between GPUs."""
+def joined(place: Place, timeout_seconds: float = watchdog.TIMEOUT_SECONDS) -> Iterator[None]:
+    """Be one of the processes of ``place`` meanwhile: gloo on the host, and NCCL between GPUs.
+
+    What is raised inside ends all of them, and is raised on where it came first; the others end without a word.
+    """
     if place.world == 1:
         yield
         return
@@ -99,48 +115,112 @@ def joined(place: Place) -> Iterator[None]:
     where = f"tcp://{place.master}:{place.port}"
     if device == "cuda":
         torch.cuda.set_device(place.local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=None if "MASTER_PORT" in os.environ else where,
-        rank=place.rank,
-        world_size=place.world,
-        timeout=TIMEOUT,
-    )
+    try:
+        store, _, _ = next(dist.rendezvous("env://" if "MASTER_PORT" in os.environ else where, place.rank, place.world))
+        shared = dist.PrefixStore(met(store, place), store)
+        backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(
+            backends, store=dist.PrefixStore("torch", shared), rank=place.rank, world_size=place.world, timeout=JOINING
+        )
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        raise LaunchError(f"rank {place.rank} did not come together with the others at {where}: {said}") from error
+    dog = watchdog.begin(shared, timeout_seconds, listen=True)
+    try:
+        with _speaking_together(dog):
+            yield
+            with dog.inside("start", "end of training"):
+                dist.barrier(_group())
+    except BaseException as error:
+        if not blamed(error):
+            dog.be_ended()
+        vars(error)["rank"] = f"{dog.name}: "  # for whoever tells people of it
+        if place.speaks:  # the store may be this one's: the others read of it before it goes
+            time.sleep(2 * watchdog.BEAT_SECONDS)
+        watchdog.end()
+        raise
+    watchdog.end()
+    dist.destroy_process_group()
+
+
+def met(store: dist.Store, place: Place) -> str:
+    """A word that these processes have in common, and no others that used the same store before.
+
+    torchrun starts processes again with a store in which the addresses of those before still are, and counts restarts
+    on each node by itself. So each process asks under a word of its own, and the first one answers all that it finds,
+    until those of its own time have said that they have the answer.
+    """
+    mine = uuid.uuid4().hex
+    if place.speaks:
+        store.set(SESSION, mine)
+        missing, until = list(range(1, place.world)), time.monotonic() + JOINING.total_seconds()
+        while missing:
+            for asking in (key for rank in missing if store.check([key := f"memplan/asks/{rank}"])):
+                store.set(f"memplan/answer/{store.get(asking).decode()}", mine)
+            missing = [rank for rank in missing if not store.check([f"memplan/has/{mine}/{rank}"])]
+            if time.monotonic() > until:
+                late = ", ".join(map(str, missing))
+                raise LaunchError(f"of {place.world} processes these did not come within {JOINING}: rank {late}")
+            time.sleep(ASKING_SECONDS)
+        return mine
+    answer = f"memplan/answer/{mine}"
+    store.set(f"memplan/asks/{place.rank}", mine)
+    store.wait([answer], JOINING)
+    session = store.get(answer).decode()
+    store.set(f"memplan/has/{session}/{place.rank}", "")
+    return session
+
+
+def blamed(error: BaseException) -> bool:
+    """Tell the other processes that this one ends by an error; whether it is the first to, and must tell people why."""
+    dog = watchdog.current()
+    if dog is None:
+        return True
+    return not isinstance(error, RankLost) and dog.blames(str(error) or type(error).__name__)
+
+
+_groups: list[dist.ProcessGroup] = []
+
+
+@contextmanager
+def _speaking_together(dog: watchdog.Watchdog) -> Iterator[None]:
+    """With a group for what is told before and between steps: there is more patience than with joining."""
+    _groups.append(dist.new_group(timeout=dog.backstop("start"), backend="gloo"))
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        _groups.pop()
+
+
+def _group() -> dist.ProcessGroup:
+    return _groups[-1]
 
 
 def told_by_first(text: str | None) -> str:
     """What the first process has; the others give None."""
     told = [text]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, 0)
+    if (dog := watchdog.current()) is not None:
+        with dog.inside("start", "what rank 0 tells"):
+            dist.broadcast_object_list(told, 0, group=_group())
     assert told[0] is not None
     return told[0]
 
 
+def were_restarted(place: Place) -> bool:
+    """Whether a launcher started these processes again: torchrun counts only on the node where one had failed."""
+    if (dog := watchdog.current()) is None:
+        return place.restarts > 0
+    told = torch.tensor(place.restarts)
+    with dog.inside("start", "count of restarts"):
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=_group())
+    return told.item() > 0
+
+
 def together(loss: float, stop: bool) -> tuple[float, bool]:
     """The mean of what all processes have of a loss, and whether any of them wants to stop."""
-    if not dist.is_initialized():
+    if (dog := watchdog.current()) is None:
         return loss, stop
     told = torch.tensor([loss, float(stop)], dtype=torch.float64)
-    dist.all_reduce(told)
-    return float(told[0]) / dist.get_world_size(), bool(told[1] > 0)
-
-
-def run_in_processes(processes: int, arguments: Sequence[str]) -> int:
-    """Run ``memplan`` with these arguments, ``--nproc`` left out, in so many processes; the exit code of the first."""
-    kept = [a for i, a in enumerate(arguments) if not _is_nproc(a) and not (i and arguments[i - 1] == "--nproc")]
-    return subprocess.run(torchrun_command(processes, kept), check=False).returncode
-
-
-def _is_nproc(argument: str) -> bool:
-    return argument == "--nproc" or argument.startswith("--nproc=")
-
-
-def torchrun_command(processes: int, arguments: Sequence[str]) -> list[str]:
-    """The command line that starts ``memplan`` with these arguments in so many processes on this machine."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", "memplan", *arguments]
+    with dog.inside("loss", "mean of the loss"):
+        dist.all_reduce(told, group=_group())
+    return float(told[0]) / dog.world, bool(told[1] > 0)

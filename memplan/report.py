@@ -11,8 +11,9 @@ from offload.errors import PlanError
 from offload.events import LINKS
 from offload.plan import Plan
 from tui.errors import RunError
-from tui.format import bytes_text, clock_text, count_text, number_text, seconds_text
-from tui.source import EVENTS, PLAN, Tail
+from tui.format import bytes_of, bytes_text, clock_text, count_text, number_text, seconds_text
+from tui.ranks import RankRow, rank_rows
+from tui.source import EVENTS, PLAN, RankTails, Tail
 from tui.view import TIERS, RunView, StepRecord, fold, step_record
 
 COLOURS = {
@@ -37,14 +38,18 @@ def write_report(run_dir: Path, out: Path) -> None:
     """
     plan = _plan(run_dir / PLAN)
     view, steps = _history(run_dir / EVENTS)
+    views: dict[int, RunView] = {}
+    for rank, event in RankTails(run_dir).poll():
+        views[rank] = fold(views.get(rank, RunView()), event)
+    rows = rank_rows(views, view.latest or 0.0)
     try:
-        out.write_text(page(plan, view, steps), encoding="utf-8")
+        out.write_text(page(plan, view, steps, rows), encoding="utf-8")
     except OSError as error:
         raise RunError(f"the report can not be written to {out}: {error.strerror}; name another file") from error
 
 
-def page(plan: Plan, view: RunView, steps: Sequence[StepRecord]) -> str:
-    """The whole page. ``steps`` are all steps of the run, ``view`` is how it stands at the end."""
+def page(plan: Plan, view: RunView, steps: Sequence[StepRecord], ranks: Sequence[RankRow] = ()) -> str:
+    """The whole page. ``steps`` are all steps of the run, ``view`` and ``ranks`` how it stands at the end."""
     charts = [
         ("Loss", loss_chart(steps)),
         ("Memory by tier: actual, peak, predicted, budget", memory_chart(plan, steps)),
@@ -62,6 +67,7 @@ def page(plan: Plan, view: RunView, steps: Sequence[StepRecord]) -> str:
         f"{plan.model}: run",
         f"<h1>{escape(plan.model)}</h1><p class='state'>{escape(_state(view))}</p>"
         f"<h2>Summary</h2>{summary_table(plan, view, steps)}"
+        f"{f'<h2>Ranks</h2>{ranks_table(ranks)}' if ranks else ''}"
         f"<div class='pair'>{figures}</div>"
         f"<h2>Why this plan</h2><ul>{reasons or '<li>The plan gives no reasons.</li>'}</ul>"
         f"<h2>Placements</h2>{placements_table(plan)}"
@@ -97,6 +103,20 @@ def summary_table(plan: Plan, view: RunView, steps: Sequence[StepRecord]) -> str
         ["recomputed modules", str(len(plan.recompute)), "", ""],
     ]
     return _table(["", "actual", "predicted", "planned or budget"], rows)
+
+
+def ranks_table(ranks: Sequence[RankRow]) -> str:
+    """How each rank stands: the last steps of each, and the memory of each beside the prediction."""
+    tiers = dict.fromkeys(tier for row in ranks for tier, *_ in row.held_bytes)
+    rows = []
+    for row in ranks:
+        held = {tier: (now, predicted) for tier, now, predicted in row.held_bytes}
+        memory = [bytes_of(*held.get(tier, (None, None))) for tier in tiers]
+        state = f"{row.state} {row.where}".rstrip() + (", slowest" if row.slowest else "")
+        waited = seconds_text(row.waited_seconds)
+        rows.append([f"{row.rank}", row.host, state, f"{row.step:,}", seconds_text(row.seconds), waited, *memory])
+    head = ["rank", "host", "state", "step", "mean step", "of it waiting", *(f"{tier} of predicted" for tier in tiers)]
+    return _table(head, rows)
 
 
 def placements_table(plan: Plan) -> str:

@@ -3,8 +3,7 @@
 import math
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,20 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
 from memplan.audit import audit
-from memplan.errors import RunDirectoryError, TrainingFailed
+from memplan.errors import MemplanError, RunDirectoryError, TrainingFailed
 from memplan.export import keep_config
 from memplan.first_values import Start, start_of
-from memplan.formatting import format_bytes, format_count, format_seconds
-from memplan.launch import ALONE, Place, together
+from memplan.formatting import format_bytes
+from memplan.launch import ALONE, Place, blamed, together
+from memplan.progress import INTERRUPTED, Progress
 from memplan.saving import RunCheckpoints, to_resume
-from offload import checkpoint, restore
+from offload import checkpoint, restore, watchdog
 from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError, PlanError, WeightsError
 from offload.events import EventLog
@@ -37,12 +37,9 @@ from profiler.blame import user_traceback
 from profiler.contract import ModelSource, call_model
 from profiler.errors import ProfilerError, SourceError
 
-INTERRUPTED = 130
 CHECKPOINTS = "checkpoints"
 """The folder of a run with its checkpoints."""
 LOSSES_AVERAGED = 10
-PROGRESS_SECONDS = 2.0
-"""Shortest time between two progress lines."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +57,29 @@ class TrainingOptions:
     """Steps between two checkpoints; None for one at the end only."""
     keep_checkpoints: int = 2
     """How many of the newest stay."""
+    session: str = ""
+    """Equal in what the processes that were started together tell."""
 
 
-def prepare_run(run_dir: Path, *, resume: bool) -> None:
-    """Make the run's directory; raises RunDirectoryError when it holds another run's files, or none to resume."""
+def prepare_run(run_dir: Path, *, resume: bool, restarted: bool = False) -> bool:
+    """Make the run's directory; raises RunDirectoryError when it holds another run's files, or none to resume.
+
+    Gives whether to resume: ``restarted`` by a launcher it goes on from the last checkpoint, or from the beginning
+    where it had not come to one.
+    """
     events = run_dir / "events.jsonl"
+    if restarted and not resume:
+        return bool(checkpoint.found(run_dir / CHECKPOINTS))
     if resume:
         if not checkpoint.found(run_dir / CHECKPOINTS):
             raise CheckpointError(f"there is no checkpoint in {run_dir / CHECKPOINTS}; train without --resume first")
-        return
+        return True
     if events.exists() and '"event": "step"' in events.read_text():
         raise RunDirectoryError(f"{run_dir} holds a run already; go on with it by --resume, or name another --out")
     run_dir.mkdir(parents=True, exist_ok=True)
-    events.unlink(missing_ok=True)  # of a run that failed before its first step
+    for left in (events, *run_dir.glob("events-*.jsonl")):  # of a run that failed before its first step
+        left.unlink(missing_ok=True)
+    return False
 
 
 def train(
@@ -101,21 +108,15 @@ def train(
         if place.speaks:  # only now: a plan that is refused must not take the place of the run's own
             keep_config(source, start.model, run_dir)
             plan.save(run_dir / "plan.json")
-        with _Progress(run_dir, options.dashboard and place.speaks, console) as progress:
-            try:
-                with run.engine:
-                    run.start(progress)
-                    run.loop(stop, progress)
-                    path = run.checkpoints.finish(run.position())
-            except BaseException as error:
-                reason = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-                events.write("end", reason=reason, step=run.step, message=str(error) or type(error).__name__)
-                if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError):
-                    # What fails before any step is done fails on whatever the file gives: it is the file's fault.
-                    kind = TrainingFailed if run.losses else SourceError
-                    sentence = f"training failed in step {run.step + 1}: {type(error).__name__}: {error}"
-                    raise kind(sentence, user_traceback(error, source.path)) from error
-                raise
+        with (
+            Progress(run_dir, options.dashboard and place.speaks, console) as progress,
+            run.told_of(progress),
+            run.explaining(),
+        ):
+            with run.engine, run.explaining():
+                run.start(progress)
+                run.loop(stop, progress)
+                path = run.checkpoints.finish(run.position())
             reason = "interrupted" if run.stopped else "finished"
             events.write("end", reason=reason, step=run.step, message=f"checkpoint {path}")
     count = len(run.losses)
@@ -163,6 +164,7 @@ class _Run:
         """Micro-batches drawn from the data, for all processes."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)
         self.peak_bytes: dict[str, int] = {}
+        self._ended = False
         self.nonfinite_steps = 0
         """Steps so far whose gradients had a NaN or an infinity in them."""
 
@@ -171,7 +173,7 @@ class _Run:
         """Optimizer steps done."""
         return self.engine.global_step
 
-    def start(self, progress: "_Progress") -> None:
+    def start(self, progress: Progress) -> None:
         """Restore the checkpoint when resuming, put the data where it was, and announce the run."""
         engine, plan, options, folder = self.engine, self.plan, self.options, self.run_dir / CHECKPOINTS
         self.batches = self.source.train_batches(plan.micro_batch_size)
@@ -190,6 +192,10 @@ class _Run:
             precision=plan.precision,
             parameters=self.parameters,
             pid=os.getpid(),
+            host=socket.gethostname(),
+            rank=self.place.rank,
+            ranks=self.place.world,
+            session=options.session,
             first_step=engine.global_step + 1,
             last_step=self.options.last_step,
             micro_batch_size=plan.micro_batch_size,
@@ -213,6 +219,55 @@ class _Run:
             self.events.write("warning", step=self.step, message=message)
             progress.say(f"warning: {message}")
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What ends the run by an error is told: to the other processes, in the events, and with the file's own lines.
+
+        It comes before the engine closes, whose collectives may wait for processes that must hear of it, and after it.
+        """
+        try:
+            yield
+        except BaseException as error:
+            told: BaseException = error
+            if isinstance(error, Exception) and not isinstance(error, OffloadError | ProfilerError | MemplanError):
+                # What fails before any step is done fails on whatever the file gives: it is the file's fault.
+                kind = TrainingFailed if self.losses else SourceError
+                sentence = f"training failed in step {self.step + 1}: {type(error).__name__}: {error}"
+                told = kind(sentence, user_traceback(error, self.source.path))
+            blamed(told)
+            self._write_end(error, "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+            if told is error:
+                raise
+            raise told from error
+
+    @contextmanager
+    def told_of(self, progress: Progress) -> Iterator[None]:
+        """What the watchdog finds is in the events; where it ends this process, the dashboard shows that first."""
+        if (dog := watchdog.current()) is None:
+            yield
+            return
+
+        def end() -> None:
+            self._write_end(None, "failed")
+            progress.close()
+
+        dog.on_verdict = end
+        dog.on_wait = lambda place, seconds: self.events.write("waiting", step=dog.step, inside=place, seconds=seconds)
+        try:
+            yield
+        finally:
+            dog.on_verdict = lambda: None
+
+    def _write_end(self, error: BaseException | None, reason: str) -> None:
+        """Once: the reason in a sentence, and which process is to blame where there are several."""
+        if self._ended:
+            return
+        self._ended = True
+        verdict = dog.verdict if (dog := watchdog.current()) is not None else None
+        message = verdict.sentence if verdict is not None else str(error) or type(error).__name__
+        blamed_rank = {"rank": verdict.rank} if verdict is not None else {}
+        self.events.write("end", reason=reason, step=self.step, message=message, **blamed_rank)
+
     def position(self) -> dict[str, Any]:
         """Where the data is, for a checkpoint."""
         return {"batches": self.drawn, "micro_batch_size": self.plan.micro_batch_size}
@@ -222,9 +277,9 @@ class _Run:
         expected = self.plan.prediction
         return {"gpu": expected.gpu_peak_bytes, "host": expected.host_bytes, "nvme": expected.nvme_bytes}
 
-    def loop(self, stop: "_Stop", progress: "_Progress") -> None:
+    def loop(self, stop: "_Stop", progress: Progress) -> None:
         """Step until the last step, the end of the data, or a wish to stop."""
-        before = self.engine.traffic_bytes()
+        before, waited = self.engine.traffic_bytes(), _waited_seconds()
         while self.engine.global_step < self.options.last_step and not self.stopped:
             began = time.perf_counter()
             micro_batches = self._draw(self.plan.gradient_accumulation_steps)
@@ -250,7 +305,9 @@ class _Run:
                 "peak_bytes": self.peak_bytes,
                 "traffic_bytes": {link: moved[link] - before[link] for link in moved},
             }
-            before = moved
+            if self.place.world > 1:
+                step["waited_seconds"] = _waited_seconds() - waited
+            before, waited = moved, _waited_seconds()
             self.events.write("step", **step)
             self.checkpoints.after_step(self.position())
             stop.requested |= progress.tell(step, self.options.last_step)
@@ -297,6 +354,11 @@ class _Run:
         return torch.stack(losses).mean().item()
 
 
+def _waited_seconds() -> float:
+    """Inside of collectives so far."""
+    return dog.waited_seconds() if (dog := watchdog.current()) is not None else 0.0
+
+
 def token_count(batch: Any) -> int:
     """Tokens of a batch: the elements of its first tensor of integers, or else its samples."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
@@ -326,55 +388,6 @@ def _stop_on_interrupt() -> Iterator[_Stop]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-class _Progress:
-    """The dashboard, a process of its own on this terminal; progress lines where there is none, or it was left."""
-
-    def __init__(self, run_dir: Path, dashboard: bool, console: Console) -> None:
-        self._console = console
-        self._last_line = 0.0
-        self._process: subprocess.Popen[bytes] | None = None
-        if dashboard:
-            code = "import sys, pathlib, tui; sys.exit(tui.watch(pathlib.Path(sys.argv[1]), leave_at_end=True))"
-            self._process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The end of the run is in the events: the dashboard shows it and leaves by itself."""
-        if self._process is not None:
-            self._process.wait()
-
-    def say(self, message: str) -> None:
-        """A line for the person, where no dashboard shows it."""
-        if self._process is None:
-            self._console.print(message, highlight=False, soft_wrap=True, markup=False)
-
-    def tell(self, step: dict[str, Any], last_step: int) -> bool:
-        """One more step; returns whether the person asked to stop from the dashboard."""
-        if self._process is not None:
-            if (code := self._process.poll()) is None:
-                return False
-            self._process = None
-            if code == INTERRUPTED:
-                return True
-        now = time.monotonic()
-        if now - self._last_line >= PROGRESS_SECONDS or step["step"] in (1, last_step):
-            self._last_line = now
-            self._console.print(progress_line(step, last_step), highlight=False, soft_wrap=True)
-        return False
-
-
-def progress_line(step: dict[str, Any], last_step: int) -> str:
-    """A step in one line."""
-    tiers = " ".join(f"{tier} {format_bytes(size)}" for tier, size in step["memory_bytes"].items() if size)
-    rate = format_count(step["tokens"] / step["seconds"])
-    return (
-        f"step {step['step']:>{len(str(last_step))}}/{last_step}  loss {step['loss']:.4f}  "
-        f"{format_seconds(step['seconds'])}  {rate} tokens/s  {tiers}"
-    )
 
 
 def default_precision(device: str) -> Precision:

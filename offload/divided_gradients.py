@@ -160,11 +160,11 @@ class DividedGradients(GradientCollector):
         home = state.device_gradients if self._each_pass else None
 
         def reduce() -> None:
-            own = ranks.reduce(buffer)
+            own = ranks.reduce(buffer, state.unit.name)
             if adds:
                 own.add_(_brought(home if home is not None else state.host_gradients, buffer, own))
             if last:
-                ranks.sum_over_replicas(own)
+                ranks.sum_over_replicas(own, state.unit.name)
                 if divided.fields:  # else this rank's part is padding, or counted by another
                     norms = torch._foreach_norm([own[part] for part in divided.fields], dtype=torch.float32)
                     divided.square.copy_(torch.stack(norms).square().sum())

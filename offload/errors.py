@@ -25,5 +25,9 @@ class WeightsError(OffloadError):
     """Files of weights are missing, damaged, or of another model."""
 
 
+class RankLost(OffloadError):  # noqa: N818 - it says what happened
+    """Another rank has ended, or keeps the others waiting: training can not go on."""
+
+
 class DeviceMemoryError(OffloadError, MemoryError):
     """The device ran out of memory in a step. The engine can go on, with less at a time: the step begins anew."""

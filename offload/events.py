@@ -1,24 +1,27 @@
-"""Events: what a run tells the world, as JSON lines in ``RUN/events.jsonl``.
+"""Events: what a run tells the world, as JSON lines in ``RUN/events.jsonl``; further ranks in ``events-RANK.jsonl``.
 
 The run appends and never waits for a reader; dashboards and reports tail the file. Every line has ``event`` (its
 kind) and ``time`` (seconds since the epoch). The kinds, in the order in which they appear:
 
 ``run``         once at the start, and again when a run is resumed:
-                model, device, precision, parameters, pid, first_step, last_step, micro_batch_size,
-                gradient_accumulation_steps, budget_bytes{gpu,host,nvme}, predicted_bytes{gpu,host,nvme},
-                predicted_step_seconds (or null), bottleneck (or null), units[{name, elements, parameters,
-                gradients, optimizer}] in forward order (the last three are tiers)
+                model, device, precision, parameters, pid, host, rank, ranks, session, first_step, last_step,
+                micro_batch_size, gradient_accumulation_steps, budget_bytes{gpu,host,nvme},
+                predicted_bytes{gpu,host,nvme}, predicted_step_seconds (or null), bottleneck (or null),
+                units[{name, elements, parameters, gradients, optimizer}] in forward order (the last three are
+                tiers)
 ``now``         at most ten times a second: step, phase (forward, backward, update), unit (the one that computes, or
                 null), in_flight[{unit, link}] where link is host_to_device, device_to_host, nvme_read or nvme_write
 ``step``        after every optimizer step: step (from 1), loss, gradient_norm (or null), nonfinite_steps (of
                 this run so far, with NaN or infinite gradients), skipped_steps (those of them that fp16's loss
                 scale skipped), learning_rate, seconds, tokens,
                 memory_bytes{gpu,host,nvme} held now, peak_bytes{gpu,host,nvme} so far,
-                traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step
+                traffic_bytes{host_to_device, device_to_host, nvme_read, nvme_write} of this step, and of several
+                ranks waited_seconds
+``waiting``     of several ranks, once a second while this one waits: step, inside (a collective), seconds
 ``checkpoint``  step, path, seconds, bytes
 ``note``        message: something a person should know
 ``warning``     step, message: something went wrong, and training goes on
-``end``         reason (finished, interrupted, failed), step, message
+``end``         reason (finished, interrupted, failed), step, message, and of several ranks the rank to blame
 """
 
 import json

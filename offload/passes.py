@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from offload import watchdog
 from offload.block_inputs import BlockInputs, WaitingInput
 from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
@@ -64,6 +65,7 @@ class Passes:
     def forward(self, step: int) -> Iterator[None]:
         """A forward pass of this step."""
         self._step = step
+        watchdog.in_step(step)
         with self._in_phase("forward"):
             self._begin_forward()
             yield

@@ -4,7 +4,7 @@
 Ranks must call collectives of one group in one order. There are four groups of the same ranks, each used by one thread
 alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
-so they overlap with computing.
+so they overlap with computing. The watchdog is told of each one: [Note: who is to blame] in ``offload/watchdog.py``.
 
 [Note: a bucket is a unit]
 What is gathered or reduced at a time is one unit, whatever a plan's ``Buckets`` say to other engines. Joining several
@@ -20,11 +20,11 @@ the same copies of the others. The square of the norm is summed over them, with 
 
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from offload import watchdog
 from offload.axes import Axes
 from offload.dtensors import Share
 from offload.plan import Plan
@@ -34,8 +34,6 @@ from offload.shards import Shards
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-TIMEOUT = timedelta(minutes=10)
-"""After which a rank that waits for another gives up."""
 ALIKE, NOTHING = 0.05, 1e-6
 """Of a gradient's norm, and beside it, how far two processes may be apart that computed the same: kernels add in any
 order, and some gradients are rounding noise alone."""
@@ -55,6 +53,8 @@ class Ranks:
         self._axes, self._groups = axes, list[dist.ProcessGroup]()
         self.world, self.rank = plan.gpus, axes.data_position
         self.shards = Shards.of(plan)
+        self._begun = watchdog.current() is None
+        self._dog = watchdog.current() or watchdog.begin()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
         group, data, tensor = self.shards.group, axes.data, axes.tensor
@@ -62,13 +62,15 @@ class Ranks:
         backend = "nccl" if device.type == "cuda" else "gloo"
         sharing = [line[first : first + group] for line in data for first in range(0, self.world, group)]
         replicas = [line[position::group] for line in data for position in range(group)]
-        self._gathering, self._reducing = (self._own(sharing, backend) for _ in range(2))
-        self._replicas = self._own(replicas, backend) if group < self.world else None
-        self._agreeing = self._own(data, "gloo")
-        self._sharing_on_host = self._own(sharing, "gloo")
-        self._saving = self._own([tuple(range(len(axes.places)))], "gloo")
-        self._norms = self._own(tensor, backend) if len(data) > 1 else None
-        self._tensor = self._own(tensor, "gloo") if len(data) > 1 else None
+        everybody = [tuple(range(len(axes.places)))]
+        with self._dog.inside("start", "making the groups"):
+            self._gathering, self._reducing = (self._own(sharing, backend, kind) for kind in ("gather", "reduce"))
+            self._replicas = self._own(replicas, backend, "reduce") if group < self.world else None
+            self._agreeing = self._own(data, "gloo", "start")
+            self._sharing_on_host = self._own(sharing, "gloo", "start")
+            self._saving = self._own(everybody, "gloo", "checkpoint")
+            self._norms = self._own(tensor, backend, "reduce") if len(data) > 1 else None
+            self._tensor = self._own(tensor, "gloo", "start") if len(data) > 1 else None
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device, axes: Axes | None) -> "Ranks | None":
@@ -77,22 +79,26 @@ class Ranks:
 
     def close(self) -> None:
         """Give the groups back."""
+        if self._begun:
+            watchdog.end()
         for group in self._groups:
             dist.destroy_process_group(group)
 
-    def _own(self, sets: Sequence[Sequence[int]], backend: str) -> dist.ProcessGroup:
+    def _own(self, sets: Sequence[Sequence[int]], backend: str, kind: str) -> dist.ProcessGroup:
         """The group of the set that this rank is in; every rank makes all of them."""
-        groups = [dist.new_group(list(ranks), timeout=TIMEOUT, backend=backend) for ranks in sets]
+        timeout = self._dog.backstop(kind)
+        groups = [dist.new_group(list(ranks), timeout=timeout, backend=backend) for ranks in sets]
         own = next(g for ranks, g in zip(sets, groups, strict=True) if self._axes.rank in ranks)
         self._groups.append(own)
         return own
 
     # Gathers: by the lane that does nothing else
 
-    def gather(self, whole: torch.Tensor) -> None:
+    def gather(self, whole: torch.Tensor, unit: str) -> None:
         """Bring together what every rank has at its own place in ``whole``."""
         if len(whole):
-            _gather(whole, self.own(whole), group=self._gathering)
+            with self._dog.inside("gather", "gather", unit):
+                _gather(whole, self.own(whole), group=self._gathering)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's place in what is divided evenly."""
@@ -101,26 +107,30 @@ class Ranks:
 
     # Reductions: by the lane that does nothing else
 
-    def reduce(self, gradients: torch.Tensor) -> torch.Tensor:
+    def reduce(self, gradients: torch.Tensor, unit: str) -> torch.Tensor:
         """Sum gradients over the ranks that share a copy, in place; returns what this rank has of the sum."""
-        if self.shards.zero_stage == 0:
-            dist.all_reduce(gradients, group=self._reducing)
-            return gradients
-        own = self.own(gradients)
-        _reduce_scatter(own, gradients, group=self._reducing)
-        return own
+        with self._dog.inside("reduce", "reduce", unit):
+            if self.shards.zero_stage == 0:
+                dist.all_reduce(gradients, group=self._reducing)
+                return gradients
+            own = self.own(gradients)
+            _reduce_scatter(own, gradients, group=self._reducing)
+            return own
 
-    def sum_over_replicas(self, own: torch.Tensor) -> None:
+    def sum_over_replicas(self, own: torch.Tensor, unit: str) -> None:
         """Sum what this rank has over the others that have the same, in place."""
         if self._replicas is not None:
-            dist.all_reduce(own, group=self._replicas)
+            with self._dog.inside("reduce", "sum over replicas", unit):
+                dist.all_reduce(own, group=self._replicas)
 
     def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
         """The sum of a scalar over the parts of one copy. [Note: the norm over a tensor axis]"""
         if self.shards.zero_stage >= 1:
-            dist.all_reduce(square_norm, group=self._reducing)
+            with self._dog.inside("reduce", "norm of the gradients"):
+                dist.all_reduce(square_norm, group=self._reducing)
         if self._norms is not None:
-            dist.all_reduce(square_norm, group=self._norms)
+            with self._dog.inside("reduce", "norm over the tensor axis"):
+                dist.all_reduce(square_norm, group=self._norms)
         return square_norm
 
     # Agreement: by the main thread
@@ -129,20 +139,23 @@ class Ranks:
         """For each flag, whether it is set on any rank."""
         told = torch.tensor(flags, dtype=torch.uint8)
         if len(told):
-            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
+            with self._dog.inside("agreement", "agreement on the gradients"):
+                dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
         return [bool(flag) for flag in told.tolist()]
 
     def from_first(self, tensor: torch.Tensor) -> None:
         """Have what the first rank has."""
         here = tensor.cpu()
-        dist.broadcast(here, group=self._agreeing, group_src=0)
+        with self._dog.inside("start", "first values"):
+            dist.broadcast(here, group=self._agreeing, group_src=0)
         if here is not tensor:
             tensor.copy_(here)
 
     def gather_on_host(self, whole: torch.Tensor) -> None:
         """``gather`` in host memory."""
         if len(whole):
-            _gather(whole, self.own(whole), group=self._sharing_on_host)
+            with self._dog.inside("start", "gather on the host"):
+                _gather(whole, self.own(whole), group=self._sharing_on_host)
 
     # The tensor axis: by whoever has the model compute, or reads it whole
 
@@ -167,13 +180,15 @@ class Ranks:
             return True
         here = copy.detach().float().cpu().contiguous()
         first = here.clone()
-        dist.broadcast(first, group=self._tensor, group_src=0)
+        with self._dog.inside("tensor axis", "comparison over the tensor axis"):
+            dist.broadcast(first, group=self._tensor, group_src=0)
         same = torch.equal(here.view(torch.int32), first.view(torch.int32))
         if roughly and not same:
             size = first.norm()  # in fp16 the first ones may overflow, on all
             same = not size.isfinite() or bool((here - first).norm() <= ALIKE * size + NOTHING)
         differs = torch.tensor(not same, dtype=torch.uint8)
-        dist.all_reduce(differs, dist.ReduceOp.MAX, group=self._tensor)
+        with self._dog.inside("tensor axis", "comparison over the tensor axis"):
+            dist.all_reduce(differs, dist.ReduceOp.MAX, group=self._tensor)
         return not differs
 
     def joined(self, share: Share | None, part: torch.Tensor) -> torch.Tensor:
@@ -183,7 +198,8 @@ class Ranks:
         most = part.new_zeros(share.at(0).shape)  # the first part is the largest
         most.narrow(share.dim, 0, part.shape[share.dim]).copy_(part)
         found = [torch.empty_like(most) for _ in range(share.parts)]
-        dist.all_gather(found, most, group=self._tensor)
+        with self._dog.inside("tensor axis", "whole tensors over the tensor axis"):
+            dist.all_gather(found, most, group=self._tensor)
         parts = zip(found, share.sizes, strict=True)
         return torch.cat([tensor.narrow(share.dim, 0, size) for tensor, size in parts], share.dim)
 
@@ -203,5 +219,6 @@ class Ranks:
         """What every process says, by its number; all say equally many."""
         here = torch.tensor(numbers, dtype=torch.int64)
         said = [torch.empty_like(here) for _ in self.places]
-        dist.all_gather(said, here, group=self._saving)
+        with self._dog.inside("checkpoint", "checkpoint"):
+            dist.all_gather(said, here, group=self._saving)
         return [numbers.tolist() for numbers in said]

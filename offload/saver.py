@@ -4,6 +4,7 @@ The order is kept by promises: copying begins when the last update has reached i
 waits for ``copied``. [Note: what a checkpoint costs] in ``offload/snapshot.py``.
 """
 
+import os
 import queue
 import shutil
 import time
@@ -271,11 +272,13 @@ def _in_step(ranks: Ranks | None, work: Callable[[], tuple[int, int]]) -> list[l
         said = work()
     except BaseException as error:  # noqa: BLE001 - raised below, when the others know
         failed = error
+        said = getattr(error, "errno", None) or 0, 0
     told = ranks.tell_all([failed is None, *said]) if ranks is not None else [[failed is None, *said]]
     if failed is not None:
         raise failed
-    if others := [rank for rank, (fine, *_) in enumerate(told) if not fine]:
-        raise CheckpointError(f"rank {others[0]} could not write its part and says why")
+    if others := [(rank, number) for rank, (fine, number, _) in enumerate(told) if not fine]:
+        rank, number = others[0]
+        raise CheckpointError(f"rank {rank} could not write its part" + (f": {os.strerror(number)}" if number else ""))
     return [numbers for _, *numbers in told]
 
 

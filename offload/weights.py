@@ -341,7 +341,7 @@ class WeightMover:
 
         def gather() -> None:
             for part in whole:
-                ranks.gather(part)
+                ranks.gather(part, state.unit.name)
 
         return gathers.submit(gather, after=[after])
 

@@ -137,6 +137,32 @@ def make_events(done: int = 128, steps: int = 400, end: str | None = None) -> li
     return [*events, {"event": "end", "time": time, "reason": end, "step": done, "message": ""}]
 
 
+def rank_events(rank: int, ranks: int, late: int, done: int = 40) -> list[dict[str, Any]]:
+    """What one of several ranks tells, of whom ``late`` keeps the others waiting, now too."""
+    events = []
+    for event in make_events(done):
+        kind, changed = event["event"], dict(event)
+        if kind == "run":
+            changed |= {"rank": rank, "ranks": ranks, "host": f"node{rank // 2}", "session": "now"}
+        if kind == "step":
+            changed["waited_seconds"] = 0.002 + 0.0007 * rank if rank == late else 0.118 + 0.003 * rank
+            changed["memory_bytes"] = {t: size * (1 + rank / 50) for t, size in event["memory_bytes"].items()}
+        if kind != "checkpoint":
+            events.append(changed)
+    if rank != late:
+        last = events[-1]
+        waiting = {"event": "waiting", "inside": "gather of blocks.4 of step 41", "step": done + 1, "seconds": 3.0}
+        events.append({**waiting, "time": last["time"] + 3})
+    return events
+
+
+def write_ranks(run_dir: Path, each: list[list[dict[str, Any]]]) -> None:
+    """Write the plan and the events of all ranks into a directory that exists."""
+    write_run(run_dir, each[0])
+    for rank, events in enumerate(each[1:], 1):
+        (run_dir / f"events-{rank}.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
 def write_run(run_dir: Path, events: list[dict[str, Any]]) -> None:
     """Write the plan and the events of a run into a directory that exists."""
     make_plan().save(run_dir / "plan.json")

@@ -1,6 +1,7 @@
 """Ranks save together, each its own part; what they saved goes on over other ranks, stages and placements."""
 
 import errno
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from offload import checkpoint
 from offload.checkpoint import checked, found
 from offload.engine import Engine
-from offload.errors import CheckpointError
 from offload.plan import Buckets, Plan, Precision
 from tests.models import FrozenGPT
 from tests.plans import EVERY_TIER, RESIDENT, G, H, plan_for
@@ -108,31 +109,48 @@ def test_what_two_ranks_saved_goes_on_over_any_ranks_stages_and_placements(tmp_p
             assert losses == pytest.approx(expected, rel=2e-2)
 
 
-def fail_on_one(rank: int, world: int, directory: str) -> list[str]:
-    model, said = FrozenGPT(), []
-    real = os.posix_fallocate
+DISKS_THAT_ARE_FULL = [(1, "posix_fallocate"), (0, "posix_fallocate"), (1, "fsync"), (0, "mkdir"), (0, "manifest")]
+"""The rank, and the call of it that finds no room; the last two are the first rank's alone."""
 
-    def full(*_: object) -> None:
+
+def fail_on_one(rank: int, world: int, directory: str) -> list[tuple[str, list[str]]]:
+    """What each rank is told of each checkpoint, and the checkpoints that are there then."""
+
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def no_manifest(path: Path, data: bytes) -> dict[str, int]:
+        return full() if path.name == checkpoint.MANIFEST else write_durably(path, data)  # type: ignore[return-value]
+
+    write_durably, said, model = checkpoint.write_durably, [], FrozenGPT()
+    places = {"mkdir": (Path, "mkdir"), "manifest": (checkpoint, "write_durably")}
     with engine_for(model, plan_of(model, "stage 3, every tier", world, directory)) as engine:
-        for times in range(3):
-            steps(engine, rank, world, 1)
-            os.posix_fallocate = full if times == 1 and rank == 1 else real
-            try:
-                engine.save_checkpoint(f"{directory}/c").wait()
-                said.append("")
-            except CheckpointError as error:
-                said.append(str(error))
+        for failing, call in [(-1, ""), *DISKS_THAT_ARE_FULL, (-1, "")]:
+            losses = steps(engine, rank, world, 1) if engine.global_step < 5 else []
+            assert all(map(math.isfinite, losses))
+            place, name = places.get(call, (os, call))
+            with pytest.MonkeyPatch.context() as patched:
+                if failing == rank:
+                    patched.setattr(place, name, no_manifest if call == "manifest" else full)
+                saving = engine.save_checkpoint(f"{directory}/c", f"t{len(said)}")
+                saving.settle()
+                said.append((str(saving.error or ""), list(found(Path(directory, "c")))))
     return said
 
 
-def test_where_one_rank_can_not_write_none_has_a_checkpoint_and_all_go_on(tmp_path: Path) -> None:
-    first, second = on_ranks(2, fail_on_one, str(tmp_path))
-    assert "rank 1 could not write its part" in first[1]
-    assert "No space left on device" in second[1]
-    assert [first[0], first[2], second[0], second[2]] == [""] * 4
-    assert list(found(tmp_path / "c")) == ["step-3", "step-1"]
+def test_where_the_disk_of_one_rank_is_full_none_has_a_checkpoint_and_all_go_on(tmp_path: Path) -> None:
+    both = on_ranks(2, fail_on_one, str(tmp_path))
+    for number, (failing, _) in enumerate(DISKS_THAT_ARE_FULL, 1):
+        for rank, told in enumerate(both):
+            error, there = told[number]
+            who = "" if rank == failing else f"rank {failing} could not write its part: "
+            assert f"was not saved: {who}No space left on device; what was there" in error, (number, rank)
+            assert there == ["t0"], "what was there before, and nothing else"
+    for told in both:
+        assert told[0][0] == told[-1][0] == ""
+    assert list(found(tmp_path / "c")) == ["t6", "t0"]
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"t6", "t0", "latest"}
+    checked(tmp_path / "c" / "t0")
 
 
 def test_replicas_save_one_copy(tmp_path: Path) -> None:

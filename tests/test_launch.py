@@ -3,7 +3,8 @@
 import pytest
 
 from memplan.errors import LaunchError
-from memplan.launch import Place, torchrun_command
+from memplan.launch import Place
+from memplan.processes import without_options
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 SLURM = {
@@ -50,9 +51,11 @@ def test_an_environment_that_can_not_be_is_refused(change: dict[str, str], sente
         Place.here({**TORCHRUN, **change})
 
 
-def test_the_short_form_is_torchrun() -> None:
-    command = torchrun_command(2, ["train", "model.py", "--steps", "3"])
-    assert command[1:] == [
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-        *("-m", "memplan", "train", "model.py", "--steps", "3"),
-    ]
+def test_processes_get_the_command_line_without_what_started_them() -> None:
+    words = ["train", "net.py", "--nproc", "2", "--steps=3", "--max-restarts=1", "--out", "run", "--nproc=4"]
+    assert without_options(words, "--nproc", "--max-restarts") == ["train", "net.py", "--steps=3", "--out", "run"]
+
+
+def test_how_often_torchrun_has_started_a_process_is_read() -> None:
+    again = Place.here({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"})
+    assert (again.restarts, again.max_restarts) == (2, 3)

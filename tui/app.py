@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,9 +16,10 @@ from textual.widgets import Static
 from tui import draw
 from tui.errors import RunError
 from tui.format import clock_text
-from tui.source import EVENTS, Tail
+from tui.ranks import rank_rows
+from tui.source import EVENTS, RankTails
 from tui.view import RunView, fold
-from tui.widgets import Loss, Panel, Title, Units
+from tui.widgets import Loss, Panel, Ranks, Title, Units
 
 INTERRUPTED = 130
 READ_SECONDS = 0.2
@@ -66,21 +67,22 @@ class Dashboard(App[int]):
     ]
 
     class Snapshot(Message):
-        """The run as it is now."""
+        """The run as it is now, as the first rank tells it, and all ranks."""
 
-        def __init__(self, view: RunView) -> None:
+        def __init__(self, views: Mapping[int, RunView]) -> None:
             super().__init__()
-            self.view = view
+            self.view, self.views = views.get(0, RunView()), dict(views)
 
     def __init__(self, run_dir: Path, *, leave_at_end: bool = False, clock: Callable[[], float] = time.time) -> None:
         super().__init__()
         self.register_theme(THEME)
         self.theme = THEME.name
-        self._events = run_dir / EVENTS
+        self._run_dir = run_dir
         self._leave_at_end = leave_at_end
         self._clock = clock
         self._left = threading.Event()
         self.view = RunView()
+        self._views: dict[int, RunView] = {}
         self.failure: RunError | None = None
         """Why the events could not be read on."""
 
@@ -99,6 +101,7 @@ class Dashboard(App[int]):
                 with Vertical(id="right"):
                     yield Loss()
                     yield Panel(lambda v, w, _: draw.speed(v, w), heading="speed", id="speed")
+            yield Ranks()
             yield Units()
             yield Panel(lambda v, w, h: draw.notes(v.notes, w, h), lambda v: v.notes, "notes", id="notes")
         yield Panel(lambda v, _w, _h: draw.ending(v.end, self._leave_at_end), lambda v: v.end, id="ending")
@@ -115,24 +118,25 @@ class Dashboard(App[int]):
         self._left.set()
 
     def _follow(self) -> None:
-        tail, view, shown = Tail(self._events), RunView(), None
+        tails, views = RankTails(self._run_dir), {0: RunView()}
+        shown: dict[int, RunView] = {}
         while not self._left.is_set():
             try:
-                for event in tail.poll():
-                    view = fold(view, event)
+                for rank, event in tails.poll():
+                    views[rank] = fold(views.get(rank, RunView()), event)
             except OSError as error:
-                self.failure = RunError(f"{self._events} can not be read: {error.strerror}")
+                self.failure = RunError(f"{self._run_dir / EVENTS} can not be read: {error.strerror}")
                 self.call_from_thread(self.exit, 1)
                 return
-            if view is not shown:
-                self.post_message(self.Snapshot(view))
-                shown = view
+            if any(view is not shown.get(rank) for rank, view in views.items()):
+                self.post_message(self.Snapshot(views))
+                shown = dict(views)
             self._left.wait(READ_SECONDS)
 
     def on_dashboard_snapshot(self, message: Snapshot) -> None:
         """Hand the view to every panel."""
         ended = self.view.end is None and message.view.end is not None
-        self.view = message.view
+        self.view, self._views = message.view, message.views
         for panel in self.query(Panel):
             panel.show(self.view)
         self.query_one("#ending").display = self.view.end is not None
@@ -142,7 +146,9 @@ class Dashboard(App[int]):
             self.set_timer(LEAVE_SECONDS, self.action_leave)
 
     def _tell_state(self) -> None:
-        self.query_one(Title).tell(_state(self.view, self._clock()))
+        clock = self._clock()
+        self.query_one(Title).tell(_state(self.view, clock))
+        self.query_one(Ranks).show(rank_rows(self._views, clock))
 
     def action_leave(self) -> None:
         """Leave the dashboard; the run goes on."""

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 EVENTS = "events.jsonl"
+"""Of the first rank; the others' are beside it."""
+RANK_EVENTS = re.compile(r"events-(\d+)\.jsonl")
 PLAN = "plan.json"
 
 
@@ -40,6 +43,27 @@ class Tail:
                 event = _parsed(line)
                 if event is not None:
                     yield event
+
+
+class RankTails:
+    """The same of all ranks of a run; files may come later, and what is not the first rank's may be unreadable."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._tails: dict[int, Tail] = {0: Tail(run_dir / EVENTS)}
+
+    def poll(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (rank, event) of what is new, rank by rank. Raises OSError where the first rank's can not be read."""
+        for path in self._run_dir.glob("events-*.jsonl"):
+            if found := RANK_EVENTS.fullmatch(path.name):
+                self._tails.setdefault(int(found[1]), Tail(path))
+        for rank, tail in sorted(self._tails.items()):
+            try:
+                for event in tail.poll():
+                    yield rank, event
+            except OSError:
+                if rank == 0:
+                    raise
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

@@ -51,6 +51,11 @@ class RunInfo:
     predicted_step_seconds: float | None
     bottleneck: str | None
     units: tuple[UnitInfo, ...]
+    ranks: int = 1
+    """Processes that train together."""
+    host: str = ""
+    session: str = ""
+    """Equal in what processes that were started together tell."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class StepRecord:
     memory_bytes: dict[str, float]
     peak_bytes: dict[str, float]
     traffic_bytes: dict[str, float]
+    waited_seconds: float | None = None
+    """Of several ranks: in which this one was inside of collectives."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -112,6 +119,8 @@ class End:
     reason: str
     step: int | None
     message: str
+    rank: int | None = None
+    """The one to blame, of several and where it is known."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,8 @@ class RunView:
     latest: float | None = None
     """Time of the latest event."""
     now: Now = Now(0)
+    waiting: str = ""
+    """The collective that the run has been in for a while now; empty where it computes."""
     steps: tuple[StepRecord, ...] = ()
     """The last HISTORY steps, oldest first."""
     losses: Curve = field(default_factory=Curve)
@@ -202,6 +213,7 @@ def step_record(event: Event) -> StepRecord | None:
         _numbers(event, "memory_bytes", TIERS),
         _numbers(event, "peak_bytes", TIERS),
         _numbers(event, "traffic_bytes", LINKS),
+        _number(event, "waited_seconds"),
     )
 
 
@@ -222,10 +234,14 @@ def _on_run(view: RunView, event: Event) -> RunView:
         _number(event, "predicted_step_seconds"),
         _text(event, "bottleneck") or None,
         tuple(_unit(u) for u in _items(event, "units")),
+        max(_whole(event, "ranks") or 1, 1),
+        _text(event, "host"),
+        _text(event, "session"),
     )
     steps = tuple(s for s in view.steps if s.step < run.first_step)
     time = _number(event, "time")
-    return RunView(run, time, time, Now(run.first_step - 1), steps, view.losses.before(run.first_step), view.notes)
+    losses = view.losses.before(run.first_step)
+    return RunView(run, time, time, Now(run.first_step - 1), steps=steps, losses=losses, notes=view.notes)
 
 
 def _on_now(view: RunView, event: Event) -> RunView:
@@ -234,7 +250,12 @@ def _on_now(view: RunView, event: Event) -> RunView:
     )
     unit = event.get("unit")
     step = _whole(event, "step") or view.now.step
-    return replace(view, now=Now(step, _text(event, "phase"), unit if isinstance(unit, str) else None, flights))
+    now = Now(step, _text(event, "phase"), unit if isinstance(unit, str) else None, flights)
+    return replace(view, now=now, waiting="")
+
+
+def _on_waiting(view: RunView, event: Event) -> RunView:
+    return replace(view, waiting=_text(event, "inside"))
 
 
 def _on_step(view: RunView, event: Event) -> RunView:
@@ -246,7 +267,7 @@ def _on_step(view: RunView, event: Event) -> RunView:
         steps, losses = tuple(s for s in steps if s.step < record.step), losses.before(record.step)
     if record.loss is not None:
         losses = losses.add(record.step, record.loss)
-    return replace(view, steps=(*steps, record)[-HISTORY:], losses=losses)
+    return replace(view, steps=(*steps, record)[-HISTORY:], losses=losses, waiting="")
 
 
 def _on_checkpoint(view: RunView, event: Event) -> RunView:
@@ -265,8 +286,8 @@ def _on_warning(view: RunView, event: Event) -> RunView:
 
 
 def _on_end(view: RunView, event: Event) -> RunView:
-    end = End(_text(event, "reason") or "ended", _whole(event, "step"), _text(event, "message"))
-    return replace(view, end=end, now=Now(view.now.step))
+    end = End(_text(event, "reason") or "ended", _whole(event, "step"), _text(event, "message"), _whole(event, "rank"))
+    return replace(view, end=end, now=Now(view.now.step), waiting="")
 
 
 def _noted(view: RunView, event: Event, message: str) -> RunView:
@@ -278,6 +299,7 @@ def _noted(view: RunView, event: Event, message: str) -> RunView:
 _HANDLERS: dict[str, Callable[[RunView, Event], RunView]] = {
     "run": _on_run,
     "now": _on_now,
+    "waiting": _on_waiting,
     "step": _on_step,
     "checkpoint": _on_checkpoint,
     "note": _on_note,

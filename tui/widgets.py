@@ -7,8 +7,9 @@ from textual.content import Content
 from textual.geometry import Size
 from textual.widget import Widget
 
-from tui import draw
+from tui import draw, ranks
 from tui.format import number_text
+from tui.ranks import RankRow
 from tui.strip import legend, strip, strip_height
 from tui.view import RunView
 
@@ -70,6 +71,33 @@ class Loss(Panel):
         latest = f"now {number_text(view.steps[-1].loss)}" if view.steps else ""
         if latest != self._latest:
             self._latest = self.border_subtitle = latest
+
+
+class Ranks(Widget):
+    """A line a rank, where there are several."""
+
+    def __init__(self) -> None:
+        super().__init__(id="ranks")
+        self.border_title = "ranks"
+        self.display = False
+        self._rows: tuple[RankRow, ...] = ()
+
+    def show(self, rows: tuple[RankRow, ...]) -> None:
+        """Take them over."""
+        if rows == self._rows:
+            return
+        resized = ranks.height(rows) != ranks.height(self._rows)
+        self._rows, self.display = rows, bool(rows)
+        self.border_subtitle = ranks.verdict(rows)
+        self.refresh(layout=resized)
+
+    def render(self) -> Content:
+        """The picture at the size that there is."""
+        return ranks.table(self._rows, self.content_size.width)
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:  # noqa: ARG002 - Textual's call
+        """Rows that the ranks need."""
+        return ranks.height(self._rows)
 
 
 class Units(Panel):

@@ -1,0 +1,96 @@
+"""Who is to blame, from where the ranks stand; and how processes meet in a store that others used before."""
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from memplan.errors import LaunchError
+from memplan.launch import Place, met
+from offload.standing import Entered, Standing, blame
+from offload.watchdog import Watchdog
+
+
+def standing(rank: int = 0, **changes: Any) -> Standing:
+    return Standing(**{"host": f"node{rank // 2}", "machine": f"node{rank // 2}", "pid": rank, **changes})
+
+
+def test_the_one_to_blame_has_entered_fewer_and_does_not_wait() -> None:
+    waits = Entered(40, "gather of h.3 of step 17", 61.0)
+    standings = {
+        0: standing(0, kinds={"gather": waits}),
+        1: standing(1, kinds={"gather": Entered(41, "gather of h.4 of step 17", 60.0)}),
+        2: standing(2, kinds={"gather": Entered(39, "gather of h.2 of step 17")}, doing="net.py:12, in forward"),
+    }
+    found = blame(standings, 60)
+    assert found.rank == 2
+    assert found.sentence == (
+        "rank 2 (node1) has not entered 'gather of h.3 of step 17' for 61 s, where ranks 0, 1 wait; "
+        "it is at net.py:12, in forward"
+    )
+
+
+def test_a_rank_that_waits_for_another_is_not_to_blame() -> None:
+    """Rank 0 waits for rank 1 in a reduction, which waits in a gather for rank 2."""
+    standings = {
+        0: standing(0, kinds={"gather": Entered(9, "g", 70.0), "reduce": Entered(5, "reduce of h.1", 90.0)}),
+        1: standing(1, kinds={"gather": Entered(9, "g", 65.0), "reduce": Entered(4, "reduce of h.2")}),
+        2: standing(2, kinds={"gather": Entered(8, "f"), "reduce": Entered(4, "reduce of h.2")}),
+    }
+    assert blame(standings, 60).rank == 2
+
+
+def test_a_rank_that_has_ended_well_too_early_is_named() -> None:
+    standings = {
+        0: standing(0, kinds={"loss": Entered(3, "mean of the loss of step 3", 61.0)}),
+        1: standing(1, kinds={"loss": Entered(2, "mean of the loss of step 2")}, left=True),
+    }
+    assert "rank 1 (node0) has ended its training, and rank 0 waits for it" in blame(standings, 60).sentence
+
+
+def test_where_all_are_in_the_same_collective_none_is_to_blame() -> None:
+    both = {"reduce": Entered(3, "reduce of the root unit of step 1", 61.0)}
+    found = blame({0: standing(0, kinds=both), 1: standing(1, kinds=both)}, 60)
+    assert found.rank is None
+    assert "all ranks wait in 'reduce of the root unit of step 1' for 60 s" in found.sentence
+
+
+def test_what_a_rank_writes_is_what_others_read() -> None:
+    store = dist.HashStore()
+    dog = Watchdog(store, 0, 2)
+    with dog.inside("gather", "gather", "h.1"):
+        dog._write()
+    assert dog._standings()[0].kinds["gather"].what == "gather of h.1"
+    assert dog._standings()[0].kinds["gather"].waiting_seconds is not None
+    assert dog.waited_seconds() > 0
+
+
+def meet(store: dist.Store, world: int) -> list[str]:
+    words = [""] * world
+
+    def one(rank: int) -> None:
+        words[rank] = met(store, Place(rank, world))
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return words
+
+
+def test_processes_that_are_started_again_share_a_word_that_those_before_did_not_have() -> None:
+    store = dist.HashStore()
+    dist.Store.set(store, "memplan/asks/1", "of a process that was killed before it had an answer")
+    first, second = meet(store, 3), meet(store, 3)
+    assert len(set(first)) == len(set(second)) == 1
+    assert first[0] != second[0]
+    assert first[0]
+
+
+def test_processes_that_do_not_come_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memplan.launch.JOINING", timedelta(seconds=0.2))
+    with pytest.raises(LaunchError, match=r"of 3 processes these did not come within .*: rank 1, 2"):
+        met(dist.HashStore(), Place(0, 3))
