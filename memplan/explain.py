@@ -52,7 +52,7 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
     if problem.form.moments is not MomentFormat.FP32:
         said.append(
             f"Moments are stored in {problem.form.moments}, as was asked for: training makes other numbers than with "
-            "moments in fp32."
+            "moments in fp32. The seconds of such updates are rough."
         )
     return tuple(said)
 

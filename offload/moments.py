@@ -14,7 +14,7 @@ as loading, rounds to the nearest; what was stored stays as it is then, to the l
 
 Eight bits are those of Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021: a block of elements is
 divided by its largest magnitude, its scale, and each is one of 256 numbers of a map that spreads its precision over
-seven decades (``dynamic_map``). Two things differ. Blocks are small: 64 elements, 1.0625 bytes each, because
+seven decades (``dynamic_sizes``). Two things differ. Blocks are small: 64 elements, 1.0625 bytes each, because
 parameters, shards and chunks begin at multiples of 64 in any case, so a block is the same elements under every plan.
 And the map of second moments has no zero: an element with small gradients in a block with a large one would be
 divided by eps alone in a step that brings it none (the zero-point problem of Li et al., Memory Efficient Optimizers
@@ -23,6 +23,7 @@ with 4-bit States, 2023). A number that is not finite makes its block so.
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F  # noqa: N812
@@ -35,24 +36,21 @@ from offload.state import OptimizerState
 ONCE_ON_DEVICE = DEVICE_ELEMENTS // 4
 """Elements widened at a time on a device: what that takes beside the update is then no more than an update alone."""
 DECADES = 7
-CODES = 127
-"""Numbers of each sign in the map of signed moments."""
+ONE_BITS = 0x3F800000
+"""Of 1 in fp32: bits of numbers between 0 and 1 are in the same order as they."""
 
 
-def dynamic_map(*, signed: bool) -> list[float]:
-    """The numbers between -1 and 1, or above 0, that 8 bits can be, in order: 255 or 256 of them.
+def dynamic_sizes(*, signed: bool) -> list[float]:
+    """The numbers from 0, or above it, to 1 that 8 bits can be, in order: 128 with a sign beside them, or 256 without.
 
-    Decade E is that below 10^-E. Of signed numbers it has 2^(6 - E) values, the midpoints of as many equal parts of
-    the decade; then all that with a minus, and zero. The largest is 1, so that the scale of a block is kept exactly.
-    Squares need no sign: one more bit halves every part and adds an eighth decade; 1 comes on top.
+    Decade E is that below 10^-E. Beside a sign it has 2^(6 - E) values, the midpoints of as many equal parts of the
+    decade; the largest of all is 1, so that the scale of a block is kept exactly, and the smallest is 0. Squares need
+    no sign: one more bit halves every part and adds an eighth decade; 1 comes on top, and there is no 0.
     """
     last = DECADES - 1 if signed else DECADES
     parts = [(e, 2 ** (last - e)) for e in range(last, -1, -1)]
     values = [10.0**-e * (0.1 + 0.9 * (i + 0.5) / n) for e, n in parts for i in range(n)]
-    if not signed:
-        return [*values, 1.0]
-    values[-1] = 1.0
-    return [*(-value for value in reversed(values)), 0.0, *values]
+    return [0.0, *values[:-1], 1.0] if signed else [*values, 1.0]
 
 
 def over_moments(update: UpdateSpan) -> UpdateSpan:
@@ -96,9 +94,8 @@ def widened(state: OptimizerState) -> tuple[torch.Tensor, ...]:
 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The fp32 numbers of a span that begins with a block."""
-    index = codes.to(torch.int32).add_(CODES if codes.dtype == torch.int8 else 0)
-    values = _table(codes.dtype, codes.device)[index]
-    return _blocks(values).mul(scales[:, None]).flatten()[: len(codes)]
+    values = _map(codes.dtype, codes.device).values.index_select(0, codes.to(torch.int32).bitwise_and_(0xFF))
+    return _blocks(values).mul_(scales[:, None]).flatten()[: len(codes)]
 
 
 def _store(state: OptimizerState, i: int, moment: torch.Tensor, draw: torch.Tensor | None = None) -> None:
@@ -116,15 +113,17 @@ def _store(state: OptimizerState, i: int, moment: torch.Tensor, draw: torch.Tens
 
 
 def _quantize(codes: torch.Tensor, scales: torch.Tensor, moment: torch.Tensor, draw: torch.Tensor | None) -> None:
-    blocks, table = _blocks(moment), _table(codes.dtype, codes.device)
-    scales.copy_(blocks.abs().amax(1))
-    ratio = blocks.div(torch.where(scales == 0, 1.0, scales)[:, None]).flatten()[: len(moment)]
-    index = torch.bucketize(ratio, table, out_int32=True, right=True).sub_(1).clamp_(0, len(table) - 2)
-    below, above = table[index], table[index + 1]
-    apart = above - below
+    blocks, known = _blocks(moment), _map(codes.dtype, codes.device)
+    size = blocks.abs()
+    scales.copy_(size.amax(1))
+    ratio = size.div_(torch.where(scales == 0, 1.0, scales)[:, None]).flatten()[: len(moment)]
+    index = known.first.index_select(0, ratio.view(torch.int32).bitwise_right_shift(16).clamp_(0, len(known.first) - 1))
+    index.add_(ratio >= known.sizes.index_select(0, index + 1)).clamp_(max=len(known.sizes) - 2)
+    below, above = known.sizes.index_select(0, index), known.sizes.index_select(0, index + 1)
+    apart = above.sub_(below)
     edge = apart.mul_(0.5) if draw is None else apart.mul_(draw).mul_(2.0**-16)
     index.add_(ratio.sub_(below) > edge)
-    codes.copy_(index.sub_(CODES) if codes.dtype == torch.int8 else index)
+    codes.copy_(index.mul_(moment.sign().to(torch.int32)) if codes.dtype == torch.int8 else index)
 
 
 def _drawn(weight: torch.Tensor, gradient: torch.Tensor, remainder: torch.Tensor | None, seed: int) -> torch.Tensor:
@@ -143,10 +142,25 @@ def _int32(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
+class _Map(NamedTuple):
+    """The map of codes of one type, as it is looked up. A search in it would take ten times as long."""
+
+    values: torch.Tensor
+    """By code, as an unsigned byte."""
+    sizes: torch.Tensor
+    """The numbers that are not negative, in order: a code without its sign counts in them."""
+    first: torch.Tensor
+    """By the upper 16 bits of a ratio: where the largest of ``sizes`` is that is not above all such ratios. The next
+    one may be, but no more than one: sizes are further apart than these bits can tell."""
+
+
 @cache
-def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The map of codes of this type."""
-    return torch.tensor(dynamic_map(signed=dtype == torch.int8), device=device)
+def _map(dtype: torch.dtype, device: torch.device) -> _Map:
+    sizes = torch.tensor(dynamic_sizes(signed=dtype == torch.int8))
+    values = sizes if dtype == torch.uint8 else torch.cat([sizes, sizes[:1], -sizes[1:].flip(0)])
+    ratios = torch.arange(1 + (ONE_BITS >> 16), dtype=torch.int32).bitwise_left_shift_(16).view(torch.float32)
+    first = torch.bucketize(ratios, sizes, out_int32=True, right=True).sub_(1).clamp_(0, len(sizes) - 2)
+    return _Map(values.to(device), sizes.to(device), first.to(device))
 
 
 def _blocks(flat: torch.Tensor) -> torch.Tensor:
