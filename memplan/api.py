@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
 from memplan.audit import audit
+from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
 from memplan.quick_rates import rates_of
 from memplan.rates import Rates
@@ -19,7 +20,7 @@ from memplan.search import precision_of
 from memplan.units import units_of
 from offload.chunked_loss import in_chunks
 from offload.engine import Engine
-from offload.plan import OptimizerKind, Plan, Precision, Target
+from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.device import find_device
 from profiler.errors import ProfilerError
@@ -40,20 +41,31 @@ def plan(
     rates: Rates | None = None,
     target: Target = Target.MEMPLAN,
     optimizer: OptimizerKind | None = None,
+    moments: MomentFormat | str | None = None,
 ) -> Plan:
     """The fastest plan that is sure to fit ``machine``, by default this one.
 
     ``batch_size`` is the samples of one optimizer step, by default those of the profile on every GPU; the precision is
     the profile's. ``rates`` are by default those of the machine's calibration, or measured in about two seconds where
     it is here. ``target`` is the engine that will train, ``optimizer`` what with: by default what the profile was made
-    with, or AdamW. Raises NothingFits, and PlanningError for a precision that the engine does not train in.
+    with, or AdamW. ``moments`` is how its moments are stored: "bf16" and "8bit" take less than "fp32", and change the
+    numbers. Raises NothingFits, and PlanningError for a precision that the engine does not train in.
     """
+    if moments is not None and moments not in {*MomentFormat}:
+        raise PlanningError(f"moments are stored in one of {', '.join(MomentFormat)}, not in {moments!r}")
     machine = machine or detect()
     precision = precision_of(profile)
     size = profile.batch_size * machine.gpus if batch_size is None else batch_size
     rates = rates or rates_of(machine, precision)
     found = search_plan(
-        profile, machine, rates, batch_size=size, precision=precision, target=target, optimizer=optimizer
+        profile,
+        machine,
+        rates,
+        batch_size=size,
+        precision=precision,
+        target=target,
+        optimizer=optimizer,
+        moments=MomentFormat(moments) if moments is not None else None,
     )
     problems = audit(found, units_of(profile))
     assert not problems, problems

@@ -94,14 +94,19 @@ def _differs(tier: str, counted: int, predicted: int) -> list[str]:
     return [f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}"]
 
 
-def _sizes(plan: Plan) -> tuple[int, int]:
-    """Bytes an element of a weight (and a gradient), and of the rest of the optimizer's state."""
+def _sizes(plan: Plan) -> tuple[int, float]:
+    """Bytes an element of a weight (and a gradient), and of the rest of the optimizer's state.
+
+    In 8 bits, 64 moments have a scale of 4 bytes, a sixteenth of a byte each: counts are multiples of 64, so products
+    are whole, and floats hold them exactly.
+    """
     moments = {"adamw": 2, "adam": 2, "lion": 1, "sgd": 0, "sgd-momentum": 1, "adagrad": 1}[plan.optimizer]
     weight, rest = {Precision.BF16: (2, 2), Precision.FP16: (2, 4)}.get(plan.precision, (4, 0))
-    return weight, rest + 4 * moments
+    each = {"fp32": 4, "bf16": 2, "8bit": 1 + 4 / 64}[plan.moments]
+    return weight, rest + each * moments
 
 
-def _pages(size: int) -> int:
+def _pages(size: float) -> int:
     return ceil(size / PAGE) * PAGE
 
 
@@ -110,7 +115,7 @@ def _host_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     total = largest_update = largest_read = 0
     for r in ranks:
         p, chunk = r.placement, min(r.state, plan.buckets.update_elements)
-        extents = []
+        extents: list[float] = []
         if p.parameters is Tier.HOST:
             extents.append(r.weights * weight)
         elif p.parameters is Tier.GPU and p.optimizer in (Tier.HOST, Tier.NVME):
@@ -120,7 +125,7 @@ def _host_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
         if p.optimizer is Tier.HOST:
             extents.append(r.state * rest)
         total += sum(map(_pages, extents))
-        brought = []
+        brought: list[float] = []
         if p.optimizer is not Tier.GPU and p.gradients is Tier.GPU:
             brought.append(chunk * weight)
         if p.optimizer is Tier.NVME:
@@ -150,7 +155,7 @@ def _nvme_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
 def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     """What stays, and the slots through which the others pass."""
     weight, rest = _sizes(plan)
-    elements, ring = 0, plan.buckets.prefetch_units + 1
+    elements, ring = 0.0, plan.buckets.prefetch_units + 1
     for r in ranks:
         elements += weight * r.weights * (r.placement.parameters is Tier.GPU)
         elements += weight * r.gradients * (r.placement.gradients is Tier.GPU)
@@ -162,7 +167,7 @@ def _gpu_state_bytes(plan: Plan, ranks: Sequence[_Rank]) -> int:
     slots += sum(r.whole_weights for r in come if not r.name) + _rings([r.whole_trained for r in go], 2)
     streamed = plan.gpu_update_share > 0 and any(r.placement.optimizer is Tier.HOST for r in ranks)
     ring_of_update = plan.buckets.update_slots * plan.buckets.update_elements * (2 * weight + rest) if streamed else 0
-    return elements + weight * slots + ring_of_update
+    return int(elements + weight * slots + ring_of_update)
 
 
 def _rings(sizes: Sequence[int], places: int) -> int:

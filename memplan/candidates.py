@@ -21,6 +21,7 @@ from memplan.work import StepWork
 from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets
 from offload.residency import state_bytes
+from offload.shards import ALIGN_ELEMENTS
 
 PREFETCH_DEPTHS = (1, 2)
 SMALLEST_UPDATE = 1 << 16
@@ -73,7 +74,8 @@ def rounded(seconds: float | np.ndarray) -> np.ndarray:
 
 def update_sizes(problem: Problem) -> Iterator[int]:
     """Elements of one chunk to try: as many as its share of the host budget allows, then fewer."""
-    chunk_bytes = 3 * (3 * problem.precision.weight_bytes + state_bytes(1, problem.form))
+    state = state_bytes(ALIGN_ELEMENTS, problem.form) / ALIGN_ELEMENTS
+    chunk_bytes = 3 * (3 * problem.precision.weight_bytes + state)
     largest = max((s.elements for s in problem.shapes), default=0)
     size = LARGEST_UPDATE
     while size > SMALLEST_UPDATE and (

@@ -36,6 +36,7 @@ from memplan.options import (
     File,
     GpuMemory,
     HostMemory,
+    MomentsOption,
     OptimizerOption,
     PrecisionOption,
     Seq,
@@ -146,6 +147,7 @@ def train(
     ] = None,
     precision: PrecisionOption = None,
     optimizer: OptimizerOption = None,
+    moments: MomentsOption = None,
     learning_rate: Annotated[float, typer.Option(help="Of the optimizer, constant.")] = 3e-4,
     clip: Annotated[float, typer.Option(help="Largest global norm of the gradients.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the model's initial weights and of dropout.")] = 0,
@@ -191,6 +193,7 @@ def train(
                 "--host-memory": host_memory,
                 "--precision": precision,
                 "--optimizer": optimizer,
+                "--moments": moments,
             }
             # What is started again says what it said at first, when there was no plan.
             if not restarted and (given := [name for name, wish in wishes.items() if wish is not None]):
@@ -207,7 +210,7 @@ def train(
                 remark(machine)
                 console.print(f"profiling {file.name} and planning for this machine ...", highlight=False)
                 size = batch_size or max(DEFAULT_BATCH_SIZE, place.world)
-                found = planned_for(source, machine, size, precision, optimizer=optimizer).plan
+                found = planned_for(source, machine, size, precision, optimizer=optimizer, moments=moments).plan
                 console.print(show.plan_summary(found))
                 told = json.dumps(found.to_dict())
             chosen = Plan.from_dict(json.loads(told_by_first(told)))

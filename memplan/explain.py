@@ -9,7 +9,7 @@ from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
 from memplan.memory import RESIDENT, Counts
 from memplan.problem import Family, Problem, profiled_optimizer
-from offload.plan import Alternative, Prediction, Target, Tier
+from offload.plan import Alternative, MomentFormat, Prediction, Target, Tier
 
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
@@ -50,6 +50,11 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
     trained_with = problem.form.optimizer
     if profiled_optimizer(problem.profile) is not trained_with:
         said.append(f"The profile was made with {problem.profile.optimizer}; the plan trains with {trained_with}.")
+    if problem.form.moments is not MomentFormat.FP32:
+        said.append(
+            f"Moments are stored in {problem.form.moments}, as was asked for: training makes other numbers than with "
+            "moments in fp32. The seconds of such updates are rough."
+        )
     return tuple(said)
 
 

@@ -41,4 +41,5 @@ def family_plan(
         loss_chunks=way.loss_chunks,
         gpu_update_share=gpu_update_share,
         optimizer=problem.form.optimizer,
+        moments=problem.form.moments,
     )

@@ -15,7 +15,7 @@ from memplan.problem import Problem
 from memplan.rates import Rates
 from memplan.search import problem_of
 from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
-from offload.plan import OptimizerKind, Plan, Target
+from offload.plan import MomentFormat, OptimizerKind, Plan, Target
 from profiler.profile import ActivationPoint, ModelProfile
 
 LEAST_SPEEDUP = 1.03
@@ -57,11 +57,13 @@ class _Case:
     batch_size: int
     target: Target
     optimizer: OptimizerKind
+    moments: MomentFormat
 
     @property
     def problem(self) -> Problem:
         """What is to be searched: a new one each time, since what a problem knows depends on all of this."""
-        return problem_of(self.profile, self.machine, self.rates, self.batch_size, None, self.target, self.optimizer)
+        wishes = None, self.target, self.optimizer, self.moments
+        return problem_of(self.profile, self.machine, self.rates, self.batch_size, *wishes)
 
     def on(self, **machine: Any) -> "_Case":
         """The same on a machine that differs in these."""
@@ -81,7 +83,8 @@ def levers(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) ->
     if before is None:
         return ()
     found = []
-    for trials in _kinds(_Case(profile, machine, rates, size, plan.target, plan.optimizer), plan):
+    case = _Case(profile, machine, rates, size, plan.target, plan.optimizer, plan.moments)
+    for trials in _kinds(case, plan):
         sample_seconds = before / size
         for change, case in trials:
             limit = sample_seconds / LEAST_SPEEDUP * case.batch_size

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from offload.plan import OptimizerKind, Precision
+from offload.plan import MomentFormat, OptimizerKind, Precision
 
 DEFAULT_BATCH_SIZE = 8
 TRAINING_FAILED, BAD_INPUT, NOTHING_FITS = 1, 2, 3
@@ -20,6 +20,10 @@ PrecisionOption = Annotated[
 ]
 OptimizerOption = Annotated[
     OptimizerKind | None, typer.Option(help="What trains; if not given, what the profile was made with, or AdamW.")
+]
+MomentsOption = Annotated[
+    MomentFormat | None,
+    typer.Option(help="How the optimizer's moments are stored; bf16 and 8bit take less, and change the numbers."),
 ]
 DESCRIBED = {"rich_help_panel": "The machine, if not this one as it is"}
 MachineName = Annotated[

@@ -27,6 +27,7 @@ from memplan.options import (
     Gpus,
     HostMemory,
     MachineName,
+    MomentsOption,
     Nodes,
     Nvme,
     OptimizerOption,
@@ -40,7 +41,7 @@ from memplan.show_timeline import timeline_view
 from memplan.show_verdict import verdict_tables
 from memplan.timeline_page import write_timeline_page
 from memplan.train import default_precision
-from offload.plan import OptimizerKind, Plan, Precision, Target
+from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
 from profiler.profile import ModelProfile
 from profiler.source import load_source
@@ -78,6 +79,7 @@ def plan(
     ] = None,
     precision: PrecisionOption = None,
     optimizer: OptimizerOption = None,
+    moments: MomentsOption = None,
     given: Annotated[
         Path | None,
         typer.Option("--from", metavar="DS_CONFIG", help="Price a ds_config.json of yours, and say what to change."),
@@ -105,12 +107,14 @@ def plan(
             raise PlanningError("--from reads a configuration of DeepSpeed; leave --engine fsdp2 out")
         if optimizer is not None:
             raise PlanningError("--from reads a configuration that has its optimizer; leave --optimizer out")
+        if moments is not None:
+            raise PlanningError("--from reads a configuration, and DeepSpeed's moments are fp32; leave --moments out")
         verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
         console.print(verdict_tables(given.name, verdict))
         if verdict.better is None:
             raise typer.Exit(NOTHING_FITS)
     else:
-        found = planned_for(source, there, batch_size, precision, engine, rates, optimizer)
+        found = planned_for(source, there, batch_size, precision, engine, rates, optimizer, moments)
         console.print(show.plan_tables(found.plan))
     if explain or html is not None:
         shown = explanation_of(found.profile, found.machine, found.rates, found.plan)
@@ -130,6 +134,7 @@ def planned_for(
     target: Target = Target.MEMPLAN,
     rates: Rates | None = None,
     optimizer: OptimizerKind | None = None,
+    moments: MomentFormat | None = None,
 ) -> Planned:
     """The plan of a model file, or of a profile, for a machine."""
     if precision is not None and precision not in PLANNED:
@@ -146,12 +151,12 @@ def planned_for(
         size = batch_size or source.batch_size * machine.gpus
         check_wishes(machine, size, target)
         rates = rates or rates_of(machine, precision_of(source))
-        return Planned(make_plan(source, machine, size, rates, target, optimizer), source, machine, rates)
+        return Planned(make_plan(source, machine, size, rates, target, optimizer, moments), source, machine, rates)
     precision, size = precision or default_precision(machine.device), batch_size or DEFAULT_BATCH_SIZE
     check_wishes(machine, size, target)
     rates = rates or rates_of(machine, precision)
     profile = profile_for(source, machine, rates, size, precision)
-    return Planned(make_plan(profile, machine, size, rates, target, optimizer), profile, machine, rates)
+    return Planned(make_plan(profile, machine, size, rates, target, optimizer, moments), profile, machine, rates)
 
 
 def rates_in(calibration: Path | None, machine: str | None) -> Rates | None:

@@ -44,7 +44,8 @@ def timeline_of(profile: ModelProfile, machine: Machine, rates: Rates, plan: Pla
     """One step of the plan as events; ``None`` where the CPU computes, since its lanes share the cores."""
     if plan.device == "cpu":
         return None
-    problem = problem_of(profile, machine, rates, batch_size_of(plan), plan.precision, plan.target, plan.optimizer)
+    wishes = plan.precision, plan.target, plan.optimizer, plan.moments
+    problem = problem_of(profile, machine, rates, batch_size_of(plan), *wishes)
     if plan.target is not Target.MEMPLAN:
         return _whole_timeline(problem, plan)
     return timeline(problem.work(family_of(plan), plan.buckets), counts_of(plan))

@@ -15,7 +15,18 @@ from memplan.pipeline import LANES, timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
 from memplan.units import units_of
-from offload.plan import Buckets, Budget, OptimizerKind, Plan, Precision, Prediction, StateFormat, Target, Tier
+from offload.plan import (
+    Buckets,
+    Budget,
+    MomentFormat,
+    OptimizerKind,
+    Plan,
+    Precision,
+    Prediction,
+    StateFormat,
+    Target,
+    Tier,
+)
 from offload.residency import streamed_slot_bytes
 from profiler.profile import ModelProfile
 
@@ -31,14 +42,16 @@ def plan(
     precision: Precision | None = None,
     target: Target = Target.MEMPLAN,
     optimizer: OptimizerKind | None = None,
+    moments: MomentFormat | None = None,
 ) -> Plan:
     """The plan with the highest predicted throughput that is sure to fit, for the engine that will run it.
 
     ``batch_size`` is the samples of one optimizer step over all GPUs. ``precision`` only says what the caller expects
-    the profile to be in. ``optimizer`` is by default the profile's, as far as the engine has it. Raises PlanningError
-    where profile and wishes contradict each other, NothingFits where no candidate fits.
+    the profile to be in. ``optimizer`` is by default the profile's, as far as the engine has it; ``moments`` are kept
+    in fp32 unless another format is wished. Raises PlanningError where profile and wishes contradict each other,
+    NothingFits where no candidate fits.
     """
-    problem = problem_of(profile, machine, rates, batch_size, precision, target, optimizer)
+    problem = problem_of(profile, machine, rates, batch_size, precision, target, optimizer, moments)
     if target is not Target.MEMPLAN:
         return plan_whole(problem, machine)
     found = search(problem)
@@ -136,6 +149,7 @@ def problem_of(
     precision: Precision | None,
     target: Target = Target.MEMPLAN,
     optimizer: OptimizerKind | None = None,
+    moments: MomentFormat | None = None,
 ) -> Problem:
     """What is to be searched; raises PlanningError where profile and wishes contradict each other."""
     profiled = precision_of(profile)
@@ -151,6 +165,7 @@ def problem_of(
     shapes = units_of(profile)
     if not any(s.trainable_elements for s in shapes):
         raise PlanningError(f"{profile.model} has no parameter that is trained")
+    trained_with = optimizer_of(profile, target, optimizer)
     return Problem(
         profile=profile,
         shapes=shapes,
@@ -159,7 +174,7 @@ def problem_of(
         nodes=machine.nodes,
         budget=Budget(machine.gpu_bytes, machine.host_bytes, machine.nvme_bytes),
         rates=rates,
-        form=StateFormat(profiled, optimizer_of(profile, target, optimizer)),
+        form=StateFormat(profiled, trained_with, moments_of(target, trained_with, moments)),
         gpu_batch_size=batch_size // machine.gpus,
         target=target,
     )
@@ -195,6 +210,19 @@ def optimizer_of(profile: ModelProfile, target: Target, wished: OptimizerKind | 
     return wished or profiled_optimizer(profile) or OptimizerKind.ADAMW
 
 
+def moments_of(target: Target, optimizer: OptimizerKind, wished: MomentFormat | None) -> MomentFormat:
+    """How moments are stored: in fp32, unless a person names another format. Raises PlanningError where none can be."""
+    if wished in (None, MomentFormat.FP32):
+        return MomentFormat.FP32
+    if target is not Target.MEMPLAN:
+        raise PlanningError(
+            f"plans for {target} count moments in fp32; leave --moments {wished} out, or plan for memplan's engine"
+        )
+    if not optimizer.moments:
+        raise PlanningError(f"{optimizer} keeps no moments; leave --moments {wished} out")
+    return MomentFormat(wished)
+
+
 def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
     """What is short, and what would do."""
     context = {Tier.GPU: machine.context_bytes}
@@ -221,11 +249,23 @@ def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
         levers += ", recompute"
     return NothingFits(
         f"Nothing fits: the {tiers[0].value} tier is short {format_bytes(short[tiers[0]])} even with {levers} and "
-        f"micro-batch 1; smallest change: {' or '.join(changes)}",
+        f"micro-batch 1; smallest change: {' or '.join(changes)}{_offer(problem)}",
         tiers[0].value,
         short[tiers[0]],
         tuple(changes),
     )
+
+
+def _offer(problem: Problem) -> str:
+    """What would fit with other numbers: that is never chosen, only named."""
+    if not problem.form.optimizer.moments:
+        return ""
+    formats = [*MomentFormat]
+    for moments in formats[formats.index(problem.form.moments) + 1 :]:
+        # What a problem knows depends on its format, so it is made anew.
+        if feasible(replace(problem, form=replace(problem.form, moments=moments))):
+            return f"; it would fit with --moments {moments}, which changes the numbers that training makes"
+    return ""
 
 
 def smallest_budget(problem: Problem, tier: Tier, reserve: int = 0) -> int | None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
 from memplan.pipeline import Span, Timeline
-from offload.plan import Plan
+from offload.plan import MomentFormat, Plan
 
 COLOURS = {
     "forward": "#4a7fc9",
@@ -59,7 +59,8 @@ def training_words(plan: Plan) -> str:
     """Precision, optimizer, stage, batch and recompute of a plan."""
     batch = f"micro-batch {plan.micro_batch_size} x {plan.gradient_accumulation_steps} accumulated"
     recompute = f"recompute {len(plan.recompute)} blocks" if plan.recompute else "no recompute"
-    return f"{plan.precision}, {plan.optimizer}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
+    moments = f" with moments in {plan.moments}" if plan.moments is not MomentFormat.FP32 else ""
+    return f"{plan.precision}, {plan.optimizer}{moments}, ZeRO stage {plan.zero_stage}, {batch}, {recompute}"
 
 
 def lane_name(lane: str) -> str:

@@ -2,18 +2,21 @@
 
 On a CUDA machine both are one pass over memory where they can be made, equal to each other to the last bit. A way that
 fails here, or disagrees with torch's own operations, is not used. Where the CPU is the compute device, torch's own
-operations make the update, so that a step is that of ``torch.optim``.
+operations make the update, so that a step is that of ``torch.optim``. All of them know fp32 moments only: others are
+widened for them (``moments``).
 """
 
 import importlib.util
+from dataclasses import replace
 from functools import cache
 
 import torch
 
 from offload.masters import over_masters
+from offload.moments import over_moments
 from offload.native import native_update
 from offload.optimizer import UpdateSpan, update_in_torch
-from offload.plan import OptimizerKind, StateFormat
+from offload.plan import MomentFormat, OptimizerKind, StateFormat
 from offload.residency import state_bytes
 from offload.rules import AdagradStep, AdamStep, AdamWStep, LionStep, MomentumStep, SgdStep, UpdateStep
 from offload.state import OptimizerState, carve_state, weight_dtype
@@ -34,12 +37,17 @@ HOWS: dict[OptimizerKind, UpdateStep] = {
 def host_update(device: torch.device, form: StateFormat) -> UpdateSpan:
     """For spans in host memory, beside this compute device; of masters where the weights are fp16 (``masters``)."""
     native = native_update() if device.type == "cuda" else None
-    return native if native is not None and agrees(native, torch.device("cpu"), form) else update_in_torch
+    wide = replace(form, moments=MomentFormat.FP32)
+    update = native if native is not None and agrees(native, torch.device("cpu"), wide) else update_in_torch
+    return update if form == wide else over_moments(update)
 
 
 @cache
 def device_update(device: torch.device, form: StateFormat) -> UpdateSpan:
     """For spans in the device's memory; of masters where the weights are fp16 (``masters``)."""
+    wide = replace(form, moments=MomentFormat.FP32)
+    if form != wide:
+        return over_moments(device_update(device, wide))
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from offload.device_update import update_on_device
 

@@ -7,6 +7,7 @@ import torch
 
 from offload.arena import page_aligned
 from offload.dtensors import local_of
+from offload.moments import move
 from offload.optimizer import join_master, split_master_
 from offload.plan import OptimizerKind, Precision, StateFormat
 from offload.residency import chunks, mirrored
@@ -67,7 +68,7 @@ def write(state: UnitState, contents: Contents, form: StateFormat, store: Store 
             store.write(extent, raw).result()
     source = _state_of(contents, remainder, form.precision).span(updated.start, updated.stop)
     for a, b, target, stored in _state_spans(state, form):
-        _copy_state(target, source.span(a, b))
+        move(target, source.span(a, b))
         if stored is not None:
             assert store is not None
             store.write(*stored).result()
@@ -89,7 +90,7 @@ def read(state: UnitState, form: StateFormat, store: Store | None) -> Contents:
         if stored is not None:
             assert store is not None
             store.read(*stored).result()
-        _copy_state(target.span(a, b), source)
+        move(target.span(a, b), source)
     if remainder is not None:
         contents.weights[updated] = join_master(flat[updated], remainder[updated])
     if state.ranks is not None and updated.stop - updated.start < trainable:
@@ -133,11 +134,6 @@ def _state_spans(
     for (a, b), extent in zip(state.spans, state.state_extents, strict=True):
         raw = page_aligned(extent.size_bytes)
         yield a, b, carve_state(raw, b - a, form), (extent, raw)
-
-
-def _copy_state(target: OptimizerState, source: OptimizerState) -> None:
-    for t, s in zip(target.tensors(), source.tensors(), strict=True):
-        t.copy_(s)
 
 
 def from_model(state: UnitState, optimizer: OptimizerKind) -> Contents:

@@ -87,8 +87,9 @@ class Hyperparameters:
             self.steps[field.name] = self.steps.get(field.name, 0) + 1
             how = self._how(field)
             updated = field
-            # Neighbours are updated in one piece; the gap between them is padding, which nobody reads.
-            if before is not None and segments[-1].how == how:
+            # Neighbours are updated in one piece, unless there is a gap between them: its gradients may be anything,
+            # and moments in 8 bits share a scale with what is beside them.
+            if before is not None and before.stop == field.start and segments[-1].how == how:
                 segments[-1] = Segment(segments[-1].start, field.stop, how)
             else:
                 segments.append(Segment(field.start, field.stop, how))

@@ -64,6 +64,25 @@ class OptimizerKind(StrEnum):
         one = {"lion": "exp_avg", "sgd-momentum": "momentum_buffer", "adagrad": "sum"}
         return (one[self.value],) if self.value in one else ()
 
+    @property
+    def squares(self) -> tuple[str, ...]:
+        """Those of its moments that are made of squares, and so never negative."""
+        return tuple(name for name in self.moments if name in ("exp_avg_sq", "sum"))
+
+
+class MomentFormat(StrEnum):
+    """How the optimizer's moments are stored: all but fp32 change the numbers, so they are asked for by name."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    EIGHT_BIT = "8bit"
+    """A byte an element, and an fp32 scale for every ``MOMENT_BLOCK_ELEMENTS``."""
+
+
+MOMENT_BLOCK_ELEMENTS = 64
+"""Elements of moments in 8 bits that share a scale. Parameters and the ranks' parts begin at multiples of it in any
+case, and chunks must be multiples of it: so a block is always the same elements of one parameter."""
+
 
 @dataclass(frozen=True)
 class StateFormat:
@@ -74,6 +93,7 @@ class StateFormat:
 
     precision: Precision
     optimizer: OptimizerKind = OptimizerKind.ADAMW
+    moments: MomentFormat = MomentFormat.FP32
 
 
 class Target(StrEnum):
@@ -210,6 +230,8 @@ class Plan:
     on it by DeepSpeed."""
     optimizer: OptimizerKind = OptimizerKind.ADAMW
     """What trains: its state is what the placements and the prediction count."""
+    moments: MomentFormat = MomentFormat.FP32
+    """How its moments are stored."""
     reasons: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
@@ -220,7 +242,7 @@ class Plan:
     @property
     def state_format(self) -> StateFormat:
         """How its elements are stored."""
-        return StateFormat(self.precision, self.optimizer)
+        return StateFormat(self.precision, self.optimizer, self.moments)
 
     def uses(self, tier: Tier) -> bool:
         """Whether any unit keeps something in this tier."""
@@ -267,6 +289,7 @@ class Plan:
                 "checkpoints": Tier(data["checkpoints"]),
                 # Plans of before there was a choice are for AdamW.
                 "optimizer": OptimizerKind(data.get("optimizer", OptimizerKind.ADAMW)),
+                "moments": MomentFormat(data.get("moments", MomentFormat.FP32)),
             }
         )
 
@@ -314,6 +337,11 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"{key} is {value}; it must be at least 1")
     if plan.buckets.update_slots < 3:
         raise PlanError(f"buckets.update_slots is {plan.buckets.update_slots}; an update needs at least 3")
+    if plan.moments is MomentFormat.EIGHT_BIT and plan.buckets.update_elements % MOMENT_BLOCK_ELEMENTS:
+        raise PlanError(
+            f"buckets.update_elements is {plan.buckets.update_elements}; with moments in 8 bits it must be a multiple "
+            f"of {MOMENT_BLOCK_ELEMENTS}, so that no block of them is cut"
+        )
     if plan.buckets.prefetch_units < 0:
         raise PlanError(f"buckets.prefetch_units is {plan.buckets.prefetch_units}; it must be at least 0")
     if plan.zero_stage not in range(4):

@@ -10,6 +10,8 @@ bf16        2       2                      4             2
 fp16        2       4                      4             2
 ==========  ======  =====================  ============  ========
 
+Moments may also be kept in bf16, 2 bytes each, or in 8 bits: a byte each, and 4 bytes for every 64 of them.
+
 AdamW and Adam keep two moments of an element; Lion, SGD with momentum and Adagrad one; plain SGD none. In bf16 weight
 and remainder together are the exact fp32 master, so state of AdamW on the host is 12 bytes a parameter. In fp16 the
 master is there as a whole: fp16 has fewer exponents than fp32, so a weight that overflows or vanishes in it would leave
@@ -20,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from offload.plan import Buckets, Placement, Precision, StateFormat, Tier
+from offload.plan import MOMENT_BLOCK_ELEMENTS, Buckets, MomentFormat, Placement, Precision, StateFormat, Tier
 from offload.shards import ALIGN_ELEMENTS, ALONE, Shards
 
 BLOCK_BYTES = 4096
@@ -62,13 +64,17 @@ class UnitShape:
         return self.trainable_elements + self.frozen_elements
 
 
-MOMENT_BYTES = 4
+def moment_bytes(elements: int, moments: MomentFormat) -> int:
+    """Bytes of one moment of ``elements``, with the scales that belong to it."""
+    if moments is MomentFormat.EIGHT_BIT:
+        return elements + 4 * -(-elements // MOMENT_BLOCK_ELEMENTS)
+    return elements * (2 if moments is MomentFormat.BF16 else 4)
 
 
 def state_bytes(elements: int, form: StateFormat) -> int:
     """Bytes of the optimizer state of ``elements`` beside their weights: moments, and what their masters need more."""
     rest = {Precision.BF16: 2, Precision.FP16: 4}.get(form.precision, 0)
-    return elements * (rest + MOMENT_BYTES * len(form.optimizer.moments))
+    return elements * rest + len(form.optimizer.moments) * moment_bytes(elements, form.moments)
 
 
 def update_traffic_bytes(elements: int, form: StateFormat) -> int:

@@ -13,9 +13,11 @@ from offload.checkpoint import REST, Checkpoint, rank_file
 from offload.contents import Contents
 from offload.dtensors import Share
 from offload.errors import CheckpointError
+from offload.moments import dequantized
 from offload.plain import restored
+from offload.plan import MOMENT_BLOCK_ELEMENTS
 from offload.randomness import restore_random_states
-from offload.snapshot import WEIGHT
+from offload.snapshot import CODES, SCALES, WEIGHT
 from offload.unit import Field
 
 if TYPE_CHECKING:
@@ -129,6 +131,15 @@ class CheckpointTensors:
         return {key.removeprefix(f"{RANDOM}/"): opened.get_tensor(key) for key in keys}
 
     def _slice(self, span: _Span, start: int, stop: int) -> torch.Tensor:
+        kind, rest = span.key.split("/", 1)
+        if kind.endswith(CODES):
+            first = (start - span.start) // MOMENT_BLOCK_ELEMENTS
+            before = span.start + first * MOMENT_BLOCK_ELEMENTS
+            codes = span.file.get_slice(span.key)[before - span.start : stop - span.start]
+            scales = span.file.get_tensor(f"{kind.removesuffix(CODES)}{SCALES}/{rest}")
+            return dequantized(codes, scales[first : -(-(stop - span.start) // MOMENT_BLOCK_ELEMENTS)])[
+                start - before :
+            ]
         if (start, stop) == (span.start, span.stop):
             return span.file.get_tensor(span.key)
         return span.file.get_slice(span.key)[start - span.start : stop - span.start]
@@ -142,10 +153,10 @@ class CheckpointTensors:
     def _add(self, file: Any, position: int) -> None:
         for key in file.keys():  # noqa: SIM118
             kind, start, *name = key.split("/", 2)
-            if kind != RANDOM:
+            if kind != RANDOM and not kind.endswith(SCALES):
                 elements = file.get_slice(key).get_shape()[0]
                 span = _Span(int(start), int(start) + elements, key, file)
-                self._spans.setdefault((kind, name[0], position), []).append(span)
+                self._spans.setdefault((kind.removesuffix(CODES), name[0], position), []).append(span)
 
     def __enter__(self) -> Self:
         return self

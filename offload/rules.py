@@ -23,6 +23,11 @@ class UpdateStep(ABC):
     def scalars(self) -> tuple[float, ...]:
         """The numbers that the compiled forms are given, in their order."""
 
+    @property
+    def seed(self) -> int:
+        """What differs from one update to the next: its number, where the rule counts."""
+        return 0
+
     @abstractmethod
     def update_(self, master: torch.Tensor, gradient: torch.Tensor, moments: Sequence[torch.Tensor]) -> None:
         """Update masters and moments in place, all fp32 and of one shape; the gradient is spent."""
@@ -40,6 +45,11 @@ class AdamWStep(UpdateStep):
     eps: float
     weight_decay: float
     step: int
+
+    @property
+    def seed(self) -> int:
+        """The number of the step."""
+        return self.step
 
     @property
     def shrink(self) -> float:
@@ -157,6 +167,11 @@ class MomentumStep(UpdateStep):
     step: int
 
     @property
+    def seed(self) -> int:
+        """The number of the step."""
+        return self.step
+
+    @property
     def share(self) -> float:
         """Of the gradient in the buffer: the first one is the buffer, whatever the dampening."""
         return 1.0 if self.step == 1 or not self.momentum else 1 - self.dampening
@@ -188,6 +203,11 @@ class AdagradStep(UpdateStep):
     """What the sum of squares begins with."""
     weight_decay: float
     step: int
+
+    @property
+    def seed(self) -> int:
+        """The number of the step."""
+        return self.step
 
     @property
     def step_size(self) -> float:

@@ -192,6 +192,7 @@ class _Small:
             "parameters": _parameters(engine),
             "buffers": sorted(model.state_dict(keep_vars=True).keys() & dict(model.named_buffers()).keys()),
             "optimizer": engine.plan.optimizer,
+            "moments": engine.plan.moments,
             "parameter_steps": dict(engine.hyperparameters.steps),
             "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
             "groups": [plain({k: v for k, v in g.items() if k != "params"}) for g in engine.optimizer.param_groups],

@@ -18,9 +18,9 @@ import torch
 
 from offload.arena import mapped
 from offload.optimizer import join_master
-from offload.plan import StateFormat
+from offload.plan import MOMENT_BLOCK_ELEMENTS, MomentFormat, StateFormat
 from offload.residency import BLOCK_BYTES, aligned, chunks, state_bytes
-from offload.state import OptimizerState, UnitState, carve_state, weight_dtype
+from offload.state import OptimizerState, UnitState, carve_state, moment_dtype, weight_dtype
 from offload.store import Store
 from offload.tensor_file import Entry, TensorFile
 from offload.unit import Field
@@ -28,6 +28,8 @@ from offload.unit import Field
 WEIGHT = "weight"
 """The kind of what a file holds of every parameter: of a trainable one the fp32 master, and beside it are its moments,
 named as in ``OptimizerKind.moments``."""
+CODES, SCALES = ".codes", ".scales"
+"""What a moment's name has behind it where it is in 8 bits, and its two tensors."""
 JOINED_ELEMENTS = 1 << 18
 """Masters that are joined at a time."""
 
@@ -101,9 +103,20 @@ class Piece:
     def entries(self) -> Iterator[Entry]:
         """What a file holds of it."""
         for part in self.parts():
-            for kind in (WEIGHT, *self.form.optimizer.moments) if part.field.trainable else (WEIGHT,):
-                dtype = torch.float32 if part.field.trainable else weight_dtype(self.form.precision)
-                yield Entry(span_key(kind, part.start, part.field.name), dtype, (part.elements,))
+            dtype = torch.float32 if part.field.trainable else weight_dtype(self.form.precision)
+            kinds = [(WEIGHT, dtype, part.elements), *(self._moments(part) if part.field.trainable else ())]
+            for kind, dtype, elements in kinds:
+                yield Entry(span_key(kind, part.start, part.field.name), dtype, (elements,))
+
+    def _moments(self, part: Part) -> Iterator[tuple[str, torch.dtype, int]]:
+        """(kind, type, numbers) of each moment, as it is stored."""
+        for name in self.form.optimizer.moments:
+            dtype = moment_dtype(name, self.form)
+            if self.form.moments is MomentFormat.EIGHT_BIT:
+                yield name + CODES, dtype, part.elements
+                yield name + SCALES, torch.float32, -(-part.elements // MOMENT_BLOCK_ELEMENTS)
+            else:
+                yield name, dtype, part.elements
 
 
 def frozen_share(state: UnitState) -> slice:
@@ -164,8 +177,10 @@ class CopiedPiece:
             else:
                 for a, b in chunks(part.elements, JOINED_ELEMENTS):
                     file.write(join_master(weights[a:b], state.remainder[a:b]))
-            for moment in state.moments:
+            for i, moment in enumerate(state.moments):
                 file.write(moment)
+                if state.scales:
+                    file.write(state.scales[i])
 
 
 def _copy_weights(target: torch.Tensor, piece: Piece) -> None:

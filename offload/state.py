@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 
 from offload.arena import Arena
-from offload.plan import Plan, Precision, StateFormat, Tier
+from offload.plan import MOMENT_BLOCK_ELEMENTS, MomentFormat, Plan, Precision, StateFormat, Tier
 from offload.ranks import Ranks
-from offload.residency import MOMENT_BYTES, chunks, mirrored, state_bytes
+from offload.residency import chunks, mirrored, state_bytes
 from offload.shards import ALONE, Shards
 from offload.store import Extent, Store
 from offload.unit import Unit
@@ -18,39 +18,66 @@ from offload.unit import Unit
 class OptimizerState(NamedTuple):
     """Optimizer state of a span of elements: what the optimizer keeps of them, and what masters have beyond weights.
 
-    ``moments`` are fp32, in the order of ``OptimizerKind.moments``; the remainder exists in bf16 only, the
-    master, of fp32, in fp16 only.
+    ``moments`` are in the order of ``OptimizerKind.moments``; the remainder exists in bf16 only, the master, of fp32,
+    in fp16 only. Moments in 8 bits have fp32 ``scales``, one a block: such a span begins with a block.
     """
 
     moments: tuple[torch.Tensor, ...]
     remainder: torch.Tensor | None
     master: torch.Tensor | None = None
+    scales: tuple[torch.Tensor, ...] = ()
 
     def span(self, start: int, stop: int) -> "OptimizerState":
         """A part of it."""
-        return self.each(lambda tensor: tensor[start:stop])
+        part = self._replace(scales=()).each(lambda tensor: tensor[start:stop])
+        if not self.scales:
+            return part
+        assert start % MOMENT_BLOCK_ELEMENTS == 0, "a block is never cut"
+        blocks = slice(start // MOMENT_BLOCK_ELEMENTS, -(-stop // MOMENT_BLOCK_ELEMENTS))
+        return part._replace(scales=tuple(scale[blocks] for scale in self.scales))
 
     def each(self, make: Callable[[torch.Tensor], torch.Tensor]) -> "OptimizerState":
         """The same of what ``make`` makes of its tensors."""
-        rest = (None if t is None else make(t) for t in (self.remainder, self.master))
-        return OptimizerState(tuple(map(make, self.moments)), *rest)
+        remainder, master = (None if t is None else make(t) for t in (self.remainder, self.master))
+        return OptimizerState(tuple(map(make, self.moments)), remainder, master, tuple(map(make, self.scales)))
 
     def tensors(self) -> list[torch.Tensor]:
         """All of it, in the same order for every state of a format."""
-        return [*self.moments, *(t for t in (self.remainder, self.master) if t is not None)]
+        return [*self.moments, *(t for t in (self.remainder, self.master) if t is not None), *self.scales]
 
 
 def carve_state(buffer: torch.Tensor, elements: int, form: StateFormat) -> OptimizerState:
-    """The state of ``elements`` in a uint8 buffer: moments, one kind after the other, then remainders or masters."""
-    count = len(form.optimizer.moments)
-    end = elements * MOMENT_BYTES * count
-    moments = buffer[:end].view(torch.float32).view(count, elements)
-    remainder = master = None
-    if form.precision is Precision.BF16:
-        remainder = buffer[end : end + 2 * elements].view(torch.int16)
-    if form.precision is Precision.FP16:
-        master = buffer[end : end + 4 * elements].view(torch.float32)
-    return OptimizerState(tuple(moments), remainder, master)
+    """The state of ``elements`` in a uint8 buffer. Zeros are a state whose moments are zero.
+
+    Moments, one kind after the other, then remainders or masters, then scales: but what has wider numbers comes first,
+    so that whatever begins at a multiple of its size where the buffer does.
+    """
+    names = form.optimizer.moments
+    pieces = [(moment_dtype(name, form), elements) for name in names]
+    pieces += [(dtype, elements) for dtype in _REST.get(form.precision, ())]
+    if form.moments is MomentFormat.EIGHT_BIT:
+        pieces += [(torch.float32, -(-elements // MOMENT_BLOCK_ELEMENTS))] * len(names)
+    found: dict[int, torch.Tensor] = {}
+    end = 0
+    for i, (dtype, count) in sorted(enumerate(pieces), key=lambda item: -item[1][0].itemsize):
+        start, end = end, end + count * dtype.itemsize
+        found[i] = buffer[start:end].view(dtype)
+    tensors = [found[i] for i in range(len(pieces))]
+    moments, rest = tensors[: len(names)], tensors[len(names) :]
+    remainder = rest.pop(0) if form.precision is Precision.BF16 else None
+    master = rest.pop(0) if form.precision is Precision.FP16 else None
+    return OptimizerState(tuple(moments), remainder, master, tuple(rest))
+
+
+_REST = {Precision.BF16: (torch.int16,), Precision.FP16: (torch.float32,)}
+"""Remainders, or masters."""
+
+
+def moment_dtype(name: str, form: StateFormat) -> torch.dtype:
+    """Of a moment's numbers. In 8 bits it tells their map: that of signed numbers, or that of squares."""
+    if form.moments is MomentFormat.EIGHT_BIT:
+        return torch.uint8 if name in form.optimizer.squares else torch.int8
+    return torch.bfloat16 if form.moments is MomentFormat.BF16 else torch.float32
 
 
 def weight_dtype(precision: Precision) -> torch.dtype:

@@ -13,7 +13,7 @@ from memplan.memory import Counts
 from memplan.problem import Family, Problem
 from memplan.search import plan_of, problem_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Budget, Plan, Tier
+from offload.plan import Buckets, Budget, MomentFormat, Plan, Tier
 from offload.residency import footprint
 from tests.synthetic_profiles import RATES, machine_of, transformer
 
@@ -23,12 +23,18 @@ LAYOUTS = [(2, 1, 0), (4, 1, 0), (4, 2, 0), (4, 2, 2)]
 PARTLY_AWAY = Counts(state=4, gradients=3, parameters=2, nvme_state=2, nvme_parameters=1)
 
 
-def planned(stage: int, layout: tuple[int, int, int], counts: Counts, precision: str = "bf16") -> tuple[Plan, Problem]:
+def planned(
+    stage: int,
+    layout: tuple[int, int, int],
+    counts: Counts,
+    precision: str = "bf16",
+    moments: MomentFormat | None = None,
+) -> tuple[Plan, Problem]:
     gpus, nodes, group = layout
     machine = replace(machine_of(1 << 40, 1 << 40, 1 << 40, device="cuda", gpus=gpus), nodes=nodes)
-    problem = problem_of(transformer(4, precision=precision), machine, RATES, gpus, None)
+    problem = problem_of(transformer(4, precision=precision), machine, RATES, gpus, None, moments=moments)
     family = Family(Sharding(stage, gpus, nodes, group), Way(1), 1)
-    candidate = Candidate(family, Buckets(update_elements=3_000), counts, 1.0, 0)
+    candidate = Candidate(family, Buckets(update_elements=3_008), counts, 1.0, 0)
     return plan_of(problem, candidate, machine), problem
 
 
@@ -45,10 +51,16 @@ def all_counts(draw: st.DrawFn) -> Counts:
     return Counts(state, gradients, parameters, nvme_state, draw(st.integers(0, least)))
 
 
-@given(st.sampled_from(STAGES), st.sampled_from(LAYOUTS), all_counts(), st.sampled_from(["fp32", "amp", "bf16"]))
+@given(
+    st.sampled_from(STAGES),
+    st.sampled_from(LAYOUTS),
+    all_counts(),
+    st.sampled_from(["fp32", "amp", "bf16"]),
+    st.sampled_from(MomentFormat),
+)
 @settings(deadline=None, max_examples=60)
-def test_what_is_predicted_for_shards_adds_up(stage, layout, counts, precision):
-    plan, problem = planned(stage, layout, counts, precision)
+def test_what_is_predicted_for_shards_adds_up(stage, layout, counts, precision, moments):
+    plan, problem = planned(stage, layout, counts, precision, moments)
     assert audit(plan, problem.shapes) == []
 
 

@@ -11,7 +11,7 @@ import pytest
 from memplan import cli
 from memplan.configs.files import NAMES
 from memplan.inputs import saved_profile
-from offload.plan import OptimizerKind, Plan, Target, Tier
+from offload.plan import MomentFormat, OptimizerKind, Plan, Target, Tier
 from profiler.errors import ProfileError
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
@@ -128,6 +128,18 @@ def test_the_optimizer_can_be_named(memplan: Command, saved: Path) -> None:
     refused = memplan("plan", saved, *TWO_GPUS, "--optimizer", "sgd", "--engine", "fsdp2", "--out", "other")
     assert refused.code == 2
     assert "plans for fsdp2 count the state of AdamW; leave --optimizer sgd out" in refused.err
+
+
+def test_moments_in_fewer_bits_are_named_and_said_wherever_the_plan_goes(memplan: Command, saved: Path) -> None:
+    done = memplan("plan", saved, *TWO_GPUS, "--moments", "8bit")
+    assert done.code == 0, done.err
+    assert "adamw with moments in 8bit" in done.out
+    assert "training makes other numbers" in " ".join(done.out.split())
+    assert Plan.load(Path("plan.json")).moments is MomentFormat.EIGHT_BIT
+    assert "the plan stores them in 8bit" in Path("NOTES.md").read_text()
+    refused = memplan("plan", saved, *TWO_GPUS, "--moments", "bf16", "--engine", "deepspeed", "--out", "other")
+    assert refused.code == 2
+    assert "plans for deepspeed count moments in fp32; leave --moments bf16 out" in refused.err
 
 
 @pytest.mark.parametrize("engine", ENGINES_FILES)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from memplan.activations import FIXED_MARGIN_BYTES, Way, activations_of
 from memplan.memory import ChainTables, Counts, chain_order, placements_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, OptimizerKind, Precision, StateFormat
+from offload.plan import Buckets, MomentFormat, OptimizerKind, Precision, StateFormat
 from offload.residency import UnitShape, footprint
 from offload.shards import Shards
 from profiler.profile import ActivationPoint
@@ -40,7 +40,7 @@ SHARDINGS = [Sharding(0, 1), *(Sharding(stage, n) for stage in range(4) for n in
 
 @given(
     chains(),
-    st.builds(StateFormat, st.sampled_from(Precision), st.sampled_from(OptimizerKind)),
+    st.builds(StateFormat, st.sampled_from(Precision), st.sampled_from(OptimizerKind), st.sampled_from(MomentFormat)),
     st.integers(0, 3),
     st.sampled_from([1 << 10, 1 << 16, 1 << 24]),
     st.sampled_from(SHARDINGS),

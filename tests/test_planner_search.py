@@ -14,10 +14,10 @@ from memplan.candidates import PREFETCH_DEPTHS, FamilySearch, rounded, update_si
 from memplan.errors import NothingFits, PlanningError
 from memplan.memory import Counts
 from memplan.pipeline import step_seconds
-from memplan.search import plan, problem_of
+from memplan.search import plan, problem_of, smallest_budget
 from memplan.sizes import parse_bytes
 from memplan.units import units_of
-from offload.plan import Buckets, OptimizerKind, Plan, Precision, Tier
+from offload.plan import Buckets, MomentFormat, OptimizerKind, Plan, Precision, StateFormat, Target, Tier
 from offload.residency import footprint
 from tests.synthetic_profiles import RATES, SHARED_RATES, cases, machine_of, transformer
 
@@ -107,12 +107,19 @@ def test_no_candidate_is_priced_below_its_bound(case, depth, batch_size, rates, 
     assert step_seconds(work, one)[0] == step_seconds(work, arrays)[0], "a price does not depend on its neighbours"
 
 
-@given(cases(), st.sampled_from([1, 6, 8]), st.sampled_from(OptimizerKind), st.sampled_from([RATES, SHARED_RATES]))
+@given(
+    cases(),
+    st.sampled_from([1, 6, 8]),
+    st.sampled_from(OptimizerKind),
+    st.sampled_from(MomentFormat),
+    st.sampled_from([RATES, SHARED_RATES]),
+)
 @SLOW
-def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer, rates):
+def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer, moments, rates):
     profile, machine = case
+    wish = moments if optimizer.moments else None
     try:
-        found = plan(profile, machine, rates, batch_size=batch_size, optimizer=optimizer)
+        found = plan(profile, machine, rates, batch_size=batch_size, optimizer=optimizer, moments=wish)
     except NothingFits:
         assume(False)
     shapes = units_of(profile)
@@ -165,12 +172,12 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     assert audit(found, units_of(profile)) == []
 
 
-@given(cases(), st.sampled_from(OptimizerKind))
+@given(cases(), st.sampled_from([k for k in OptimizerKind if k.moments]), st.sampled_from(MomentFormat))
 @SLOW
-def test_a_plan_survives_its_json(case, optimizer):
+def test_a_plan_survives_its_json(case, optimizer, moments):
     profile, machine = case
     try:
-        found = plan(profile, machine, RATES, batch_size=4, optimizer=optimizer)
+        found = plan(profile, machine, RATES, batch_size=4, optimizer=optimizer, moments=moments)
     except NothingFits:
         assume(False)
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
@@ -178,8 +185,8 @@ def test_a_plan_survives_its_json(case, optimizer):
 
 def test_a_plan_of_before_there_was_a_choice_is_for_adamw():
     written = plan(transformer(3), machine_of(1 << 30, 1 << 30), RATES, batch_size=4).to_dict()
-    del written["optimizer"]
-    assert Plan.from_dict(written).optimizer is OptimizerKind.ADAMW
+    del written["optimizer"], written["moments"]
+    assert Plan.from_dict(written).state_format == StateFormat(Precision.FP32)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +215,46 @@ def test_what_keeps_less_needs_less():
     ]
     elements = sum(s.trainable_elements for s in units_of(transformer(3)))
     assert [b - a for a, b in itertools.pairwise(peaks)] == [4 * elements] * 2
+
+
+def test_moments_in_fewer_bits_are_what_somebody_asks_for_by_name():
+    profile, machine = transformer(3), machine_of(1 << 30, 1 << 30)
+    plans = [plan(profile, machine, RATES, batch_size=4, moments=m) for m in (None, *MomentFormat)]
+    assert [p.moments for p in plans] == [MomentFormat.FP32, *MomentFormat]
+    said = [[r for r in p.reasons if "as was asked for: training makes other numbers" in r] for p in plans]
+    assert [len(remarks) for remarks in said] == [0, 0, 1, 1]
+    elements = sum(s.trainable_elements for s in units_of(profile))
+    state = [p.prediction.phases["gpu"]["attach"] for p in plans[1:]]
+    assert [a - b for a, b in itertools.pairwise(state)] == [2 * 2 * elements, 2 * elements * (64 - 4) // 64]
+
+
+@pytest.mark.parametrize("target", [Target.DEEPSPEED, Target.FSDP2])
+def test_moments_that_nobody_would_store_so_are_refused(target):
+    machine = machine_of(1 << 30, 1 << 30, device="cuda")
+    with pytest.raises(PlanningError, match=f"plans for {target} count moments in fp32; leave --moments 8bit out"):
+        plan(transformer(3), machine, RATES, batch_size=4, target=target, moments=MomentFormat.EIGHT_BIT)
+    with pytest.raises(PlanningError, match="sgd keeps no moments; leave --moments bf16 out"):
+        plan(transformer(3), machine, RATES, batch_size=4, optimizer=OptimizerKind.SGD, moments=MomentFormat.BF16)
+
+
+def test_where_nothing_fits_moments_in_fewer_bits_are_offered_and_not_taken():
+    profile = transformer(4)
+    needed = {m: smallest(profile, m) for m in MomentFormat}
+    assert needed[MomentFormat.FP32] > needed[MomentFormat.BF16] > needed[MomentFormat.EIGHT_BIT]
+    for moments, offered in ((MomentFormat.FP32, MomentFormat.BF16), (MomentFormat.BF16, MomentFormat.EIGHT_BIT)):
+        machine = machine_of(needed[offered], 0)
+        with pytest.raises(NothingFits, match=f"it would fit with --moments {offered}, which changes the numbers"):
+            plan(profile, machine, RATES, batch_size=1, moments=moments)
+        assert plan(profile, machine, RATES, batch_size=1, moments=offered).moments is offered
+    with pytest.raises(NothingFits) as refused:
+        plan(profile, machine_of(1 << 10, 0), RATES, batch_size=1)
+    assert "--moments" not in str(refused.value)
+
+
+def smallest(profile, moments):
+    """GPU bytes with which it fits, without a host."""
+    problem = problem_of(profile, machine_of(1 << 10, 0), RATES, 1, None, moments=moments)
+    return smallest_budget(problem, Tier.GPU)
 
 
 def test_what_fits_is_never_offloaded():

@@ -10,7 +10,7 @@ from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
 from memplan.configs.torchrun import launch_script
 from memplan.configs.torchtitan import torchtitan_module
 from offload.errors import PlanError
-from offload.plan import Plan, Precision, Target
+from offload.plan import MomentFormat, Plan, Precision, Target
 from profiler.profile import ModelProfile
 
 NOTES = "NOTES.md"
@@ -54,7 +54,17 @@ def configurations(plan: Plan, block_classes: Sequence[str] = ()) -> dict[str, s
         files["lightning_fsdp2.py"] = lightning_fsdp2(plan)
         files["torchtitan_config.py"] = torchtitan_module(plan)
     sections = (f"\n## {name}\n\n" + "".join(f"- {n}\n" for n in said) for name, said in notes.items() if said)
-    return files | {NOTES: HEAD + "".join(sections)}
+    return files | {NOTES: HEAD + _moments_note(plan) + "".join(sections)}
+
+
+def _moments_note(plan: Plan) -> str:
+    """Of what concerns every file."""
+    if plan.moments is MomentFormat.FP32:
+        return ""
+    return (
+        f"\nMoments: the plan stores them in {plan.moments}, which these engines do not do by these files: their "
+        "optimizer's state takes more than the plan says.\n"
+    )
 
 
 def block_classes_of(profile: ModelProfile) -> tuple[str, ...]:
