@@ -195,12 +195,12 @@ def test_combinations_without_time_left_are_named(tmp_path):
 
 
 def test_host_memory_is_measured_up_to_all_threads_and_the_team_is_as_before():
-    before = torch.get_num_threads()
-    rows = host_memory(3, KIB).tables["host memory"]
-    assert [row[0] for row in rows[1:]] == ["1", "2", "3"]
-    with team_of(1):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before
+    with team_of(2):
+        rows = host_memory(3, KIB).tables["host memory"]
+        assert [row[0] for row in rows[1:]] == ["1", "2", "3"]
+        with team_of(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
 
 
 def test_collectives_run_in_a_process_a_rank():

@@ -85,8 +85,10 @@ def loss_and_gradients(model: nn.Module, call: Any, batch: dict[str, Any]) -> tu
 def assert_equal(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
     assert found[1].keys() == expected[1].keys()
+    # A small gradient can be what is left of large ones, and has their rounding.
+    least = 1e-2 * torch.stack([gradient.norm() for gradient in expected[1].values()]).norm().item()
     for name, gradient in expected[1].items():
-        assert (found[1][name] - gradient).norm() <= 1e-6 * max(gradient.norm().item(), 1e-3), name
+        assert (found[1][name] - gradient).norm() <= 1e-6 * max(gradient.norm().item(), least), name
 
 
 @pytest.mark.parametrize("name", MODELS)

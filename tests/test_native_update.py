@@ -126,11 +126,15 @@ def test_every_rule_is_torchs_but_for_the_rounding_of_a_root(
     update = native_update()
     assert update is not None
     found, expected = (numbers(1 << 16, precision, 0, optimizer) for _ in range(2))
+    before = masters_of(expected[0], expected[2]).clone()
     in_torch_on_one_thread(expected, how, 0.3)
     update(*found, how, 0.3)
-    masters = [masters_of(weight, state) for weight, _, state in (found, expected)]
-    rooted = how.rule in ("adam", "adagrad")
-    torch.testing.assert_close(*masters, rtol=5e-7 * rooted, atol=1e-8 * rooted)
+    one, other = (masters_of(weight, state) for weight, _, state in (found, expected))
+    if how.rule in ("adam", "adagrad"):
+        # Where a root is one unit off, the step is as much off, however little of the weight it leaves.
+        assert ((one - other).abs() <= 5e-7 * (other.abs() + (other - before).abs())).all()
+    else:
+        assert torch.equal(one, other)
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):  # elsewhere torch does not fuse
         assert all(torch.equal(one, other) for one, other in zip(found[2].moments, expected[2].moments, strict=True))
 

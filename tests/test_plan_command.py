@@ -1,14 +1,11 @@
 """``memplan plan`` from files to files: profiles in place of models, other engines, calibrations, refusals."""
 
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from memplan import cli
 from memplan.configs.files import NAMES
 from memplan.inputs import saved_profile
 from offload.plan import MomentFormat, OptimizerKind, Plan, Target, Tier
@@ -16,6 +13,7 @@ from profiler.errors import ProfileError
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
 from profiler.source import load_source
+from tests.commands import Command, command_in
 from tests.synthetic_profiles import RATES, transformer
 
 MODEL = """
@@ -49,37 +47,10 @@ ENGINES_FILES = {
 }
 
 
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
 @pytest.fixture
 def memplan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The command in this process, in an empty directory."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setenv("MEMPLAN_CACHE", str(tmp_path / "cache"))
-
-    def run(*words: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["memplan", *map(str, words)])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code or 0
-        captured = capsys.readouterr()
-        assert isinstance(code, int)
-        assert "Traceback" not in captured.err
-        return Done(code, captured.out, captured.err)
-
-    return run
+    return command_in(tmp_path, monkeypatch, capsys)
 
 
 @pytest.fixture

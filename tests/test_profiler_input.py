@@ -48,7 +48,6 @@ def source(tmp_path, monkeypatch):
         ({"x": np.ones(3)}, r"has a numpy ndarray at \['x'\]; .* torch.as_tensor"),
         ((torch.ones(2), [np.float32(1)]), r"has a numpy float32 at \[1\]\[0\]"),
     ],
-    ids=str,
 )
 def test_what_is_no_batch_is_refused_with_what_to_write(batch, sentence):
     with pytest.raises(SourceError, match=sentence):
