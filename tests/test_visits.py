@@ -1,0 +1,166 @@
+"""State that comes to the device ahead of its update, where something comes between: plain training all the same."""
+
+import copy
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.engine import Engine
+from offload.plan import Buckets, Plan, Precision
+from offload.streams import Done
+from offload.visits import PIECES_UNDER_WAY, Patience
+from tests.models import GPT, SkippingGPT, batches
+from tests.plans import G, H, plan_for
+from tests.test_engine_equals_pytorch import assert_same
+
+ON_HOST = ((H, H, H), (G, G, H), (G, H, H), (H, G, H))
+AHEAD = {
+    "some of it": {"gpu_update_share": 0.6, "buckets": Buckets(1, 5000, 16384, update_slots=9)},
+    "all of it": {"gpu_update_share": 1.0, "buckets": Buckets(1, 5000, 16384, update_slots=60)},
+}
+ways = pytest.mark.parametrize("way", AHEAD)
+
+
+def both(kind: type[GPT], way: str | None, tmp_path: Path, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
+    """An engine, and the same model with plain AdamW."""
+    torch.manual_seed(0)
+    model = kind()
+    plain = copy.deepcopy(model)
+    plan: Plan = plan_for(model, ON_HOST, tmp_path, **(AHEAD[way] if way else {}), **changes)
+    engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05)
+    return engine, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)
+
+
+def step_plainly(plain: GPT, optimizer: torch.optim.Optimizer) -> None:
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.05)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@ways
+@pytest.mark.parametrize("kind", [GPT, SkippingGPT])
+def test_one_more_backward_pass_before_the_step_adds_to_gradients_that_stayed(
+    kind: type[GPT], way: str, tmp_path: Path
+) -> None:
+    engine, plain, optimizer = both(kind, way, tmp_path)
+    with engine:
+        for first, second in zip(*[iter(batches(6))] * 2, strict=True):
+            for tokens in (first, second):
+                engine.backward(engine(tokens))
+                plain(tokens).backward()
+            engine.step()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+
+
+@ways
+def test_gradients_that_are_forgotten_leave_nothing_behind(way: str, tmp_path: Path) -> None:
+    engine, plain, optimizer = both(GPT, way, tmp_path)
+    with engine:
+        for forgotten, tokens in zip(*[iter(batches(6))] * 2, strict=True):
+            engine.backward(engine(forgotten))
+            engine.zero_grad()
+            engine.backward(engine(tokens))
+            plain(tokens).backward()
+            engine.step()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+
+
+@ways
+def test_parameters_that_are_written_to_between_backward_and_step_are_updated_as_they_are_then(
+    way: str, tmp_path: Path
+) -> None:
+    engine, plain, optimizer = both(GPT, way, tmp_path)
+    with engine:
+        for tokens in batches(4):
+            engine.backward(engine(tokens))
+            plain(tokens).backward()
+            with engine.gathered("wte.weight", "h.0", "h.3.up.weight"):
+                for module, name in ((engine.model.wte, "weight"), (engine.model.h[0].qkv, "weight")):
+                    getattr(module, name).mul_(0.9)
+                engine.model.h[3].up.weight.add_(0.01)
+            with torch.no_grad():
+                plain.wte.weight.mul_(0.9)
+                plain.h[0].qkv.weight.mul_(0.9)
+                plain.h[3].up.weight.add_(0.01)
+            engine.step()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+
+
+@ways
+def test_a_checkpoint_that_is_saved_meanwhile_has_the_numbers_of_its_step(way: str, tmp_path: Path) -> None:
+    data, found = batches(7), []
+    for kept in (None, way):
+        engine, *_ = both(GPT, kept, tmp_path, precision=Precision.BF16)
+        with engine:
+            for number, tokens in enumerate(data):
+                if number == 3:
+                    saving = engine.save_checkpoint(tmp_path / str(kept))
+                engine.backward(engine(tokens))
+                engine.step()
+            saving.wait()
+            end = engine.state_dict()
+        again, *_ = both(GPT, None, tmp_path, precision=Precision.BF16)
+        with again:
+            again.load_checkpoint(tmp_path / str(kept))
+            found.append((again.state_dict(), end))
+    for expected, here in zip(found[0], found[1], strict=True):
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, here[name]), name
+
+
+@ways
+def test_loading_a_checkpoint_after_backward_forgets_what_came_ahead(way: str, tmp_path: Path) -> None:
+    engine, plain, optimizer = both(GPT, way, tmp_path)
+    data = batches(5)
+    with engine:
+        engine.save_checkpoint(tmp_path / "first").wait()
+        for tokens in data[:2]:
+            engine.backward(engine(tokens))
+            engine.step()
+        engine.backward(engine(data[2]))
+        engine.load_checkpoint(tmp_path / "first")
+        for tokens in data[3:]:
+            engine.backward(engine(tokens))
+            engine.step()
+            plain(tokens).backward()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+
+
+def test_a_patient_lane_has_few_pieces_under_way() -> None:
+    class Event:
+        def __init__(self) -> None:
+            self.over = False
+
+        def query(self) -> bool:
+            return self.over
+
+    events = [Event() for _ in range(6)]
+    given: list[int] = []
+
+    def give_all() -> None:
+        patience = Patience()
+        for number, event in enumerate(events):
+            given.append(number)
+            done = Done()
+            done.finish(event)  # type: ignore[arg-type]
+            patience.wait(done)
+
+    thread = threading.Thread(target=give_all)
+    thread.start()
+    for over, event in enumerate(events):
+        deadline = time.monotonic() + 10
+        while len(given) < min(len(events), over + PIECES_UNDER_WAY) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        time.sleep(0.01)
+        assert len(given) == min(len(events), over + PIECES_UNDER_WAY)
+        event.over = True
+    thread.join(10)
+    assert not thread.is_alive()
