@@ -184,8 +184,10 @@ def test_a_parameter_may_have_a_gradient_on_one_rank_only(tmp_path: Path) -> Non
 
 def test_recompute_and_a_shared_update_change_nothing(tmp_path: Path) -> None:
     blocks = tuple(f"h.{i}" for i in range(4))
-    changes = {"recompute": blocks, "gpu_update_share": 0.5}
-    cases = [Case(stage, PLACEMENTS["host"], changes=changes) for stage in (0, 2, 3)]
+    shared = {"recompute": blocks, "gpu_update_share": 0.5}
+    ahead = {"gpu_update_share": 0.7, "buckets": Buckets(1, 1000, 16384, update_slots=9)}
+    cases = [Case(stage, PLACEMENTS["host"], changes=shared) for stage in (0, 2, 3)]
+    cases += [Case(stage, PLACEMENTS[kept], changes=ahead) for stage, kept in ((1, "mixed"), (3, "host"))]
     assert_all_train_alike(2, cases, tmp_path)
 
 
