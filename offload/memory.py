@@ -15,8 +15,13 @@ from offload.streams import Lane
 class Moves(Protocol):
     """What moves bytes beside the lanes."""
 
-    fetched_bytes: int
-    sent_bytes: int
+    @property
+    def fetched_bytes(self) -> int:
+        """To the device so far."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """From the device so far."""
 
 
 def traffic_bytes(

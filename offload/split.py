@@ -21,11 +21,15 @@ class UpdateSplit:
         self.device_share, self.learns = device_share, learns
         self._learned = 0
 
-    def learn(self, host: Took, device: Took) -> None:
-        """What the last step took; half of the way to what would have been right, for the engines slow each other."""
+    def learn(self, host: Took, device: Took) -> bool:
+        """What the last step took; half of the way to what would have been right, for the engines slow each other.
+
+        Whether the share moved.
+        """
         if not self.learns or self._learned >= LEARNING_STEPS or not (host.elements and device.elements):
-            return
+            return False
         self._learned += 1
         host_rate, device_rate = host.elements / host.seconds, device.elements / device.seconds
         right = device_rate / (host_rate + device_rate)
         self.device_share += (right - self.device_share) / 2
+        return True

@@ -7,6 +7,11 @@ step begins with: their state comes while the backward pass before still runs, w
 and the gradients of these pieces never leave the device (``kept``). So their update takes what the device's memory
 needs for it, and not what the link does; and forward uses these units first. Weights leave before state does, for
 somebody waits for them.
+
+[Note: elements that change hands]
+State is on its way home when its unit's promise is kept. Where the share stays as it is, nobody reads it there before
+the device's next piece of the same elements comes to the same slot, behind it. When the share moves, elements pass from
+one slot to another, or to the host: then all that is on its way must be home before either of them touches any.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -91,14 +96,25 @@ class StreamedUpdate:
         self._allotment: Allotment | None = None
         self._kept: set[str] = set()
         """Units whose gradients of this step are in slots."""
-        self.sent_bytes = self.fetched_bytes = 0
         self._last: Done | None = None
+        self._going_home: list[Done] = []
+        """[Note: elements that change hands]"""
         self._clock: Clock | None = None
 
     @property
     def device_share(self) -> float:
         """Of the elements within its reach, those that the device updates."""
         return self._split.device_share
+
+    @property
+    def fetched_bytes(self) -> int:
+        """To the device so far."""
+        return self._lane.bytes_moved
+
+    @property
+    def sent_bytes(self) -> int:
+        """From the device so far."""
+        return self._home.bytes_moved + self._leaving.bytes_moved
 
     # Before the step
 
@@ -109,16 +125,17 @@ class StreamedUpdate:
         """
         if self._kept:
             return  # one more backward pass of the same step
-        if host is not None and self._clock is not None and (took := self._clock.read()) is not None:
-            self._split.learn(host, took)
-            self._allotment = None
+        took = self._clock.read() if self._clock is not None else None
+        if host is not None and took is not None and self._split.learn(host, took):
+            self.deal_again()
         coming = []
         for name, piece in self._parts().ahead():
             slot = self._slots[piece.slot or 0]
             slot.arrived = Done()
             coming.append((self._states[name], piece, slot, slot.left, slot.arrived))
         if coming:
-            self._lane.submit(lambda: self._fetch_all(coming, after))
+            first = [*after, *self._going_home]
+            self._lane.submit(lambda: self._fetch_all(coming, first))
 
     def kept(self, name: str) -> list[Kept]:
         """Where the last sum of a unit's gradients stays on the device, for an update that ``fetch_ahead`` announced.
@@ -136,6 +153,11 @@ class StreamedUpdate:
         if found:
             self._kept.add(name)
         return found
+
+    def deal_again(self) -> None:
+        """The share has moved: [Note: elements that change hands]."""
+        self._allotment = None
+        self._going_home = [slot.left for slot in self._slots]
 
     def discard(self) -> None:
         """The gradients of this step are forgotten."""
@@ -170,9 +192,9 @@ class StreamedUpdate:
 
     # The step
 
-    def shared(self, updates: Sequence[UnitUpdate]) -> tuple[list[UnitUpdate], list[UnitUpdate]]:
-        """The updates as the host's parts and the device's."""
-        return shared(updates, self._parts().edges)
+    def shared(self, updates: Sequence[UnitUpdate]) -> tuple[list[UnitUpdate], list[UnitUpdate], list[Done]]:
+        """The updates as the host's parts and the device's, and what must be over before the host begins."""
+        return *shared(updates, self._parts().edges), self._going_home
 
     def begin(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done, host: Done | None) -> None:
         """Start the device's parts; each promise is kept when the device has been told everything of it.
@@ -193,7 +215,8 @@ class StreamedUpdate:
                 slot.updated, slot.left = visit.updated, visit.left
                 visits.append(visit)
             self._kept.discard(name)
-        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host))
+        going_home, self._going_home = self._going_home, []
+        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host), going_home)
 
     def _slot_of(self, piece: Piece) -> Slot:
         if piece.slot is not None:
@@ -273,7 +296,7 @@ class StreamedUpdate:
         if state.device_weights is None:
             assert state.host_weights is not None
             pair = state.host_weights[piece.start : piece.stop], visit.weights
-            visit.home = self._home.submit(lambda: self._leave([pair]), after=[visit.updated])
+            visit.home = self._home.submit(lambda: _move(self._home, [pair]), after=[visit.updated])
         if visit.last:
             visit.update.promise.follow(visit.home)
 
@@ -288,7 +311,7 @@ class StreamedUpdate:
             pairs.append((state.host_weights[piece.start : piece.stop], visit.weights))
 
         def leave() -> None:
-            self._leave(pairs)
+            _move(self._leaving, pairs)
             leaving.wait(Done.now(self._device))
 
         visit.left.follow_all([visit.home, self._leaving.submit(leave, after)])
@@ -301,17 +324,17 @@ class StreamedUpdate:
         if state.device_weights is None:
             self._fetch(slot.weights[: piece.elements], state.host_weights[piece.start : piece.stop])
         home, there = state.host_state.span(piece.start, piece.stop), slot.state.span(0, piece.elements)
-        for target, source in zip(there.tensors(), home.tensors(), strict=True):
-            self._fetch(target, source)
+        _move(self._lane, zip(there.tensors(), home.tensors(), strict=True))
 
     def _fetch(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        target.copy_(source, non_blocking=True)
-        self.fetched_bytes += source.nbytes
+        _move(self._lane, [(target, source)])
 
-    def _leave(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-            self.sent_bytes += source.nbytes
+
+def _move(lane: Lane, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy to the first of each pair, in a job of the lane."""
+    for target, source in pairs:
+        target.copy_(source, non_blocking=True)
+        lane.bytes_moved += source.nbytes
 
 
 def _in_unit(state: UnitState, piece: Piece) -> slice:

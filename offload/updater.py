@@ -110,10 +110,10 @@ class Updater:
         """Start the step. Units with state on the device are updated on the current stream, the others beside it."""
         self.check()
         begun = Done.now(self._device)
-        away, streamed = [u for u in updates if u.state.device_state is None], list[UnitUpdate]()
+        away, streamed, first = [u for u in updates if u.state.device_state is None], list[UnitUpdate](), list[Done]()
         if self._streamed is not None:
-            away, streamed = self._streamed.shared(away)
-        host = self._lane.submit(lambda: self._run(away, clip, begun)) if away else None
+            away, streamed, first = self._streamed.shared(away)
+        host = self._lane.submit(lambda: self._run(away, clip, begun, first)) if away else None
         self._last = host or self._last
         if self._streamed is not None and streamed:
             self._streamed.begin(streamed, clip, begun, host)
@@ -154,8 +154,10 @@ class Updater:
             make(weights, gradients, moments, s.how, clip.on_device)
         update.promise.finish(None)
 
-    def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done) -> None:
+    def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done, first: Sequence[Done]) -> None:
         try:
+            for earlier in first:
+                earlier.synchronize()
             self._finish_writes()  # of the step before: its extents are read again now
             factor = clip.on_host()
             if clip.skipped():

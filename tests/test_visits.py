@@ -11,7 +11,7 @@ import torch
 
 from offload.engine import Engine
 from offload.plan import Buckets, Plan, Precision
-from offload.streams import Done
+from offload.streams import Done, Lane
 from offload.visits import PIECES_UNDER_WAY, Patience
 from tests.models import GPT, SkippingGPT, batches
 from tests.plans import G, H, plan_for
@@ -164,3 +164,37 @@ def test_a_patient_lane_has_few_pieces_under_way() -> None:
         event.over = True
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("slots", [3, 9, 60])
+@pytest.mark.parametrize("slow", ["leaving", "home", "streamed", "update", "nobody"])
+def test_elements_that_change_hands_are_those_that_were_left(
+    slots: int, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the share moves in the first steps; here it is moved by hand, back and forth."""
+    submit = Lane.submit
+
+    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
+        def slow_job() -> None:
+            time.sleep(0.02)
+            job()
+
+        return submit(lane, slow_job if lane.name == slow else job, after)
+
+    monkeypatch.setattr(Lane, "submit", slow_submit)
+    torch.manual_seed(0)
+    model = GPT(layers=2)
+    plain = copy.deepcopy(model)
+    plan = plan_for(model, ON_HOST, tmp_path, gpu_update_share=0.6, buckets=Buckets(1, 8000, 16384, update_slots=slots))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    with Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05) as engine:
+        streamed = engine._streamed
+        assert streamed is not None
+        for share, tokens in zip((0.9, 0.2, 0.7, 0.4, 1.0, 0.0, 0.5), batches(7), strict=True):
+            streamed._split.device_share = share
+            streamed.deal_again()
+            engine.backward(engine(tokens))
+            engine.step()
+            plain(tokens).backward()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
