@@ -1,6 +1,7 @@
 """The dashboard in a real terminal, driven through tmux."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -95,7 +96,8 @@ def test_a_growing_run_is_shown_and_q_leaves_it_growing(terminal, tmp_path):
     try:
         screen = terminal.wait_for("of 9,999")
         assert "gpt.py" in screen
-        screen = terminal.wait_for("now 5.")
+        screen = terminal.wait_for(" now ")  # any loss: a slow machine may not come to see the first ones
+        assert re.search(r" now \d\.\d", screen)
         assert "loss" in screen and any("⠁" <= character <= "⣿" for character in screen)
         terminal.tmux("send-keys", "q")
         assert terminal.exit_code() == 0
