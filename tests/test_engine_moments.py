@@ -217,7 +217,7 @@ def test_a_checkpoint_holds_moments_as_what_they_are(tmp_path: Path) -> None:
         run(engine, batches(1))
         path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
     with CheckpointTensors(checkpoint.checked(path)) as tensors:
-        file = tensors._open(checkpoint.checked(path).rank_files()[0])
+        file = tensors._open(checkpoint.checked(path).rank_files()[0][0])
         kinds = {}
         for key in file.keys():  # noqa: SIM118 - it is no dict
             kinds.setdefault(key.split("/")[0], set()).add(file.get_slice(key).get_dtype())

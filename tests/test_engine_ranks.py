@@ -98,6 +98,7 @@ def train_plainly(model: nn.Module, data: list, world: int, case: Case) -> list[
 def train_on_rank(rank: int, world: int, case: Case, directory: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     torch.manual_seed(rank)  # the first rank's parameters are everybody's
     model = case.kind()
+    buckets = Buckets(prefetch_units=1, update_elements=1000, io_bytes=16384)
     plan = plan_for(
         model,
         case.placements,
@@ -106,8 +107,7 @@ def train_on_rank(rank: int, world: int, case: Case, directory: str) -> tuple[li
         gpus=world,
         zero_stage=case.stage,
         gradient_accumulation_steps=case.accumulation,
-        buckets=Buckets(prefetch_units=1, update_elements=1000, io_bytes=16384),
-        **case.changes,
+        **{"buckets": buckets, **case.changes},
     )
     optimizer = optimizer_of(model)
     losses = []
