@@ -41,6 +41,20 @@ def step_plainly(plain: GPT, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def slow_down(name: str, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every job of a lane begin late."""
+    submit = Lane.submit
+
+    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
+        def slow_job() -> None:
+            time.sleep(seconds)
+            job()
+
+        return submit(lane, slow_job if lane.name == name else job, after)
+
+    monkeypatch.setattr(Lane, "submit", slow_submit)
+
+
 @ways
 @pytest.mark.parametrize("kind", [GPT, SkippingGPT])
 def test_one_more_backward_pass_before_the_step_adds_to_gradients_that_stayed(
@@ -94,7 +108,10 @@ def test_parameters_that_are_written_to_between_backward_and_step_are_updated_as
 
 
 @ways
-def test_a_checkpoint_that_is_saved_meanwhile_has_the_numbers_of_its_step(way: str, tmp_path: Path) -> None:
+def test_a_checkpoint_that_is_saved_meanwhile_has_the_numbers_of_its_step(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow_down("copying", 0.05, monkeypatch)
     data, found = batches(7), []
     for kept in (None, way):
         engine, *_ = both(GPT, kept, tmp_path, precision=Precision.BF16)
@@ -172,16 +189,7 @@ def test_elements_that_change_hands_are_those_that_were_left(
     slots: int, slow: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a GPU the share moves in the first steps; here it is moved by hand, back and forth."""
-    submit = Lane.submit
-
-    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
-        def slow_job() -> None:
-            time.sleep(0.02)
-            job()
-
-        return submit(lane, slow_job if lane.name == slow else job, after)
-
-    monkeypatch.setattr(Lane, "submit", slow_submit)
+    slow_down(slow, 0.02, monkeypatch)
     torch.manual_seed(0)
     model = GPT(layers=2)
     plain = copy.deepcopy(model)
