@@ -217,8 +217,7 @@ class GradientCollector:
             gathering.square_norm = torch.stack(norms).square().sum()
         gathering.landed = Done.now(self._device)
         if state.host_gradients is not None:
-            complete = gathering.awaited == 0 or not self._in_backward
-            if self._last_micro_batch and complete:
+            if self._last_micro_batch:
                 gathering.kept = self.kept(state.unit.name)
             gathering.landed = self._send(state.host_gradients, buffer, gathering.kept, gathering.landed)
             self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from offload.engine import Engine
 from offload.plan import Buckets, Plan, Precision
@@ -25,12 +26,14 @@ AHEAD = {
 ways = pytest.mark.parametrize("way", AHEAD)
 
 
-def both(kind: type[GPT], way: str | None, tmp_path: Path, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
+def both(
+    kind: type[GPT], way: str | None, tmp_path: Path, placements: tuple = ON_HOST, **changes: Any
+) -> tuple[Engine, GPT, torch.optim.Optimizer]:
     """An engine, and the same model with plain AdamW."""
     torch.manual_seed(0)
     model = kind()
     plain = copy.deepcopy(model)
-    plan: Plan = plan_for(model, ON_HOST, tmp_path, **(AHEAD[way] if way else {}), **changes)
+    plan: Plan = plan_for(model, placements, tmp_path, **(AHEAD[way] if way else {}), **changes)
     engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05)
     return engine, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)
 
@@ -66,6 +69,44 @@ def test_one_more_backward_pass_before_the_step_adds_to_gradients_that_stayed(
             for tokens in (first, second):
                 engine.backward(engine(tokens))
                 plain(tokens).backward()
+            engine.step()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+
+
+class Half(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor, first: bool) -> torch.Tensor:
+        return x + torch.tanh(self.first(x) if first else self.second(x))
+
+
+class BraidedGPT(GPT):
+    """All blocks are half used before any is used whole: their gradients are incomplete at the same time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(Half(32) for _ in range(5))
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for first in (True, False):
+            for block in self.h:
+                x = block(x, first)
+        return self.head(self.ln_f(x))
+
+
+@pytest.mark.parametrize("way", [None, *AHEAD])
+def test_gradients_that_must_make_room_before_they_are_complete_are_whole_in_the_end(
+    way: str | None, tmp_path: Path
+) -> None:
+    engine, plain, optimizer = both(BraidedGPT, way, tmp_path, ((H, H, H),))
+    with engine:
+        for tokens in batches(4):
+            engine.backward(engine(tokens))
+            plain(tokens).backward()
             engine.step()
             step_plainly(plain, optimizer)
         assert_same(engine.state_dict(), plain, 1e-6)
