@@ -233,7 +233,7 @@ class Engine:
         if self._update_in_backward and last:
             self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=last)
-        if last:
+        if self._micro_batch == accumulation:  # in one more pass before the step all of it has begun
             self._updater.coming()
         with self._passes.backward(step_follows=last), self._guard:
             loss = loss / parts if parts > 1 else loss
@@ -244,7 +244,6 @@ class Engine:
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
-        self._updater.discard()
         self._micro_batch = 0
         self.early_updates.forget()
 

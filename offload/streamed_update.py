@@ -94,8 +94,6 @@ class StreamedUpdate:
         self._turn = 0
         """Of the slots for pieces that come when there is room."""
         self._allotment: Allotment | None = None
-        self._kept: set[str] = set()
-        """Units whose gradients of this step are in slots."""
         self._last: Done | None = None
         self._going_home: list[Done] = []
         """[Note: elements that change hands]"""
@@ -119,12 +117,11 @@ class StreamedUpdate:
     # Before the step
 
     def fetch_ahead(self, host: Took | None, after: Sequence[Done]) -> None:
-        """The backward pass before an update begins: let state come ahead that the updates ``after`` have left.
+        """The first backward pass before an update begins: let state come ahead that the updates ``after`` have left.
 
-        ``host`` is what the host took for its part of the last step.
+        ``host`` is what the host took for its part of the last step. Until the step, or until its gradients are
+        forgotten, this is not called again: pieces stay what they are while gradients wait for them.
         """
-        if self._kept:
-            return  # one more backward pass of the same step
         took = self._clock.read() if self._clock is not None else None
         if host is not None and took is not None and self._split.learn(host, took):
             self.deal_again()
@@ -140,7 +137,7 @@ class StreamedUpdate:
     def kept(self, name: str) -> list[Kept]:
         """Where the last sum of a unit's gradients stays on the device, for an update that ``fetch_ahead`` announced.
 
-        Whoever asks puts them there.
+        Whoever asks puts them there, and says so in the update.
         """
         state = self._states.get(name)
         if state is None or state.device_gradients is not None:
@@ -150,18 +147,12 @@ class StreamedUpdate:
             if piece.slot is not None:
                 slot = self._slots[piece.slot]
                 found.append(Kept(_in_unit(state, piece), slot.gradients[: piece.elements], slot.updated))
-        if found:
-            self._kept.add(name)
         return found
 
     def deal_again(self) -> None:
         """The share has moved: [Note: elements that change hands]."""
         self._allotment = None
         self._going_home = [slot.left for slot in self._slots]
-
-    def discard(self) -> None:
-        """The gradients of this step are forgotten."""
-        self._kept.clear()
 
     def changed(self, name: str) -> None:
         """Somebody else wrote to the unit's numbers on the host: what came ahead is not true any more."""
@@ -210,11 +201,10 @@ class StreamedUpdate:
             for piece in pieces:
                 slot = self._slot_of(piece)
                 arrived, slot.arrived = slot.arrived, None
-                kept = name in self._kept and piece.slot is not None
-                visit = Visit(update, piece, slot, slot.left, arrived, kept, piece is pieces[-1])
+                has_gradients = update.kept and piece.slot is not None
+                visit = Visit(update, piece, slot, slot.left, arrived, has_gradients, piece is pieces[-1])
                 slot.updated, slot.left = visit.updated, visit.left
                 visits.append(visit)
-            self._kept.discard(name)
         going_home, self._going_home = self._going_home, []
         self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host), going_home)
 

@@ -1,0 +1,92 @@
+"""What a review of the shared update asked for: rare orders of lanes, and steps that go wrong."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from offload.engine import Engine
+from offload.plan import Buckets, Plan
+from offload.streamed_update import StreamedUpdate
+from tests.models import GPT, Block, batches
+from tests.plans import G, H, plan_for
+from tests.test_engine_equals_pytorch import assert_same
+from tests.test_visits import step_plainly
+
+
+def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
+    plain = copy.deepcopy(model)
+    plan: Plan = plan_for(model, placements, **changes)
+    engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05)
+    return engine, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)
+
+
+def test_a_part_without_gradient_keeps_nothing_from_coming_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's part of a unit is of a parameter that never gets a gradient."""
+    torch.manual_seed(0)
+    model = GPT(layers=1)
+    model.h[0].unused = nn.Linear(200, 100, bias=False)
+    resident = (G, G, G)
+    placements = (resident, resident, resident, resident, resident, (H, H, H))
+    buckets = Buckets(1, 5000, 16384, update_slots=7)
+    fetched: list[int] = []
+    fetching = StreamedUpdate._fetch_all
+
+    def counted(self: StreamedUpdate, coming: Any, after: Any) -> None:
+        fetched.append(len(coming))
+        fetching(self, coming, after)
+
+    monkeypatch.setattr(StreamedUpdate, "_fetch_all", counted)
+    engine, plain, optimizer = both(model, placements, gpu_update_share=0.5, buckets=buckets)
+    with engine:
+        for tokens in batches(4):
+            engine.backward(engine(tokens))
+            engine.step()
+            plain(tokens).backward()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
+    assert len(fetched) == 4
+
+
+class PartialBlock(Block):
+    """Only its first layer norm gets a gradient while it is ``partial``."""
+
+    partial = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.ln_1(x) if self.partial else super().forward(x)
+
+
+class PartialGPT(GPT):
+    """In a partial pass no block is complete."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(PartialBlock(32, 4) for _ in range(4))
+
+    def forward(self, tokens: torch.Tensor, partial: bool = False) -> torch.Tensor:
+        for block in self.h:
+            block.partial = partial
+        return super().forward(tokens)
+
+
+def test_gradients_that_were_called_back_and_landed_early_are_those_on_the_host() -> None:
+    """One more backward pass before the step, in which blocks stay incomplete and make room for each other."""
+    torch.manual_seed(0)
+    model = PartialGPT()
+    buckets = Buckets(1, 5000, 16384, update_slots=60)
+    plan = plan_for(model, ((H, H, H),), gpu_update_share=1.0, buckets=buckets)
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    with engine:
+        for tokens in batches(3):
+            for partial in (False, True):
+                engine.backward(engine(tokens, partial))
+                plain(tokens, partial).backward()
+            engine.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(engine.state_dict(), plain, 1e-6)
