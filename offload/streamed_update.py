@@ -10,7 +10,8 @@ somebody waits for them.
 
 [Note: elements that change hands]
 State is on its way home when its unit's promise is kept. Where the share stays as it is, nobody reads it there before
-the device's next piece of the same elements comes to the same slot, behind it. When the share moves, elements pass from
+the device's next piece of the same elements. One that has a slot of its own comes to it behind itself; one that comes
+when there is room may come to another slot, so first its unit must be home. When the share moves, elements pass from
 one slot to another, or to the host: then all that is on its way must be home before either of them touches any.
 """
 
@@ -97,6 +98,8 @@ class StreamedUpdate:
         self._last: Done | None = None
         self._going_home: list[Done] = []
         """[Note: elements that change hands]"""
+        self._left: dict[str, list[Done]] = {}
+        """By unit, when its pieces without a slot of their own are home."""
         self._clock: Clock | None = None
 
     @property
@@ -194,8 +197,10 @@ class StreamedUpdate:
         has enough to do, and nobody waits for that state.
         """
         visits = []
+        going_home, self._going_home = [*self._going_home], []
         for update in updates:
             name = update.state.unit.name
+            going_home += self._left.pop(name, [])
             first, stop = update.segments[0].start, update.segments[-1].stop
             pieces = [p for p in self._parts().pieces[name] if p.start < stop and p.stop > first]
             for piece in pieces:
@@ -205,8 +210,9 @@ class StreamedUpdate:
                 visit = Visit(update, piece, slot, slot.left, arrived, has_gradients, piece is pieces[-1])
                 slot.updated, slot.left = visit.updated, visit.left
                 visits.append(visit)
-        going_home, self._going_home = self._going_home, []
-        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host), going_home)
+                if piece.slot is None:
+                    self._left.setdefault(name, []).append(visit.left)
+        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host, going_home))
 
     def _slot_of(self, piece: Piece) -> Slot:
         if piece.slot is not None:
@@ -224,8 +230,12 @@ class StreamedUpdate:
         last = [self._last] if self._last is not None else []
         return [*last, *(slot.left for slot in self._slots)]
 
-    def _run(self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None) -> None:
+    def _run(
+        self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None, first: Sequence[Done]
+    ) -> None:
         try:
+            for earlier in first:
+                earlier.wait()
             if clip.skipped():
                 for visit in visits:
                     visit.skip()

@@ -1,19 +1,37 @@
 """What a review of the shared update asked for: rare orders of lanes, and steps that go wrong."""
 
 import copy
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from offload import streamed_update
 from offload.engine import Engine
 from offload.plan import Buckets, Plan
 from offload.streamed_update import StreamedUpdate
+from offload.streams import Lane
 from tests.models import GPT, Block, batches
 from tests.plans import G, H, plan_for
 from tests.test_engine_equals_pytorch import assert_same
 from tests.test_visits import step_plainly
+
+
+def late(monkeypatch: pytest.MonkeyPatch, name: str, seconds: float) -> None:
+    """Let every job of a lane begin late."""
+    submit = Lane.submit
+
+    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
+        def slow_job() -> None:
+            time.sleep(seconds)
+            job()
+
+        return submit(lane, slow_job if lane.name == name else job, after)
+
+    monkeypatch.setattr(Lane, "submit", slow_submit)
 
 
 def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
@@ -21,6 +39,28 @@ def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, to
     plan: Plan = plan_for(model, placements, **changes)
     engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05)
     return engine, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+def test_a_piece_that_comes_to_another_slot_than_it_left_is_home_first(
+    pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late(monkeypatch, "leaving", 0.3)
+    torch.manual_seed(0)
+    model = GPT(layers=1)
+    resident, one = (G, G, G), (H, H, H)
+    placements = (resident, resident, resident, resident, resident, one)
+    block = sum(-(-p.numel() // 64) * 64 for p in model.h[0].parameters())
+    size = -(-block // pieces // 64) * 64
+    buckets = Buckets(1, size, 16384)
+    engine, plain, optimizer = both(model, placements, gpu_update_share=1.0, buckets=buckets)
+    with engine:
+        for tokens in batches(5):
+            engine.backward(engine(tokens))
+            engine.step()
+            plain(tokens).backward()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
 
 
 def test_a_part_without_gradient_keeps_nothing_from_coming_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +130,40 @@ def test_gradients_that_were_called_back_and_landed_early_are_those_on_the_host(
             optimizer.step()
             optimizer.zero_grad()
         assert_same(engine.state_dict(), plain, 1e-6)
+
+
+def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    late(monkeypatch, "leaving", 0.3)
+    moving = streamed_update._move
+
+    def broken(lane: Lane, pairs: Any) -> None:
+        if lane.name == "leaving":
+            raise RuntimeError("the link is on fire")
+        moving(lane, pairs)
+
+    monkeypatch.setattr(streamed_update, "_move", broken)
+    model = GPT(layers=1)
+    resident = (G, G, G)
+    placements = (resident, resident, resident, resident, resident, (H, H, H))
+    plan = plan_for(model, placements, gpu_update_share=1.0, buckets=Buckets(1, 1 << 16, 16384))
+    engine = Engine(model, plan)
+    streamed = engine._streamed
+    assert streamed is not None
+    told: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            for number, tokens in enumerate(batches(4)):
+                if number == 1:
+                    streamed.deal_again()
+                engine.backward(engine(tokens))
+                engine.step()
+        except RuntimeError as error:
+            told.append(error)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert told, "nobody is told"
+    with pytest.raises(RuntimeError, match="on fire"):
+        engine.close()
