@@ -296,6 +296,11 @@ class Engine:
         return self._passes.computing
 
     @property
+    def update_failed(self) -> bool:
+        """Whether the last update is known to have gone wrong, so that it is half done."""
+        return self._updater.failed or self.early_updates.failed
+
+    @property
     def overflow_count(self) -> int:
         """Device slots that had to be made beyond the plan; 0 in a run that goes as planned."""
         return self._mover.overflow_count

@@ -220,6 +220,11 @@ class StreamedUpdate:
         self._turn = (self._turn + 1) % UPDATE_RING
         return self._slots[-1 - self._turn]
 
+    def check(self) -> None:
+        """Raise what went wrong in the last step, if that is known."""
+        for done in self.settled():
+            done.check()
+
     def finish(self) -> None:
         """Wait until everything is back on the host; raises what went wrong."""
         for done in self.settled():
@@ -259,7 +264,7 @@ class StreamedUpdate:
                 if visit.piece.slot is not None:
                     self._let_go(visit, leaving, after=[visit.updated, *filter(None, [host])])
         except BaseException as error:
-            for visit in visits:
+            for visit in reversed(visits):  # who hears of one finds that of the last one in each slot
                 visit.fail(error)
             raise
 

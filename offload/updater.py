@@ -120,6 +120,17 @@ class Updater:
         """Raise what went wrong in the last step, if that is known."""
         if self._last is not None:
             self._last.check()
+        if self._streamed is not None:
+            self._streamed.check()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last step is known to have gone wrong."""
+        try:
+            self.check()
+        except BaseException:  # noqa: BLE001 - whoever asks for it gets it from ``check``
+            return True
+        return False
 
     def finish(self) -> None:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from offload import streamed_update
 from offload.engine import Engine
+from offload.errors import DeviceMemoryError
 from offload.plan import Buckets, Plan
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Lane
@@ -130,6 +131,26 @@ def test_gradients_that_were_called_back_and_landed_early_are_those_on_the_host(
             optimizer.step()
             optimizer.zero_grad()
         assert_same(engine.state_dict(), plain, 1e-6)
+
+
+@pytest.mark.parametrize("placement", [(H, H, H), (G, G, H)])
+def test_memory_that_runs_out_in_an_update_is_not_told_as_that_of_a_pass(
+    placement: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(StreamedUpdate, "_update_piece", short)
+    model = GPT()
+    engine = Engine(model, plan_for(model, (placement,), gpu_update_share=1.0))
+    tokens = batches(1)[0]
+    engine.backward(engine(tokens))
+    engine.step()
+    for _ in range(3):
+        with pytest.raises(DeviceMemoryError, match="The update is half done"):
+            engine(tokens)
+    with pytest.raises((DeviceMemoryError, torch.OutOfMemoryError)):
+        engine.close()
 
 
 def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: pytest.MonkeyPatch) -> None:
