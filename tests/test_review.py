@@ -3,6 +3,7 @@
 import copy
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from offload.engine import Engine
 from offload.errors import DeviceMemoryError
 from offload.plan import Buckets, Plan
 from offload.streamed_update import StreamedUpdate
-from offload.streams import Lane
+from offload.streams import Done, Lane
+from offload.visits import Visit
 from tests.models import GPT, Block, batches
 from tests.plans import G, H, plan_for
 from tests.test_engine_equals_pytorch import assert_same
@@ -151,6 +153,27 @@ def test_memory_that_runs_out_in_an_update_is_not_told_as_that_of_a_pass(
             engine(tokens)
     with pytest.raises((DeviceMemoryError, torch.OutOfMemoryError)):
         engine.close()
+
+
+def test_a_failure_reaches_every_promise_also_one_that_is_kept_meanwhile() -> None:
+    class Kept(Done):
+        """Another thread keeps it between the question and the answer."""
+
+        @property
+        def told(self) -> bool:
+            found = super().told
+            if not found:
+                self.finish(None)
+            return found
+
+    update: Any = SimpleNamespace(promise=Kept())
+    piece: Any = SimpleNamespace()
+    visits = [Visit(update, piece, piece, Done(), None, False, last=True) for _ in range(2)]
+    for visit in visits:
+        visit.updated = Kept()
+    for visit in visits:
+        visit.fail(RuntimeError("on fire"))
+        assert visit.left.told
 
 
 def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: pytest.MonkeyPatch) -> None:
