@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from offload import streamed_update
+from offload.allotment import Reach, allot
 from offload.engine import Engine
 from offload.errors import DeviceMemoryError
 from offload.plan import Buckets, Plan
+from offload.residency import UPDATE_RING
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
 from offload.visits import Visit
@@ -174,6 +176,13 @@ def test_a_failure_reaches_every_promise_also_one_that_is_kept_meanwhile() -> No
     for visit in visits:
         visit.fail(RuntimeError("on fire"))
         assert visit.left.told
+
+
+def test_units_smaller_than_a_piece_of_the_share_are_shared_too() -> None:
+    units = [Reach("", 1 << 20), *(Reach(f"h.{i}", 30 << 10) for i in range(48))]
+    found = allot(units, 0.43, 16 << 10, UPDATE_RING)
+    given = sum(u.elements - found.edges[u.name] for u in units if u.name in found.edges)
+    assert given > 0.4 * sum(u.elements for u in units)
 
 
 def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: pytest.MonkeyPatch) -> None:
