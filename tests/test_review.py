@@ -16,6 +16,7 @@ from offload.engine import Engine
 from offload.errors import DeviceMemoryError
 from offload.plan import Buckets, Plan
 from offload.residency import UPDATE_RING
+from offload.split import Took
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
 from offload.visits import Visit
@@ -220,3 +221,19 @@ def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: 
     assert told, "nobody is told"
     with pytest.raises(RuntimeError, match="on fire"):
         engine.close()
+
+
+def test_a_step_teaches_once_however_often_its_next_gradients_are_forgotten() -> None:
+    model = GPT(layers=1)
+    with Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
+        streamed, tokens = engine._streamed, batches(1)[0]
+        assert streamed is not None
+        engine.backward(engine(tokens))
+        engine.step()
+        engine.finish()
+        clock: Any = SimpleNamespace(read=lambda: Took(1000, 1.0))
+        streamed._clock = clock
+        for _ in range(3):
+            engine.backward(engine(tokens))
+            engine.zero_grad()
+        assert streamed._split._learned == 1
