@@ -3,7 +3,7 @@
 Pure. State that came ahead is updated the moment the clip factor is known, so the device takes the first units of
 forward as a whole as far as slots for that reach, and forward begins with them while the host is at work on later ones.
 What is left of the device's share is cut from the ends of all other units, for there both engines must keep up with
-forward.
+forward; where that would be less than a piece of each, from the end of every second or third, or as many as it takes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -78,9 +78,12 @@ def allot(
         wanted -= unit.elements - edges[unit.name]
         taken += len(pieces[unit.name])
     others = [u for u in units if u.name not in edges]
-    rest = sum(u.elements for u in others)
+    rest, due = sum(u.elements for u in others), 0.0
     for unit in others:
-        edge = aligned(round(unit.elements * (1 - max(0, wanted) / rest)), ALIGN_ELEMENTS) if rest else unit.elements
+        due += unit.elements * max(0, wanted) / max(rest, 1)
+        part = min(due, unit.elements)
+        edge = aligned(round(unit.elements - part), ALIGN_ELEMENTS)
         if unit.elements - edge >= min(piece_elements, max(unit.elements, 1)):
             give(unit, edge, None)
+            due -= part
     return Allotment(edges, pieces)

@@ -233,7 +233,7 @@ class Engine:
         if self._update_in_backward and last:
             self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=last)
-        if last:
+        if self._micro_batch == accumulation:  # in one more pass before the step all of it has begun
             self._updater.coming()
         with self._passes.backward(step_follows=last), self._guard:
             loss = loss / parts if parts > 1 else loss
@@ -244,7 +244,6 @@ class Engine:
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
         self._gradients.discard()
-        self._updater.discard()
         self._micro_batch = 0
         self.early_updates.forget()
 
@@ -295,6 +294,11 @@ class Engine:
     def computing(self) -> str | None:
         """The unit that computes, or did when a pass failed; None outside of all units."""
         return self._passes.computing
+
+    @property
+    def update_failed(self) -> bool:
+        """Whether the last update is known to have gone wrong, so that it is half done."""
+        return self._updater.failed or self.early_updates.failed
 
     @property
     def overflow_count(self) -> int:

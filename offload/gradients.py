@@ -104,6 +104,10 @@ class GradientCollector:
         """When the unit's gradient is in the buffer of its tier; ``None`` when it has none."""
         return self._gatherings[name].landed
 
+    def stayed(self, name: str) -> bool:
+        """Whether parts of it are not there, but where the device will update with them."""
+        return bool(self._gatherings[name].kept)
+
     def taken(self, name: str) -> bool:
         """Take the unit's gradient for an update, before backward is over; whether it is complete."""
         gathering = self._gatherings[name]

@@ -35,7 +35,7 @@ def explaining_shortage(phase: str) -> Callable[[Method], Method]:
                 where = f"the {phase}" if unit is None else f"the {phase} of unit {unit}"
                 if phase != UPDATE:
                     engine.zero_grad()
-                half_done = phase == UPDATE or engine.early_updates.failed
+                half_done = phase == UPDATE or engine.update_failed
                 sentence = shortage(error, engine.plan, where, engine.meter.now_bytes()["gpu"], half_done=half_done)
                 # [Note: memory of a failed pass]
                 error.add_note("".join(["It was raised here:\n", *traceback.format_tb(error.__traceback__)]))

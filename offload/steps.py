@@ -99,7 +99,8 @@ class Steps:
             name, landed = state.unit.name, self._gradients.landed(state.unit.name)
             segments = self._hyperparameters.begin_update(state.unit, self._gradients.present(name))
             if segments and landed is not None:
-                update = UnitUpdate(self._parts[name], from_first(segments, state.updated), landed, self._copied(name))
+                own, kept = from_first(segments, state.updated), self._gradients.stayed(name)
+                update = UnitUpdate(self._parts[name], own, landed, self._copied(name), kept)
                 changed.append((state, update))
                 if update.segments:
                     updates.append(update)

@@ -10,7 +10,8 @@ somebody waits for them.
 
 [Note: elements that change hands]
 State is on its way home when its unit's promise is kept. Where the share stays as it is, nobody reads it there before
-the device's next piece of the same elements comes to the same slot, behind it. When the share moves, elements pass from
+the device's next piece of the same elements. One that has a slot of its own comes to it behind itself; one that comes
+when there is room may come to another slot, so first its unit must be home. When the share moves, elements pass from
 one slot to another, or to the host: then all that is on its way must be home before either of them touches any.
 """
 
@@ -94,11 +95,11 @@ class StreamedUpdate:
         self._turn = 0
         """Of the slots for pieces that come when there is room."""
         self._allotment: Allotment | None = None
-        self._kept: set[str] = set()
-        """Units whose gradients of this step are in slots."""
         self._last: Done | None = None
         self._going_home: list[Done] = []
         """[Note: elements that change hands]"""
+        self._left: dict[str, list[Done]] = {}
+        """By unit, when its pieces without a slot of their own are home."""
         self._clock: Clock | None = None
 
     @property
@@ -119,15 +120,16 @@ class StreamedUpdate:
     # Before the step
 
     def fetch_ahead(self, host: Took | None, after: Sequence[Done]) -> None:
-        """The backward pass before an update begins: let state come ahead that the updates ``after`` have left.
+        """The first backward pass before an update begins: let state come ahead that the updates ``after`` have left.
 
-        ``host`` is what the host took for its part of the last step.
+        ``host`` is what the host took for its part of the last step. Until the step, or until its gradients are
+        forgotten, this is not called again: pieces stay what they are while gradients wait for them.
         """
-        if self._kept:
-            return  # one more backward pass of the same step
         took = self._clock.read() if self._clock is not None else None
-        if host is not None and took is not None and self._split.learn(host, took):
-            self.deal_again()
+        if host is not None and took is not None:
+            self._clock = None  # it teaches once
+            if self._split.learn(host, took):
+                self.deal_again()
         coming = []
         for name, piece in self._parts().ahead():
             slot = self._slots[piece.slot or 0]
@@ -140,7 +142,7 @@ class StreamedUpdate:
     def kept(self, name: str) -> list[Kept]:
         """Where the last sum of a unit's gradients stays on the device, for an update that ``fetch_ahead`` announced.
 
-        Whoever asks puts them there.
+        Whoever asks puts them there, and says so in the update.
         """
         state = self._states.get(name)
         if state is None or state.device_gradients is not None:
@@ -150,18 +152,12 @@ class StreamedUpdate:
             if piece.slot is not None:
                 slot = self._slots[piece.slot]
                 found.append(Kept(_in_unit(state, piece), slot.gradients[: piece.elements], slot.updated))
-        if found:
-            self._kept.add(name)
         return found
 
     def deal_again(self) -> None:
         """The share has moved: [Note: elements that change hands]."""
         self._allotment = None
         self._going_home = [slot.left for slot in self._slots]
-
-    def discard(self) -> None:
-        """The gradients of this step are forgotten."""
-        self._kept.clear()
 
     def changed(self, name: str) -> None:
         """Somebody else wrote to the unit's numbers on the host: what came ahead is not true any more."""
@@ -203,26 +199,33 @@ class StreamedUpdate:
         has enough to do, and nobody waits for that state.
         """
         visits = []
+        going_home, self._going_home = [*self._going_home], []
         for update in updates:
             name = update.state.unit.name
+            going_home += self._left.pop(name, [])
             first, stop = update.segments[0].start, update.segments[-1].stop
             pieces = [p for p in self._parts().pieces[name] if p.start < stop and p.stop > first]
             for piece in pieces:
                 slot = self._slot_of(piece)
                 arrived, slot.arrived = slot.arrived, None
-                kept = name in self._kept and piece.slot is not None
-                visit = Visit(update, piece, slot, slot.left, arrived, kept, piece is pieces[-1])
+                has_gradients = update.kept and piece.slot is not None
+                visit = Visit(update, piece, slot, slot.left, arrived, has_gradients, piece is pieces[-1])
                 slot.updated, slot.left = visit.updated, visit.left
                 visits.append(visit)
-            self._kept.discard(name)
-        going_home, self._going_home = self._going_home, []
-        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host), going_home)
+                if piece.slot is None:
+                    self._left.setdefault(name, []).append(visit.left)
+        self._last = self._lane.submit(lambda: self._run(visits, clip, begun, host, going_home))
 
     def _slot_of(self, piece: Piece) -> Slot:
         if piece.slot is not None:
             return self._slots[piece.slot]
         self._turn = (self._turn + 1) % UPDATE_RING
         return self._slots[-1 - self._turn]
+
+    def check(self) -> None:
+        """Raise what went wrong in the last step, if that is known."""
+        for done in self.settled():
+            done.check()
 
     def finish(self) -> None:
         """Wait until everything is back on the host; raises what went wrong."""
@@ -234,8 +237,12 @@ class StreamedUpdate:
         last = [self._last] if self._last is not None else []
         return [*last, *(slot.left for slot in self._slots)]
 
-    def _run(self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None) -> None:
+    def _run(
+        self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None, first: Sequence[Done]
+    ) -> None:
         try:
+            for earlier in first:
+                earlier.wait()
             if clip.skipped():
                 for visit in visits:
                     visit.skip()
@@ -259,7 +266,7 @@ class StreamedUpdate:
                 if visit.piece.slot is not None:
                     self._let_go(visit, leaving, after=[visit.updated, *filter(None, [host])])
         except BaseException as error:
-            for visit in visits:
+            for visit in reversed(visits):  # who hears of one finds that of the last one in each slot
                 visit.fail(error)
             raise
 

@@ -66,6 +66,8 @@ class UnitUpdate:
     """When its gradient is in the buffer of its tier."""
     copied: Done | None = None
     """When what a checkpoint wants of the numbers before is copied: only then they may change. None: at once."""
+    kept: bool = False
+    """Whether gradients stayed on the device where it will update with them: ``StreamedUpdate.kept``."""
     promise: Done = field(default_factory=Done)
     """When its new weights can be had where they live."""
 
@@ -76,7 +78,7 @@ class UnitUpdate:
 
     def within(self, start: int, stop: int) -> "UnitUpdate":
         """What this update does between two elements, with a promise of its own."""
-        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed, self.copied)
+        return UnitUpdate(self.state, within(self.segments, start, stop), self.landed, self.copied, self.kept)
 
     def wait_copied(self) -> None:
         """Let this thread go on when the unit's numbers may change."""

@@ -88,18 +88,13 @@ class Updater:
         return sorted(self._reading)
 
     def coming(self) -> None:
-        """The backward pass before a step begins: what can be done for its update already is done beside it."""
+        """The first backward pass before a step begins: what can be done for its update already is done beside it."""
         if self._streamed is not None:
             self._streamed.fetch_ahead(self._took, [self._last] if self._last is not None else [])
 
     def kept(self, name: str) -> list[Kept]:
         """Which parts of a unit's last sum of gradients stay on the device: ``StreamedUpdate.kept``."""
         return self._streamed.kept(name) if self._streamed is not None else []
-
-    def discard(self) -> None:
-        """The gradients of this step are forgotten."""
-        if self._streamed is not None:
-            self._streamed.discard()
 
     def changed(self, name: str) -> None:
         """Somebody else changed the unit's numbers in the tiers."""
@@ -125,6 +120,17 @@ class Updater:
         """Raise what went wrong in the last step, if that is known."""
         if self._last is not None:
             self._last.check()
+        if self._streamed is not None:
+            self._streamed.check()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last step is known to have gone wrong."""
+        try:
+            self.check()
+        except BaseException:  # noqa: BLE001 - whoever asks for it gets it from ``check``
+            return True
+        return False
 
     def finish(self) -> None:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""

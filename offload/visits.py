@@ -9,6 +9,8 @@ way, and sleep until the first of them is over.
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -83,7 +85,8 @@ class Visit:
         """Let whoever waits for any of it know."""
         for done in (self.updated, self.left, self.update.promise):
             if not done.told:
-                done.fail(error)
+                with suppress(InvalidStateError):  # another thread has told it meanwhile
+                    done.fail(error)
 
     def skip(self) -> None:
         """Leave everything as it is."""
