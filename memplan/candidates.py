@@ -19,7 +19,7 @@ from memplan.pipeline import Times, step_seconds
 from memplan.problem import Family, Problem
 from memplan.work import StepWork
 from offload.optimizer import DEVICE_ELEMENTS
-from offload.plan import Buckets
+from offload.plan import Buckets, MomentFormat
 from offload.residency import state_bytes
 from offload.shards import ALIGN_ELEMENTS
 
@@ -220,7 +220,8 @@ class FamilySearch:
 
     def gpu_peak_bytes(self, counts: Counts) -> int:
         """The peak to expect on one GPU."""
-        return int(self.tables.gpu_bytes(counts)) + max(self.activations.peak_bytes, self.update_bytes)
+        beside = self.beside_forward_bytes if counts.state > counts.nvme_state else 0
+        return int(self.tables.gpu_bytes(counts)) + max(self.activations.peak_bytes + beside, self.update_bytes)
 
     def gpu_upper_bytes(self, counts: Counts) -> int:
         """The largest peak to expect on one GPU: what decides whether a candidate fits.
@@ -228,12 +229,19 @@ class FamilySearch:
         Where state leaves the GPU there is room for the slots of a shared update, although all of it may go to NVMe.
         """
         kept = self.tables.update_slots_bytes if counts.state and counts.state == counts.nvme_state else 0
-        return int(self.tables.gpu_bytes(counts)) + kept + self.upper_bytes
+        beside = self.beside_forward_bytes if counts.state else 0
+        return int(self.tables.gpu_bytes(counts)) + kept + beside + self.upper_bytes
 
     @property
     def upper_bytes(self) -> int:
         """The most to expect on one GPU beside the model's state."""
         return max(self.activations.upper_bytes, self.update_bytes + FIXED_MARGIN_BYTES[self.problem.device])
+
+    @property
+    def beside_forward_bytes(self) -> int:
+        """What the GPU's share of an update holds for a moment while forward runs: moments in fewer bits, widened."""
+        narrow = self.problem.form.moments is not MomentFormat.FP32
+        return self.update_bytes if self.tables.update_slots_bytes and narrow else 0
 
     def host_bytes(self, counts: Counts) -> int:
         """Of one node."""
@@ -259,7 +267,8 @@ class FamilySearch:
         resident = t.gpu_bytes(Counts(0, gradients, parameters))
         over = resident + self.upper_bytes - self.problem.budget.gpu_bytes
         # As soon as anything leaves there are the slots of its update, too.
-        over = np.where((over > 0) | (gradients > 0) | (parameters > 0), over + t.update_slots_bytes, over)
+        needed = t.update_slots_bytes + self.beside_forward_bytes
+        over = np.where((over > 0) | (gradients > 0) | (parameters > 0), over + needed, over)
         state = np.maximum(np.searchsorted(t.state_bytes, over), np.maximum(gradients, parameters))
         grid = Counts(state, gradients, parameters)
         excess = t.host_bytes(replace(grid, state=np.minimum(state, n))) - self.host_budget

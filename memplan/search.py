@@ -102,12 +102,16 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     counts = candidate.counts
     busy = _busy_seconds(problem, candidate)
     state, activations = int(family.tables.gpu_bytes(counts)), family.activations
+    beside = family.beside_forward_bytes if _state_on_host(candidate) else 0
     host = family.host_bytes(counts)
     attached = problem.attach_bytes(host)
     phases = {
         "gpu": {
             "attach": state,
-            **{name: state + size for name, size in activations.phase_bytes.items()},
+            **{
+                name: state + size + (beside if name == "forward" else 0)
+                for name, size in activations.phase_bytes.items()
+            },
             "step": state + family.update_bytes,
         },
         "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},

@@ -313,3 +313,16 @@ def test_what_room_is_left_on_the_gpu_becomes_slots_of_the_shared_update():
     assert any(p.buckets.update_slots > 3 for p in found.values())
     resident = plan(profile, machine_of(10**10, 10**9, device="cuda"), SHARED_RATES, batch_size=4)
     assert (resident.gpu_update_share, resident.buckets.update_slots) == (0.0, 3)
+
+
+@pytest.mark.parametrize("moments", MomentFormat)
+def test_moments_in_fewer_bits_are_widened_beside_forward_and_there_is_room_for_that(moments):
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+    problem = problem_of(profile, machine_of(10**9, 10**9, device="cuda"), SHARED_RATES, 4, None, moments=moments)
+    family = next(iter(problem.families()))
+    search = FamilySearch(problem, family, Buckets(update_elements=1 << 20))
+    slots, widened = search.tables.update_slots_bytes, 0 if moments is MomentFormat.FP32 else search.update_bytes
+    beyond = {Counts(0, 0, 0): 0, Counts(2, 0, 0): widened, Counts(2, 0, 0, 2): slots + widened}
+    for counts, more in beyond.items():  # the slots of state on the host are in the tables
+        assert search.gpu_upper_bytes(counts) == int(search.tables.gpu_bytes(counts)) + search.upper_bytes + more
+    assert search.gpu_peak_bytes(Counts(2, 0, 0)) <= search.gpu_upper_bytes(Counts(2, 0, 0))

@@ -1,4 +1,4 @@
-"""What a review of the shared update asked for: rare orders of lanes, and steps that go wrong."""
+"""The shared update in rare orders of lanes, and in steps that go wrong."""
 
 import copy
 import threading
