@@ -91,7 +91,10 @@ def _checkpoint_bytes(plan: Plan) -> int:
 def _differs(tier: str, counted: int, predicted: int) -> list[str]:
     if counted == predicted:
         return []
-    return [f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}"]
+    return [
+        f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}: if you "
+        f"changed them by hand, write that into prediction.{tier}_bytes"
+    ]
 
 
 def _sizes(plan: Plan) -> tuple[int, float]:

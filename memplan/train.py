@@ -153,7 +153,7 @@ class _Run:
         self.parameters = sum(p.numel() for p in model.parameters())
         check_model(plan, model)
         if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
-            raise PlanError(f"the plan does not add up: {problems[0]}; make it again with memplan plan")
+            raise PlanError(f"the plan does not add up: {problems[0]}; or make it again with memplan plan")
         optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
         max_norm = options.max_grad_norm
         try:

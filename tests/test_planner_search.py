@@ -307,9 +307,24 @@ def test_what_room_is_left_on_the_gpu_becomes_slots_of_the_shared_update():
         machine = machine_of(gpu, 10**9, device="cuda")
         found[gpu] = plan(profile, machine, SHARED_RATES, batch_size=4)
         assert found[gpu].gpu_update_share > 0
-        assert any("The GPU makes 59% of the update" in reason for reason in found[gpu].reasons)
+        slots = found[gpu].buckets.update_slots
+        said = next(reason for reason in found[gpu].reasons if "The GPU makes 59% of the update" in reason)
+        assert f" of its memory ({slots} slots) " in said
         assert found[gpu].prediction.gpu_upper_bytes <= gpu
     assert all(p.buckets.update_slots >= 3 for p in found.values())
     assert any(p.buckets.update_slots > 3 for p in found.values())
     resident = plan(profile, machine_of(10**10, 10**9, device="cuda"), SHARED_RATES, batch_size=4)
     assert (resident.gpu_update_share, resident.buckets.update_slots) == (0.0, 3)
+
+
+def test_what_the_host_needs_only_at_the_start_is_said():
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+    found = plan(profile, machine_of(10**10, 10**9, device="cuda"), SHARED_RATES, batch_size=4)
+    assert found.prediction.host_upper_bytes > found.prediction.host_bytes
+    assert any("At the start the host holds up to" in reason for reason in found.reasons)
+
+
+def test_what_the_drivers_context_takes_is_said():
+    machine = replace(machine_of(10**10, 10**9, device="cuda"), context_bytes=500 << 20)
+    found = plan(transformer(6, precision="bf16"), machine, SHARED_RATES, batch_size=4)
+    assert any("The driver's context takes 500 MiB beside that." in reason for reason in found.reasons)
