@@ -40,7 +40,7 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     problems += [f"unit {s.name!r} of the model is not in the plan" for s in shapes if s.name not in placed]
     if problems:
         return problems
-    expected = plan.prediction
+    expected, more = plan.prediction, 0
     if plan.target is Target.MEMPLAN:
         ranks = [_rank(plan, known[p.unit], p) for p in plan.placements]
         of_node = plan.gpus // plan.nodes
@@ -53,8 +53,10 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
                 f"model state on the gpu takes {format_bytes(state)}, more than the predicted peak of "
                 f"{format_bytes(expected.gpu_peak_bytes)}"
             )
+        # What somebody added by hand, as slots of the update, is there beside all that was predicted.
+        more = max(0, state - expected.phases.get("gpu", {}).get("attach", state))
     for tier, used, budget in (
-        ("gpu", max(expected.gpu_peak_bytes, expected.gpu_upper_bytes), plan.budget.gpu_bytes),
+        ("gpu", max(expected.gpu_peak_bytes, expected.gpu_upper_bytes) + more, plan.budget.gpu_bytes),
         ("host", expected.host_bytes, plan.budget.host_bytes),
         ("nvme", expected.nvme_bytes, plan.budget.nvme_bytes),
     ):
@@ -91,7 +93,10 @@ def _checkpoint_bytes(plan: Plan) -> int:
 def _differs(tier: str, counted: int, predicted: int) -> list[str]:
     if counted == predicted:
         return []
-    return [f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}"]
+    return [
+        f"the {tier} tier is predicted to hold {predicted} bytes, but the placements add up to {counted}: if you "
+        f"changed them by hand, write that into prediction.{tier}_bytes"
+    ]
 
 
 def _sizes(plan: Plan) -> tuple[int, float]:

@@ -10,18 +10,20 @@ from memplan.machine import Machine
 from memplan.memory import RESIDENT, Counts
 from memplan.problem import Family, Problem, profiled_optimizer
 from offload.plan import Alternative, MomentFormat, Prediction, Target, Tier
+from offload.residency import streamed_slot_bytes
 
 FEWEST_ALTERNATIVES, MOST_ALTERNATIVES = 3, 5
 
 
 def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine: Machine) -> tuple[str, ...]:
     """One sentence a decision; ``expected`` is the prediction of ``best``."""
-    search = FamilySearch(problem, best.family, best.buckets)
+    search, context = FamilySearch(problem, best.family, best.buckets), machine.context_bytes
     said = [
         _placement_reason(problem, best, search),
         f"On the GPU tier at most {format_bytes(expected.gpu_upper_bytes)} are expected, of "
         f"{format_bytes(problem.budget.gpu_bytes)}: {format_bytes(int(search.tables.gpu_bytes(best.counts)))} of model "
-        "state, the rest activations and a margin.",
+        "state, the rest activations and a margin."
+        + (f" The driver's context takes {format_bytes(context)} beside that." if context else ""),
         *_recompute_reason(problem, best),
         _batch_reason(problem, best),
     ]
@@ -32,6 +34,7 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
     said += _update_reason(problem, best)
+    said += host_reason(problem.gpus_per_node, expected.host_bytes, expected.host_upper_bytes)
     said += [step_reason(best.seconds, expected.lane_seconds), problem.rates.source]
     if best.counts.nvme_state and machine.disk is not None and machine.disk.trouble:
         read, written = problem.rates.nvme_read_bytes_per_second, problem.rates.nvme_write_bytes_per_second
@@ -108,13 +111,26 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
     )
 
 
+def host_reason(gpus_per_node: int, host_bytes: int, most_bytes: int) -> list[str]:
+    """Why the host needs more for a while than the plan keeps there."""
+    if most_bytes <= host_bytes:
+        return []
+    each = "the model is" if gpus_per_node == 1 else f"each of {gpus_per_node} processes has the model"
+    return [
+        f"At the start the host holds up to {format_bytes(most_bytes)}, while {each} built and taken into the tiers; "
+        f"then {format_bytes(host_bytes)}."
+    ]
+
+
 def _update_reason(problem: Problem, best: Candidate) -> list[str]:
     share = problem.gpu_update_share
     if not share or best.counts.state == best.counts.nvme_state:
         return []
+    slots, pieces = best.buckets.update_slots, best.buckets.update_elements
     return [
-        f"The GPU makes {share:.0%} of the update of state on the host, which streams through it while the CPU makes "
-        "the rest; the engine moves that by what its first steps take."
+        f"The GPU makes {share:.0%} of the update of state on the host, which streams through "
+        f"{format_bytes(slots * streamed_slot_bytes(pieces, problem.form))} of its memory ({slots} slots) while the "
+        "CPU makes the rest; the engine moves that by what its first steps take."
     ]
 
 
@@ -133,7 +149,8 @@ def _recompute_reason(problem: Problem, best: Candidate) -> list[str]:
             f"{which} blocks are recomputed in backward: activations take {format_bytes(here.peak_bytes)}, not {full}."
         )
     if way.checkpoints is Tier.HOST:
-        said += f" Their inputs wait in host memory, {format_bytes(here.host_bytes)}."
+        said += f" Their inputs wait in host memory, {format_bytes(here.host_bytes)}"
+        said += " for each GPU." if problem.gpus_per_node > 1 else "."
     if way.loss_chunks > 1:
         said += f" Head and loss are computed in {way.loss_chunks} pieces, so that the logits never exist as a whole."
     return [said]

@@ -167,10 +167,11 @@ def warnings(profile: ModelProfile) -> Iterator[str]:
     memory_bytes = find_device(profile.device).memory_bytes if profile.device is not None else None
     taken = profile.peaks.reserved_bytes if profile.device_bytes is None else profile.device_bytes
     if memory_bytes is not None and taken > memory_bytes:
-        yield (
-            f"{profile.device} has {format_bytes(memory_bytes)}, and the step will take {format_bytes(taken)}: "
-            "it does not fit"
-        )
+        peaks, fits = profile.peaks, "it does not fit"
+        expandable = taken - peaks.reserved_bytes + peaks.reserved_expandable_bytes
+        if peaks.reserved_expandable_bytes and expandable <= memory_bytes:
+            fits = f"it fits with PYTORCH_ALLOC_CONF=expandable_segments:True, which takes {format_bytes(expandable)}"
+        yield f"{profile.device} has {format_bytes(memory_bytes)}, and the step will take {format_bytes(taken)}: {fits}"
     if profile.uncounted_share > UNCOUNTED_WARNED:
         yield (
             f"operations without a FLOP formula move {profile.uncounted_share:.0%} of the bytes: "

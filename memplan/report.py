@@ -81,9 +81,7 @@ def summary_table(plan: Plan, view: RunView, steps: Sequence[StepRecord]) -> str
     # The first step also warms up: it is left out of the mean where there are others.
     seconds = [s.seconds for s in (steps[1:] or steps) if s.seconds is not None]
     rates = [s.tokens_per_second for s in (steps[1:] or steps) if s.tokens_per_second is not None]
-    p, b = plan.prediction, plan.budget
-    budgets = {"gpu": b.gpu_bytes, "host": b.host_bytes, "nvme": b.nvme_bytes}
-    predicted = {"gpu": p.gpu_peak_bytes, "host": p.host_bytes, "nvme": p.nvme_bytes}
+    p, budgets, predicted = plan.prediction, plan.budget_bytes, plan.predicted_bytes
     rows = [
         ["steps", f"{len(steps):,}", "", f"{view.run.last_step:,}" if view.run and view.run.last_step else ""],
         ["elapsed", clock_text(view.elapsed_seconds), "", ""],
@@ -165,11 +163,10 @@ def tokens_chart(steps: Sequence[StepRecord]) -> go.Figure:
 
 def memory_chart(plan: Plan, steps: Sequence[StepRecord]) -> go.Figure:
     """Each tier in percent of its budget: held at the end, highest, predicted."""
-    p, b = plan.prediction, plan.budget
-    budgets = {"gpu": b.gpu_bytes, "host": b.host_bytes, "nvme": b.nvme_bytes}
+    budgets = plan.budget_bytes
     last = steps[-1] if steps else None
     bars: list[tuple[str, dict[str, float], str]] = [
-        ("predicted", {"gpu": p.gpu_peak_bytes, "host": p.host_bytes, "nvme": p.nvme_bytes}, COLOURS["muted"]),
+        ("predicted", {tier: float(size) for tier, size in plan.predicted_bytes.items()}, COLOURS["muted"]),
         ("peak", last.peak_bytes if last else {}, COLOURS["host"]),
         ("at the end", last.memory_bytes if last else {}, COLOURS["gpu"]),
     ]

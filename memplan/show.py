@@ -66,7 +66,8 @@ def plan_summary(plan: Plan) -> RenderableType:
     between = ""
     if p.step_seconds_range is not None:
         between = f" (between {' and '.join(map(format_seconds, p.step_seconds_range))})"
-    step = f"predicted step {format_seconds(p.step_seconds)}{between}, bounded by {p.bottleneck}\n"
+    lane = (p.bottleneck or "").replace("_", " ")
+    step = f"predicted step {format_seconds(p.step_seconds)}{between}, bounded by {lane}\n"
     return Group(title, rows, Text(step))
 
 

@@ -124,7 +124,7 @@ def train(
     console.print(f"{reason} at step {run.step}{loss}; checkpoint in {path}", soft_wrap=True, highlight=False)
     if run.nonfinite_steps:
         console.print(f"{run.nonfinite_steps} steps had gradients that are not finite", highlight=False)
-    predicted = run.predicted_bytes()
+    predicted = plan.predicted_bytes
     held = [f"{tier} {format_bytes(size)} of {format_bytes(predicted[tier])}" for tier, size in run.peak_bytes.items()]
     if held:
         console.print(f"peak of predicted: {', '.join(held)}", soft_wrap=True, highlight=False)
@@ -153,7 +153,7 @@ class _Run:
         self.parameters = sum(p.numel() for p in model.parameters())
         check_model(plan, model)
         if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
-            raise PlanError(f"the plan does not add up: {problems[0]}; make it again with memplan plan")
+            raise PlanError(f"the plan does not add up: {problems[0]}; or make it again with memplan plan")
         optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
         max_norm = options.max_grad_norm
         try:
@@ -200,8 +200,8 @@ class _Run:
             last_step=self.options.last_step,
             micro_batch_size=plan.micro_batch_size,
             gradient_accumulation_steps=plan.gradient_accumulation_steps,
-            budget_bytes={t: getattr(plan.budget, f"{t}_bytes") for t in ("gpu", "host", "nvme")},
-            predicted_bytes=self.predicted_bytes(),
+            budget_bytes=plan.budget_bytes,
+            predicted_bytes=plan.predicted_bytes,
             predicted_step_seconds=plan.prediction.step_seconds,
             bottleneck=plan.prediction.bottleneck,
             units=[
@@ -271,11 +271,6 @@ class _Run:
     def position(self) -> dict[str, Any]:
         """Where the data is, for a checkpoint."""
         return {"batches": self.drawn, "micro_batch_size": self.plan.micro_batch_size}
-
-    def predicted_bytes(self) -> dict[str, int]:
-        """What the plan expects in each tier."""
-        expected = self.plan.prediction
-        return {"gpu": expected.gpu_peak_bytes, "host": expected.host_bytes, "nvme": expected.nvme_bytes}
 
     def loop(self, stop: "_Stop", progress: Progress) -> None:
         """Step until the last step, the end of the data, or a wish to stop."""

@@ -375,6 +375,7 @@ class Engine:
 
         Raises CheckpointError, with nothing changed, where it is damaged or of another model.
         """
+        self._saver.close()  # the latest may be the one that is being written
         found = checkpoint.opened(Path(directory), tag)
         return found.path, restore.load(self, found)
 

@@ -244,6 +244,23 @@ class Plan:
         """How its elements are stored."""
         return StateFormat(self.precision, self.optimizer, self.moments)
 
+    def bytes_of_one_rank(self, gpu_bytes: int, node_host_bytes: int, node_nvme_bytes: int) -> dict[str, int]:
+        """Bytes by tier, where the host's and the disk's are a node's, as in the prediction and the budget."""
+        ranks = self.gpus // self.nodes
+        return {"gpu": gpu_bytes, "host": node_host_bytes // ranks, "nvme": node_nvme_bytes // ranks}
+
+    @property
+    def predicted_bytes(self) -> dict[str, int]:
+        """What one rank is expected to hold in each tier."""
+        p = self.prediction
+        return self.bytes_of_one_rank(p.gpu_peak_bytes, p.host_bytes, p.nvme_bytes)
+
+    @property
+    def budget_bytes(self) -> dict[str, int]:
+        """One rank's part of what training may take of each tier."""
+        b = self.budget
+        return self.bytes_of_one_rank(b.gpu_bytes, b.host_bytes, b.nvme_bytes)
+
     def uses(self, tier: Tier) -> bool:
         """Whether any unit keeps something in this tier."""
         return any(tier in (p.parameters, p.gradients, p.optimizer) for p in self.placements)
@@ -263,6 +280,8 @@ class Plan:
             return cls.from_dict(json.loads(path.read_text()))
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
+        except FileNotFoundError as error:
+            raise PlanError(f"{path} does not exist; memplan plan writes one") from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PlanError(f"{path} is not a plan that this version can read: {error}") from error
 
@@ -332,7 +351,10 @@ def _check(plan: Plan) -> None:
         ("gradient_accumulation_steps", plan.gradient_accumulation_steps),
         ("buckets.update_elements", plan.buckets.update_elements),
         ("buckets.io_bytes", plan.buckets.io_bytes),
+        ("buckets.update_slots", plan.buckets.update_slots),
     ):
+        if not isinstance(value, int):
+            raise PlanError(f"{key} is {value!r}; it must be a whole number")
         if value < 1:
             raise PlanError(f"{key} is {value}; it must be at least 1")
     if plan.buckets.update_slots < 3:
@@ -352,5 +374,5 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
     if plan.checkpoints is Tier.NVME:
         raise PlanError("checkpoints can not live on nvme; use gpu or host")
-    if not 0 <= plan.gpu_update_share <= 1:
-        raise PlanError(f"gpu_update_share is {plan.gpu_update_share}; it must be between 0 and 1")
+    if not isinstance(plan.gpu_update_share, int | float) or not 0 <= plan.gpu_update_share <= 1:
+        raise PlanError(f"gpu_update_share is {plan.gpu_update_share!r}; it must be between 0 and 1")

@@ -90,6 +90,16 @@ def test_training_goes_on_with_every_random_number_it_would_have_drawn(tmp_path:
         assert drawn() == expected
 
 
+def test_a_checkpoint_that_is_still_being_written_is_waited_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT(layers=1)
+    with engine_for(model, plan_for(model, (RESIDENT,))) as engine:
+        run(engine, batches(1))
+        saving = engine.save_checkpoint(tmp_path)
+        assert engine.load_checkpoint(tmp_path)[0] == saving.path
+        assert saving.done
+
+
 def test_between_micro_batches_nothing_can_be_saved(tmp_path: Path) -> None:
     model = GPT(layers=1)
     with engine_for(model, plan_for(model, (RESIDENT,), gradient_accumulation_steps=2)) as engine:

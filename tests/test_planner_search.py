@@ -18,7 +18,7 @@ from memplan.search import plan, problem_of, smallest_budget
 from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Buckets, MomentFormat, OptimizerKind, Plan, Precision, StateFormat, Target, Tier
-from offload.residency import footprint
+from offload.residency import footprint, streamed_slot_bytes
 from tests.synthetic_profiles import RATES, SHARED_RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=60)
@@ -307,7 +307,9 @@ def test_what_room_is_left_on_the_gpu_becomes_slots_of_the_shared_update():
         machine = machine_of(gpu, 10**9, device="cuda")
         found[gpu] = plan(profile, machine, SHARED_RATES, batch_size=4)
         assert found[gpu].gpu_update_share > 0
-        assert any("The GPU makes 59% of the update" in reason for reason in found[gpu].reasons)
+        slots = found[gpu].buckets.update_slots
+        said = next(reason for reason in found[gpu].reasons if "The GPU makes 59% of the update" in reason)
+        assert f" of its memory ({slots} slots) " in said
         assert found[gpu].prediction.gpu_upper_bytes <= gpu
     assert all(p.buckets.update_slots >= 3 for p in found.values())
     assert any(p.buckets.update_slots > 3 for p in found.values())
@@ -326,3 +328,32 @@ def test_moments_in_fewer_bits_are_widened_beside_forward_and_there_is_room_for_
     for counts, more in beyond.items():  # the slots of state on the host are in the tables
         assert search.gpu_upper_bytes(counts) == int(search.tables.gpu_bytes(counts)) + search.upper_bytes + more
     assert search.gpu_peak_bytes(Counts(2, 0, 0)) <= search.gpu_upper_bytes(Counts(2, 0, 0))
+
+
+def test_what_the_host_needs_only_at_the_start_is_said():
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+    found = plan(profile, machine_of(10**10, 10**9, device="cuda"), SHARED_RATES, batch_size=4)
+    assert found.prediction.host_upper_bytes > found.prediction.host_bytes
+    assert any("At the start the host holds up to" in reason for reason in found.reasons)
+
+
+def test_what_the_drivers_context_takes_is_said():
+    machine = replace(machine_of(10**10, 10**9, device="cuda"), context_bytes=500 << 20)
+    found = plan(transformer(6, precision="bf16"), machine, SHARED_RATES, batch_size=4)
+    assert any("The driver's context takes 500 MiB beside that." in reason for reason in found.reasons)
+
+
+def test_slots_that_somebody_adds_are_audited_against_the_budget():
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+    machine = machine_of(440_000_000, 10**9, device="cuda")
+    found = plan(profile, machine, SHARED_RATES, batch_size=4)
+    slot = streamed_slot_bytes(found.buckets.update_elements, found.state_format)
+    room = (machine.gpu_bytes - found.prediction.gpu_upper_bytes) // slot
+
+    def with_slots(more: int) -> list[str]:
+        buckets = replace(found.buckets, update_slots=found.buckets.update_slots + more)
+        return audit(replace(found, buckets=buckets), units_of(profile))
+
+    assert with_slots(room) == []
+    (problem,) = with_slots(room + 1)
+    assert problem.startswith("the gpu tier holds")

@@ -117,6 +117,14 @@ def test_a_step_that_the_device_has_no_room_for_is_a_warning():
     assert "does not fit" not in shown(shown_profile(device="NVIDIA T4"))
 
 
+def test_a_step_that_fits_with_expandable_segments_is_said_to():
+    profile = shown_profile(device="NVIDIA T4")
+    peaks = replace(profile.peaks, reserved_bytes=17 << 30, reserved_expandable_bytes=15 << 30)
+    text = shown(replace(profile, peaks=peaks))
+    assert "will take 17.5 GiB: it fits with PYTORCH_ALLOC_CONF=expandable_segments:True, which takes 15.5 GiB" in text
+    assert "does not fit" not in text
+
+
 def test_what_was_measured_stands_beside_what_was_predicted():
     measured = Measured(
         device="NVIDIA H200 SXM",

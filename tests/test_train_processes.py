@@ -49,6 +49,10 @@ def test_two_processes_train_as_one_and_resume_as_one_more(tmp_path: Path) -> No
     plan = json.loads((tmp_path / "two" / "plan.json").read_text())
     assert plan["gpus"] == 2
     assert plan["micro_batch_size"] * plan["gradient_accumulation_steps"] == 4
+    # What is shown beside one process's bytes is its part of the node's.
+    start = json.loads((tmp_path / "two" / "events.jsonl").read_text().splitlines()[0])
+    assert start["predicted_bytes"]["host"] == plan["prediction"]["host_bytes"] // 2
+    assert start["budget_bytes"]["host"] == plan["budget"]["host_bytes"] // 2
     # Each process has the loss of all, and their batches are those that one process draws in turn.
     both = [[s["loss"] for s in steps(tmp_path / "two", name)] for name in ("events.jsonl", "events-1.jsonl")]
     assert both[0] == both[1]
