@@ -31,7 +31,7 @@ from offload.errors import OffloadError
 from offload.events import EventLog
 from offload.hyperparameters import Hyperparameters
 from offload.loss_scale import loss_scale
-from offload.memory import MemoryMeter, Moves, traffic_bytes
+from offload.memory import MemoryMeter, traffic_bytes
 from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
@@ -105,8 +105,7 @@ class Engine:
         mesh: DeviceMesh | None = None,
     ) -> None:
         axes = checked_axes(model, plan, mesh, max_grad_norm, weights, update_in_backward=update_in_backward)
-        self._update_in_backward = update_in_backward
-        self.model, self.plan = model, plan
+        self.model, self.plan, self._update_in_backward = model, plan, update_in_backward
         self._forward = model if plan.loss_chunks == 1 else ChunkedCausalLoss(model, plan.loss_chunks)
         self.hyperparameters = Hyperparameters(model, plan.optimizer, optimizer)
         self.optimizer = self.hyperparameters.optimizer
@@ -152,8 +151,7 @@ class Engine:
         self.states = take_over(turns, plan, device, self.arena, self.store, nan, ranks)
         move_buffers(self.model, device, plan.precision)
 
-        # Fetches wait for updates and for slots. What returns to the device must not wait behind them: updated weights
-        # that live there, and partial sums of gradients.
+        # Fetches wait for updates and slots; weights and sums of gradients that return must not wait behind them.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
         self._update_lane = self._lane("update", update_threads(device))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format, shards)
@@ -166,8 +164,7 @@ class Engine:
         self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
-        early = self._update_in_backward
-        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, in_backward=early)
+        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, in_backward=self._update_in_backward)
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         self._gradients.kept = self._updater.kept
@@ -287,8 +284,7 @@ class Engine:
 
     def traffic_bytes(self) -> dict[str, int]:
         """Bytes moved since the start, by link."""
-        beside: list[Moves] = [self._inputs, *filter(None, [self._streamed])]
-        return traffic_bytes((self._up, self._returns), (self._down,), beside, self.store)
+        return traffic_bytes((self._up, self._returns), (self._down,), (self._inputs, self._streamed), self.store)
 
     @property
     def computing(self) -> str | None:

@@ -25,13 +25,13 @@ class Moves(Protocol):
 
 
 def traffic_bytes(
-    up: Iterable[Lane], down: Iterable[Lane], beside: Iterable[Moves], store: Store | None
+    up: Iterable[Lane], down: Iterable[Lane], beside: Iterable[Moves | None], store: Store | None
 ) -> dict[str, int]:
     """Bytes moved since the start, by link; ``up`` and ``down`` are the lanes to the device and from it."""
-    beside = list(beside)
+    others = [mover for mover in beside if mover is not None]
     return {
-        "host_to_device": sum(x.fetched_bytes for x in beside) + sum(lane.bytes_moved for lane in up),
-        "device_to_host": sum(x.sent_bytes for x in beside) + sum(lane.bytes_moved for lane in down),
+        "host_to_device": sum(x.fetched_bytes for x in others) + sum(lane.bytes_moved for lane in up),
+        "device_to_host": sum(x.sent_bytes for x in others) + sum(lane.bytes_moved for lane in down),
         "nvme_read": store.bytes_read if store else 0,
         "nvme_write": store.bytes_written if store else 0,
     }
