@@ -180,6 +180,11 @@ class _Run:
         warnings: list[str] = []
         if options.resume:
             found, warnings = to_resume(folder, plan.micro_batch_size)
+            if found.step > options.last_step:
+                raise RunDirectoryError(
+                    f"the run in {self.run_dir} has come to step {found.step}, beyond --steps {options.last_step}: "
+                    "that is the number of the last step, counted from the very start; name a later one"
+                )
             for _ in range(found.training["client_state"]["batches"]):
                 self._next()
             restore.load(engine, found)

@@ -162,6 +162,9 @@ def test_plan_train_resume_report_through_every_tier(model: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     again = [e for e in events(tmp_path / "run") if e["event"] == "step"]
     assert [e["step"] for e in again] == [1, 2, 3, 4, 5, 6]
+    beyond = memplan(*words, "--steps", 3, "--resume", folder=tmp_path)
+    assert beyond.returncode == 2
+    assert "has come to step 6, beyond --steps 3" in beyond.stderr
 
     done = memplan(*words[:-1], "undisturbed", "--steps", 6, folder=tmp_path)
     assert done.returncode == 0, done.stderr
