@@ -233,8 +233,7 @@ class GradientCollector:
         assert all(k.part.start >= goes for k in kept), "what stays is the end of the unit"
 
         def send() -> None:
-            home[:goes].copy_(buffer[:goes], non_blocking=True)
-            self._down.bytes_moved += home[:goes].nbytes
+            self._down.move(home[:goes], buffer[:goes])
             for part, there, free in kept:
                 free.wait()
                 there.copy_(buffer[part], non_blocking=True)

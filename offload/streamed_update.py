@@ -285,7 +285,7 @@ class StreamedUpdate:
             if brings:
                 assert state.host_gradients is not None
                 visit.update.landed.wait()
-                self._fetch(gradients, state.host_gradients[part])
+                self._lane.move(gradients, state.host_gradients[part])
             arrived = Done.now(self._device)
             coming.wait(arrived)
         with _on(self._computing):
@@ -302,8 +302,8 @@ class StreamedUpdate:
         state, piece = visit.update.state, visit.piece
         if state.device_weights is None:
             assert state.host_weights is not None
-            pair = state.host_weights[piece.start : piece.stop], visit.weights
-            visit.home = self._home.submit(lambda: _move(self._home, [pair]), after=[visit.updated])
+            mirror = state.host_weights[piece.start : piece.stop]
+            visit.home = self._home.copy(mirror, visit.weights, after=[visit.updated])
         if visit.last:
             visit.update.promise.follow(visit.home)
 
@@ -318,7 +318,8 @@ class StreamedUpdate:
             pairs.append((state.host_weights[piece.start : piece.stop], visit.weights))
 
         def leave() -> None:
-            _move(self._leaving, pairs)
+            for target, source in pairs:
+                self._leaving.move(target, source)
             leaving.wait(Done.now(self._device))
 
         visit.left.follow_all([visit.home, self._leaving.submit(leave, after)])
@@ -329,19 +330,10 @@ class StreamedUpdate:
         assert state.host_state is not None
         assert state.host_weights is not None
         if state.device_weights is None:
-            self._fetch(slot.weights[: piece.elements], state.host_weights[piece.start : piece.stop])
+            self._lane.move(slot.weights[: piece.elements], state.host_weights[piece.start : piece.stop])
         home, there = state.host_state.span(piece.start, piece.stop), slot.state.span(0, piece.elements)
-        _move(self._lane, zip(there.tensors(), home.tensors(), strict=True))
-
-    def _fetch(self, target: torch.Tensor, source: torch.Tensor) -> None:
-        _move(self._lane, [(target, source)])
-
-
-def _move(lane: Lane, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy to the first of each pair, in a job of the lane."""
-    for target, source in pairs:
-        target.copy_(source, non_blocking=True)
-        lane.bytes_moved += source.nbytes
+        for target, source in zip(there.tensors(), home.tensors(), strict=True):
+            self._lane.move(target, source)
 
 
 def _in_unit(state: UnitState, piece: Piece) -> slice:

@@ -151,11 +151,12 @@ class Lane:
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Done] = ()) -> Done:
         """Copy ``source`` into ``target``; the source must stay as it is until the Done."""
 
-        def job() -> None:
-            target.copy_(source, non_blocking=True)
-            self.bytes_moved += source.nbytes
+        return self.submit(lambda: self.move(target, source), after)
 
-        return self.submit(job, after)
+    def move(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy ``source`` into ``target`` now; in a job of this lane."""
+        target.copy_(source, non_blocking=True)
+        self.bytes_moved += source.nbytes
 
     def close(self) -> None:
         """Do what was submitted, then end the thread."""

@@ -2,7 +2,6 @@
 
 import copy
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from offload import streamed_update
 from offload.allotment import Reach, allot
 from offload.engine import Engine
 from offload.errors import DeviceMemoryError
@@ -23,21 +21,7 @@ from offload.visits import Visit
 from tests.models import GPT, Block, batches
 from tests.plans import G, H, plan_for
 from tests.test_engine_equals_pytorch import assert_same
-from tests.test_visits import step_plainly
-
-
-def late(monkeypatch: pytest.MonkeyPatch, name: str, seconds: float) -> None:
-    """Let every job of a lane begin late."""
-    submit = Lane.submit
-
-    def slow_submit(lane: Lane, job: Any, after: Any = ()) -> Any:
-        def slow_job() -> None:
-            time.sleep(seconds)
-            job()
-
-        return submit(lane, slow_job if lane.name == name else job, after)
-
-    monkeypatch.setattr(Lane, "submit", slow_submit)
+from tests.test_visits import slow_down, step_plainly
 
 
 def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
@@ -51,7 +35,7 @@ def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, to
 def test_a_piece_that_comes_to_another_slot_than_it_left_is_home_first(
     pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    late(monkeypatch, "leaving", 0.3)
+    slow_down("leaving", 0.3, monkeypatch)
     torch.manual_seed(0)
     model = GPT(layers=1)
     resident, one = (G, G, G), (H, H, H)
@@ -187,15 +171,15 @@ def test_units_smaller_than_a_piece_of_the_share_are_shared_too() -> None:
 
 
 def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: pytest.MonkeyPatch) -> None:
-    late(monkeypatch, "leaving", 0.3)
-    moving = streamed_update._move
+    slow_down("leaving", 0.3, monkeypatch)
+    moving = Lane.move
 
-    def broken(lane: Lane, pairs: Any) -> None:
+    def broken(lane: Lane, target: torch.Tensor, source: torch.Tensor) -> None:
         if lane.name == "leaving":
             raise RuntimeError("the link is on fire")
-        moving(lane, pairs)
+        moving(lane, target, source)
 
-    monkeypatch.setattr(streamed_update, "_move", broken)
+    monkeypatch.setattr(Lane, "move", broken)
     model = GPT(layers=1)
     resident = (G, G, G)
     placements = (resident, resident, resident, resident, resident, (H, H, H))
