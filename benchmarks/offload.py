@@ -51,7 +51,9 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_gb * GB / total))
     one_process()
+    begun = time.perf_counter()
     step = SYSTEMS[name](args)
+    attach_seconds = time.perf_counter() - begun
     host = HostPeak()
     host.start()
     if cuda:
@@ -65,6 +67,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         losses.append(round(step(tokens).item(), 4))
         seconds.append(time.perf_counter() - begun)
     return {
+        "attach_seconds": round(attach_seconds, 1),
         "seconds": [round(s, 4) for s in seconds[args.warm_up :]],
         "losses": losses,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
@@ -100,6 +103,7 @@ def row_of(name: str, each: list[dict[str, Any]], plain_seconds: float | None) -
         "ratio_to_plain": round(median / plain_seconds, 3) if plain_seconds else None,
         "gpu_peak_bytes": done[0]["gpu_peak_bytes"],
         "host_bytes": max(run["host_bytes"] for run in done),
+        "attach_seconds": done[0]["attach_seconds"],
         "losses": done[0]["losses"],
         "rounds": [run.get("seconds", run.get("failed")) for run in each],
     }

@@ -7,7 +7,7 @@ own: the engine and plain PyTorch exact masters, DeepSpeed and FSDP2 too, torcha
 import os
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,30 +71,56 @@ def plain(args: Namespace) -> Step:
     return step
 
 
-def through_tiers(*placement: Tier, share: float = 0.0, ahead: bool = False, loss_chunks: int = 1) -> System:
-    """The engine with every layer in one placement; without clipping it updates in backward.
+@dataclass(frozen=True)
+class Tiers:
+    """The engine, and where it keeps a Llama; without clipping it updates in backward.
 
-    The root unit (the tied embedding), which is in use all through a step and has a place on the device for that
-    anyway, keeps its weights and gradients in it; its state is where that of the others is. With ``ahead``,
-    ``--update-gb`` of the device's memory are for state that comes while backward runs.
+    The root unit (the embedding), which is in use all through a step and has a place on the device for that anyway,
+    keeps its weights and gradients in it; its state is where that of the layers is.
     """
 
-    def system(args: Namespace) -> Step:
-        model = llama(args.model)
+    layers: tuple[Tier, Tier, Tier]
+    """Parameters, gradients, optimizer state of all but the resident ones."""
+    resident: float = 0.0
+    """The part of the layers that stay on the device whole: the first ones, which the next forward asks for first."""
+    share: float = 0.0
+    """The device's of the update of the host's state."""
+    share_in_backward: float = 0.35
+    """The same without clipping: the update need not be faster than backward then, and the links have weights too."""
+    ahead: bool = False
+    """Whether ``--update-gb`` of the device's memory are for state that comes while backward runs. The gradients of the
+    first layers, whose update is the device's, have their place there then."""
+    loss_chunks: int = 1
+    checkpoints: Tier = Tier.GPU
+    root_on_device: bool = True
+
+    def plan(self, args: Namespace, model: nn.Module) -> Plan:
+        """For the benchmark's batch and options."""
         layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-        root = Placement("", G, G, placement[2])
+        resident = round(self.resident * len(layers))
+        parameters, gradients, state = self.layers
+        root = Placement("", G, G, state) if self.root_on_device else Placement("", *self.layers)
+        share = self.share if args.clip else min(self.share, self.share_in_backward)
         slots = round(args.update_gb * 1e9 / streamed_slot_bytes(PIECE_ELEMENTS, StateFormat(Precision.BF16)))
         buckets = Buckets(prefetch_units=2)
         if share:
-            buckets = replace(buckets, update_elements=PIECE_ELEMENTS, update_slots=max(3, slots) if ahead else 3)
-        plan = Plan(
+            buckets = replace(buckets, update_elements=PIECE_ELEMENTS, update_slots=max(3, slots) if self.ahead else 3)
+        of_the_device = round(share * len(layers)) if self.ahead and args.clip else 0
+
+        def placed(number: int) -> Placement:
+            if number < resident:
+                return Placement(layers[number], G, G, G)
+            kept = G if number < resident + of_the_device else gradients
+            return Placement(layers[number], parameters, kept, state)
+
+        return Plan(
             model=args.model,
             parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
             precision=Precision.BF16,
             device=_device(),
             gpus=1,
             zero_stage=0,
-            placements=(root, *(Placement(unit, *placement) for unit in layers)),
+            placements=(root, *map(placed, range(len(layers)))),
             buckets=buckets,
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
@@ -102,12 +128,22 @@ def through_tiers(*placement: Tier, share: float = 0.0, ahead: bool = False, los
             budget=Budget(1 << 40, 1 << 40, 1 << 40),
             prediction=Prediction(0, 0, 0, 0, None, None),
             nvme_dir=str(args.nvme),
+            checkpoints=self.checkpoints,
             gpu_update_share=share,
-            loss_chunks=loss_chunks,
+            loss_chunks=self.loss_chunks,
         )
+
+    def engine(self, args: Namespace) -> Engine:
+        """With the benchmark's model in it."""
+        model = llama(args.model)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        early = not args.clip and placement[2] is not G
-        engine = Engine(model, plan, optimizer, max_grad_norm=args.clip or None, update_in_backward=early)
+        early = not args.clip and self.layers[2] is not G
+        plan = self.plan(args, model)
+        return Engine(model, plan, optimizer, max_grad_norm=args.clip or None, update_in_backward=early)
+
+    def __call__(self, args: Namespace) -> Step:
+        """A training step."""
+        engine = self.engine(args)
 
         def step(tokens: torch.Tensor) -> torch.Tensor:
             for part in _micro_batches(args, tokens):
@@ -117,8 +153,6 @@ def through_tiers(*placement: Tier, share: float = 0.0, ahead: bool = False, los
             return loss
 
         return step
-
-    return system
 
 
 def deepspeed_offloaded(args: Namespace) -> Step:
@@ -204,14 +238,15 @@ def _with_adamw(args: Namespace, model: nn.Module, optimizer: Any) -> Step:
 
 SYSTEMS: dict[str, System] = {
     "plain": plain,
-    "resident": through_tiers(G, G, G),
-    "optimizer-host": through_tiers(G, H, H),
-    "host": through_tiers(H, H, H),
-    "host-shared": through_tiers(H, H, H, share=0.35),
-    "host-shared-chunked": through_tiers(H, H, H, share=0.35, loss_chunks=16),
-    "host-ahead": through_tiers(H, H, H, share=0.55, ahead=True),
-    "host-ahead-chunked": through_tiers(H, H, H, share=0.55, ahead=True, loss_chunks=16),
-    "optimizer-nvme": through_tiers(H, H, N),
+    "resident": Tiers((G, G, G)),
+    "optimizer-host": Tiers((G, H, H)),
+    "host": Tiers((H, H, H)),
+    "host-shared": Tiers((H, H, H), share=0.35),
+    "host-ahead": Tiers((H, H, H), share=0.55, ahead=True),
+    "host-ahead-chunked": Tiers((H, H, H), share=0.55, ahead=True, loss_chunks=16, checkpoints=H),
+    "least": Tiers((H, H, H), loss_chunks=16, checkpoints=H, root_on_device=False),
+    "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, loss_chunks=16),
+    "optimizer-nvme": Tiers((H, H, N)),
     "deepspeed": deepspeed_offloaded,
     "fsdp2": fsdp2_offloaded,
     "torchao": torchao_offloaded,
