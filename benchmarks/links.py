@@ -3,16 +3,16 @@
     python -m benchmarks.links
 
 First the link itself: large pinned copies in one direction alone, and in both at once. Then passes of an engine whose
-layers live on the host, over so few tokens that computing is nothing: a forward pass alone, where only weights come,
-and a forward and a backward pass, where gradients leave while weights come. Bytes are the engine's own counters; a
-row's ratio is to the link in the same directions.
+layers live on the host, over so few tokens that computing is nothing: a forward pass, where only weights come, and the
+backward pass behind it, where gradients leave while weights come. Bytes are the engine's own counters; a pass's ratio
+is that of its busier direction to the link under the same conditions.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -49,8 +49,16 @@ def link(device: torch.device, *, up: bool, down: bool) -> float:
     return statistics.median(copy() for _ in range(3)) / (COPY_BYTES * COPIES)
 
 
-def moved(engine: Engine, work: Callable[[], Any], passes: int) -> tuple[float, int, int]:
-    """Seconds of a pass, and the bytes that it moved to the device and from it."""
+class Moved(NamedTuple):
+    """What a pass took, and the bytes that it moved to the device and from it."""
+
+    seconds: float
+    up_bytes: int
+    down_bytes: int
+
+
+def moved(engine: Engine, work: Callable[[], Any], passes: int) -> Moved:
+    """The mean of so many passes, behind some that warm up."""
 
     def settle() -> None:
         engine.finish()
@@ -65,7 +73,21 @@ def moved(engine: Engine, work: Callable[[], Any], passes: int) -> tuple[float, 
     settle()
     seconds, after = time.perf_counter() - begun, engine.traffic_bytes()
     up, down = ((after[name] - before[name]) // passes for name in ("host_to_device", "device_to_host"))
-    return seconds / passes, up, down
+    return Moved(seconds / passes, up, down)
+
+
+def row_of(name: str, found: Moved, seconds_a_byte: float) -> dict[str, Any]:
+    """One pass beside the link."""
+    rate = max(found.up_bytes, found.down_bytes) / found.seconds
+    return {
+        "pass": name,
+        "seconds": round(found.seconds, 4),
+        "up_bytes": found.up_bytes,
+        "down_bytes": found.down_bytes,
+        "busier_gb_per_second": round(rate / 1e9, 2),
+        "link_gb_per_second": round(1e-9 / seconds_a_byte, 2),
+        "ratio": round(rate * seconds_a_byte, 3),
+    }
 
 
 def main() -> None:
@@ -92,21 +114,11 @@ def main() -> None:
         engine.zero_grad()  # the next pass sums nothing: gradients leave and none comes back
 
     alone, duplex = link(device, up=True, down=False), link(device, up=True, down=True)
-    rows = []
-    for name, work, seconds_a_byte in (("forward", forward, alone), ("forward and backward", both, duplex)):
-        seconds, up, down = moved(engine, work, args.passes)
-        rows.append(
-            {
-                "pass": name,
-                "seconds": round(seconds, 4),
-                "up_bytes": up,
-                "down_bytes": down,
-                "up_gb_per_second": round(up / seconds / 1e9, 2),
-                "link_gb_per_second": round(1e-9 / seconds_a_byte, 2),
-                "ratio": round(up * seconds_a_byte / seconds, 3),
-            }
-        )
-        print(rows[-1], flush=True)
+    weights, all_of_it = moved(engine, forward, args.passes), moved(engine, both, args.passes)
+    rest = Moved(*(b - a for a, b in zip(weights, all_of_it, strict=True)))
+    rows = [row_of("forward", weights, alone), row_of("backward", rest, duplex)]
+    for row in rows:
+        print(row)
     engine.close()
     print(save("links", rows, tokens=args.tokens, passes=args.passes, copy_bytes=COPY_BYTES))
 

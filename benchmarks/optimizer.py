@@ -39,11 +39,13 @@ HOW = HOWS[FORM.optimizer]
 def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
     """Units of pinned weights, gradients and state."""
     found = []
-    for start, stop in chunks(elements, UNIT_ELEMENTS):
-        size = stop - start
-        module = nn.Module()
-        module.register_parameter("weight", nn.Parameter(torch.empty(size, device="meta")))
-        (unit,) = partition(module, [Placement("", Tier.HOST, Tier.HOST, Tier.HOST)])
+    sizes = [stop - start for start, stop in chunks(elements, UNIT_ELEMENTS)]
+    layers = nn.ModuleList(nn.Module() for _ in sizes)
+    for layer, size in zip(layers, sizes, strict=True):
+        layer.register_parameter("weight", nn.Parameter(torch.empty(size, device="meta")))
+    places = [Placement(name, Tier.HOST, Tier.HOST, Tier.HOST) for name in ("", *map(str, range(len(sizes))))]
+    for unit in partition(layers, places)[1:]:  # nothing is in the root
+        size = unit.shape.elements
         weights, gradients = (arena.take(size * 2).view(torch.bfloat16) for _ in range(2))
         gradients.fill_(1e-2)
         state = carve_state(arena.take(state_bytes(size, FORM)), size, FORM)
