@@ -59,7 +59,9 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
-    shape = (args.warm_up + args.steps, args.batch * args.accumulation, args.length)
+    learning_steps = getattr(SYSTEMS[name], "learning_steps", 0) if args.clip else 0
+    warm_up = args.warm_up + learning_steps
+    shape = (warm_up + args.steps, args.batch * args.accumulation, args.length)
     data = torch.randint(0, 1000, shape, generator=generator).to("cuda" if cuda else "cpu")
     seconds, losses = [], []
     for tokens in data:
@@ -68,7 +70,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
         seconds.append(time.perf_counter() - begun)
     return {
         "attach_seconds": round(attach_seconds, 1),
-        "seconds": [round(s, 4) for s in seconds[args.warm_up :]],
+        "seconds": [round(s, 4) for s in seconds[warm_up:]],
         "losses": losses,
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "host_bytes": host.resident_bytes,

@@ -17,6 +17,7 @@ from benchmarks.common import llama
 from offload.engine import Engine
 from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, StateFormat, Tier
 from offload.residency import streamed_slot_bytes
+from offload.split import TRIES
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
 G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
@@ -85,14 +86,20 @@ class Tiers:
     """The part of the layers that stay on the device whole: the first ones, which the next forward asks for first."""
     share: float = 0.0
     """The device's of the update of the host's state."""
-    share_in_backward: float = 0.35
+    share_in_backward: float = 0.4
     """The same without clipping: the update need not be faster than backward then, and the links have weights too."""
     ahead: bool = False
-    """Whether ``--update-gb`` of the device's memory are for state that comes while backward runs. The gradients of the
-    first layers, whose update is the device's, have their place there then."""
+    """Whether ``--update-gb`` of the device's memory are for state that comes while backward runs."""
+    gradients_there: bool = False
+    """Whether the first layers' gradients, which the device's update needs, have a place there and none on the host."""
     loss_chunks: int = 1
     checkpoints: Tier = Tier.GPU
     root_on_device: bool = True
+
+    @property
+    def learning_steps(self) -> int:
+        """Steps until the share has settled: [Note: tries] in ``offload.split``."""
+        return 2 * TRIES if self.share else 0
 
     def plan(self, args: Namespace, model: nn.Module) -> Plan:
         """For the benchmark's batch and options."""
@@ -105,7 +112,7 @@ class Tiers:
         buckets = Buckets(prefetch_units=2)
         if share:
             buckets = replace(buckets, update_elements=PIECE_ELEMENTS, update_slots=max(3, slots) if self.ahead else 3)
-        of_the_device = round(share * len(layers)) if self.ahead and args.clip else 0
+        of_the_device = round(share * (len(layers) - resident)) if self.gradients_there and args.clip else 0
 
         def placed(number: int) -> Placement:
             if number < resident:
@@ -242,10 +249,10 @@ SYSTEMS: dict[str, System] = {
     "optimizer-host": Tiers((G, H, H)),
     "host": Tiers((H, H, H)),
     "host-shared": Tiers((H, H, H), share=0.35),
-    "host-ahead": Tiers((H, H, H), share=0.55, ahead=True),
+    "host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=True),
     "host-ahead-chunked": Tiers((H, H, H), share=0.55, ahead=True, loss_chunks=16, checkpoints=H),
     "least": Tiers((H, H, H), loss_chunks=16, checkpoints=H, root_on_device=False),
-    "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, loss_chunks=16),
+    "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, gradients_there=True, loss_chunks=16),
     "optimizer-nvme": Tiers((H, H, N)),
     "deepspeed": deepspeed_offloaded,
     "fsdp2": fsdp2_offloaded,

@@ -83,6 +83,10 @@ static inline float adagrad(float master, float gradient, float *sum, float *unu
     return master + how->step_size * g / (sqrtf(total) + how->eps);
 }
 
+/* Elements that a thread takes at a time. Threads that feed a GPU run on the same cores now and then: with a fixed part
+ * for each thread, all would wait for the one that was put aside. */
+#define BLOCK 65536
+
 /* Each rule over a span. Split: the master is a bf16 weight above and a signed 16-bit remainder below; the gradient is
  * bf16. A rule without a second moment, or any, is given NULL for it, which it does not touch. */
 #define SPANS(rule, moments)                                                                                           \
@@ -90,33 +94,39 @@ static inline float adagrad(float master, float gradient, float *sum, float *unu
                                 const uint16_t *restrict gradient, float *restrict first, float *restrict second,      \
                                 int64_t elements, float clip, const rule##_scalars *given, int threads) {              \
         const rule##_scalars how = *given;                                                                             \
-        _Pragma("omp parallel for simd num_threads(threads) schedule(static)") for (int64_t i = 0; i < elements;       \
-                                                                                    i++) {                             \
-            uint32_t before = ((uint32_t)weight[i] << 16) + (uint32_t)(int32_t)remainder[i];                           \
-            float m = moments > 0 ? first[i] : 0.0f, v = moments > 1 ? second[i] : 0.0f;                               \
-            float master = rule(float_of(before), float_of((uint32_t)gradient[i] << 16) * clip, &m, &v, &how);         \
-            uint32_t bits = bits_of(master);                                                                           \
-            uint16_t high = (uint16_t)((bits + 0x8000u) >> 16);                                                        \
-            weight[i] = master != master ? 0x7fc0 : high; /* rounding up may carry a NaN over to zero */               \
-            remainder[i] = (int16_t)(uint16_t)bits;                                                                    \
-            if (moments > 0)                                                                                           \
-                first[i] = m;                                                                                          \
-            if (moments > 1)                                                                                           \
-                second[i] = v;                                                                                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic)") for (int64_t at = 0; at < elements;         \
+                                                                                at += BLOCK) {                         \
+            int64_t stop = at + BLOCK < elements ? at + BLOCK : elements;                                              \
+            _Pragma("omp simd") for (int64_t i = at; i < stop; i++) {                                                  \
+                uint32_t before = ((uint32_t)weight[i] << 16) + (uint32_t)(int32_t)remainder[i];                       \
+                float m = moments > 0 ? first[i] : 0.0f, v = moments > 1 ? second[i] : 0.0f;                           \
+                float master = rule(float_of(before), float_of((uint32_t)gradient[i] << 16) * clip, &m, &v, &how);     \
+                uint32_t bits = bits_of(master);                                                                       \
+                uint16_t high = (uint16_t)((bits + 0x8000u) >> 16);                                                    \
+                weight[i] = master != master ? 0x7fc0 : high; /* rounding up may carry a NaN over to zero */           \
+                remainder[i] = (int16_t)(uint16_t)bits;                                                                \
+                if (moments > 0)                                                                                       \
+                    first[i] = m;                                                                                      \
+                if (moments > 1)                                                                                       \
+                    second[i] = v;                                                                                     \
+            }                                                                                                          \
         }                                                                                                              \
     }                                                                                                                  \
     void memplan_##rule##_fp32(float *restrict weight, const float *restrict gradient, float *restrict first,          \
                                float *restrict second, int64_t elements, float clip, const rule##_scalars *given,      \
                                int threads) {                                                                          \
         const rule##_scalars how = *given;                                                                             \
-        _Pragma("omp parallel for simd num_threads(threads) schedule(static)") for (int64_t i = 0; i < elements;       \
-                                                                                    i++) {                             \
-            float m = moments > 0 ? first[i] : 0.0f, v = moments > 1 ? second[i] : 0.0f;                               \
-            weight[i] = rule(weight[i], gradient[i] * clip, &m, &v, &how);                                             \
-            if (moments > 0)                                                                                           \
-                first[i] = m;                                                                                          \
-            if (moments > 1)                                                                                           \
-                second[i] = v;                                                                                         \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic)") for (int64_t at = 0; at < elements;         \
+                                                                                at += BLOCK) {                         \
+            int64_t stop = at + BLOCK < elements ? at + BLOCK : elements;                                              \
+            _Pragma("omp simd") for (int64_t i = at; i < stop; i++) {                                                  \
+                float m = moments > 0 ? first[i] : 0.0f, v = moments > 1 ? second[i] : 0.0f;                           \
+                weight[i] = rule(weight[i], gradient[i] * clip, &m, &v, &how);                                         \
+                if (moments > 0)                                                                                       \
+                    first[i] = m;                                                                                      \
+                if (moments > 1)                                                                                       \
+                    second[i] = v;                                                                                     \
+            }                                                                                                          \
         }                                                                                                              \
     }
 

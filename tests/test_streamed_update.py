@@ -3,7 +3,9 @@
 import copy
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from offload.engine import Engine
 from offload.plan import Buckets, Budget, Placement, Precision, StateFormat, Tier
 from offload.residency import UPDATE_RING, UnitShape, footprint, streamed_slot_bytes
 from offload.rules import AdamWStep
-from offload.split import LEARNING_STEPS, Took, UpdateSplit
+from offload.split import TRIES, Took, UpdateSplit
 from offload.state import UnitState
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
@@ -177,18 +179,47 @@ def _state(elements: int) -> UnitState:
     return UnitState(unit, [(0, elements)], [(0, elements)], host_weights=there, host_state=there, host_gradients=there)
 
 
+def _learned(split: UpdateSplit, host_seconds: Callable[[float], float], device_seconds: Callable[[float], float]):
+    """The shares that were tried while it learned from steps of so many seconds, and the one that it settled on."""
+    tried = []
+    while split.learns:
+        share = split.device_share
+        tried.append(share)
+        host = Took(round(1e6 * (1 - share)), host_seconds(share))
+        device = Took(round(1e6 * share), device_seconds(share))
+        for _ in range(2):  # the step after a move teaches nothing
+            moved = split.learn(host, device)
+            if not split.learns or moved:
+                break
+    return tried, split.device_share
+
+
 @given(st.floats(0.05, 5), st.floats(0.05, 5), st.floats(0.1, 0.9))
 def test_the_split_moves_to_where_both_end_at_once_and_stays(host: float, device: float, start: float) -> None:
     split = UpdateSplit(start)
-    for _ in range(LEARNING_STEPS):
-        share = split.device_share
-        split.learn(Took(1_000_000, host), Took(1_000_000, device))
-        right = host / (host + device)
-        assert abs(split.device_share - right) <= abs(share - right) + 1e-12
-    assert abs(split.device_share - right) < 0.01
-    settled = split.device_share
+    tried, settled = _learned(split, lambda share: host * (1 - share), lambda share: device * share)
+    right = host / (host + device)
+    assert len(tried) <= TRIES
+    assert all(abs(b - right) <= abs(a - right) + 1e-6 for a, b in pairwise(tried))
+    assert abs(settled - right) < 0.07
     split.learn(Took(1_000_000, 10 * host), Took(1_000_000, device))
     assert split.device_share == settled
+
+
+@given(st.floats(0.1, 1), st.floats(0.01, 0.2), st.floats(0.5, 0.9), st.floats(0.1, 0.9))
+def test_a_share_that_the_links_can_not_carry_is_not_kept(
+    host: float, device: float, carried: float, start: float
+) -> None:
+    def device_seconds(share: float) -> float:
+        return device * share + (2.0 if share > carried else 0.0)
+
+    split = UpdateSplit(start)
+    tried, settled = _learned(split, lambda share: host * (1 - share), device_seconds)
+    assert settled in tried
+    ends = [max(host * (1 - share), device_seconds(share)) for share in tried]
+    assert max(host * (1 - settled), device_seconds(settled)) == min(ends)
+    if start <= carried:
+        assert settled <= carried
 
 
 def test_a_step_that_one_engine_slept_through_teaches_nothing() -> None:
