@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ LEAVING_SECONDS = 20.0
 """For which a process that has its result waits for the others: what it holds, they may still read."""
 DUMP_SECONDS = 10
 """Before its time is over, a process that hangs writes where its threads are."""
-LOG_CHARACTERS = 1500
+LOG_CHARACTERS = 2500
 FILLED_SHARE = 1.05
 """Of what the tiers need, host memory that must be seen as free before."""
 PIECE_BYTES = 1 << 30
@@ -169,11 +169,13 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Measure, leave the result, and go when the others have theirs."""
+    """Measure on this process's own cores, leave the result, and go when the others have theirs."""
+    os.sched_setaffinity(0, cores_of(world_size())[int(os.environ["RANK"])])
     faulthandler.dump_traceback_later(max(1, args.seconds - DUMP_SECONDS))
     try:
         found = measure(args, args.child)
     except Exception as error:  # noqa: BLE001 - it becomes a row
+        traceback.print_exc()
         found = {"failed": f"rank {os.environ['RANK']}: {type(error).__name__}: {error}"[:LOG_CHARACTERS]}
     aside = args.result.with_suffix(".part")
     aside.write_text(json.dumps(found))
@@ -191,12 +193,12 @@ def child(args: argparse.Namespace) -> None:
 def together(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
     """What each process of a system found, or one that says why there is nothing."""
     world = processes_of(args, name)
-    cores = cores_of(world)
+    threads = len(cores_of(world)[0])
     with tempfile.TemporaryDirectory() as directory, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
         free.close()
-        counts = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(len(cores[0]))}
+        counts = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": str(threads)}
         environment = {**CONNECTIONS, **os.environ, **meeting, **counts}
         results = [Path(directory) / f"{rank}.json" for rank in range(world)]
         own = [*sys.argv[1:], "--resident-layers", str(args.resident_layers), "--child", name]
@@ -205,16 +207,15 @@ def together(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
             command = [sys.executable, "-m", "benchmarks.two_gpus", *own, "--result", str(result)]
             with result.with_suffix(".log").open("wb") as log:
                 own_place = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                bind = partial(os.sched_setaffinity, 0, cores[rank])
-                started = subprocess.Popen(
-                    command, stdout=log, stderr=log, env=own_place, preexec_fn=bind, start_new_session=True
-                )
+                started = subprocess.Popen(command, stdout=log, stderr=log, env=own_place, start_new_session=True)
                 processes.append(started)
-        late = not _ended(processes, results, args.seconds)
-        for process in processes:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it started
-            process.wait()
+        try:
+            late = not _ended(processes, results, args.seconds)
+        finally:
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and the compilers that it started
+                process.wait()
         found = [json.loads(path.read_text()) for path in results if path.exists()]
         failed = [each for each in found if "failed" in each]
         if not failed and len(found) == world:
@@ -303,6 +304,7 @@ def main() -> None:
         return
     if args.child is not None:
         child(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the processes of a system end too
     if args.resident_layers is None:
         args.resident_layers = fewest_resident(args)
     needs = [(needed.host_bytes * processes_of(args, n)) for n in args.systems if (needed := held(args, n))]

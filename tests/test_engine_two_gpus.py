@@ -45,7 +45,7 @@ AHEAD = Buckets(1, 1000, 16384, update_slots=9)
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(180),
+    pytest.mark.timeout(150),
     pytest.mark.skipif(torch.cuda.device_count() < WORLD, reason="fewer than two CUDA devices"),
 ]
 
