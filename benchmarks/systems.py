@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.common import llama
 from offload.engine import Engine
@@ -38,6 +40,11 @@ def _recomputed(args: Namespace, device: str, dtype: torch.dtype) -> nn.Module:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def world_size() -> int:
+    """Processes that train together; one where nobody said it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _micro_batches(args: Namespace, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -74,7 +81,9 @@ def plain(args: Namespace) -> Step:
 
 @dataclass(frozen=True)
 class Tiers:
-    """The engine, and where it keeps a Llama; without clipping it updates in backward.
+    """The engine, and where it keeps a Llama; without clipping it updates in backward, where it is alone.
+
+    Of several processes each trains its part of the batch, in stage 3.
 
     The root unit (the embedding), which is in use all through a step and has a place on the device for that anyway,
     keeps its weights and gradients in it; its state is where that of the layers is.
@@ -125,8 +134,8 @@ class Tiers:
             parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
             precision=Precision.BF16,
             device=_device(),
-            gpus=1,
-            zero_stage=0,
+            gpus=world_size(),
+            zero_stage=3 if world_size() > 1 else 0,
             placements=(root, *map(placed, range(len(layers)))),
             buckets=buckets,
             micro_batch_size=args.batch,
@@ -142,9 +151,12 @@ class Tiers:
 
     def engine(self, args: Namespace) -> Engine:
         """With the benchmark's model in it."""
+        alone = world_size() == 1
+        if not alone:
+            dist.init_process_group("gloo")  # for GPUs the engine makes groups of its own
         model = llama(args.model)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-        early = not args.clip and self.layers[2] is not G
+        early = not args.clip and self.layers[2] is not G and alone
         plan = self.plan(args, model)
         return Engine(model, plan, optimizer, max_grad_norm=args.clip or None, update_in_backward=early)
 
@@ -200,24 +212,28 @@ def deepspeed_offloaded(args: Namespace) -> Step:
     return step
 
 
-def fsdp2_offloaded(args: Namespace) -> Step:
-    """FSDP2 with its policy of offloading to the host: fp32 shards, bf16 computation."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+def fsdp2(*, offloaded: bool) -> System:
+    """FSDP2 with fp32 shards, on the device or by its policy of offloading on the host, and bf16 computation."""
 
-    how: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-    if torch.cuda.is_available():
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", 0))
-        how["offload_policy"] = CPUOffloadPolicy()
-    else:  # nowhere to offload from; the mesh is otherwise one of accelerators
-        dist.init_process_group("gloo")
-        how["mesh"] = init_device_mesh("cpu", (1,))
-    model = _recomputed(args, "cpu", torch.float32)
-    for layer in model.model.layers:
-        fully_shard(layer, **how)
-    fully_shard(model, **how)
-    return _with_adamw(args, model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
+    def system(args: Namespace) -> Step:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+        how: dict[str, Any] = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+            if offloaded:
+                how["offload_policy"] = CPUOffloadPolicy()
+        else:  # nowhere to offload from; the mesh is otherwise one of accelerators
+            dist.init_process_group("gloo")
+            how["mesh"] = init_device_mesh("cpu", (world_size(),))
+        model = _recomputed(args, "cpu" if offloaded else _device(), torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer, **how)
+        fully_shard(model, **how)
+        return _with_adamw(args, model, torch.optim.AdamW(model.parameters(), fused=True, **ADAMW))
+
+    return system
 
 
 def torchao_offloaded(args: Namespace) -> Step:
@@ -255,7 +271,8 @@ SYSTEMS: dict[str, System] = {
     "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, gradients_there=True, loss_chunks=16),
     "optimizer-nvme": Tiers((H, H, N)),
     "deepspeed": deepspeed_offloaded,
-    "fsdp2": fsdp2_offloaded,
+    "fsdp2": fsdp2(offloaded=True),
+    "fsdp2-resident": fsdp2(offloaded=False),
     "torchao": torchao_offloaded,
 }
 

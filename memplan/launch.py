@@ -18,6 +18,7 @@ import torch.distributed as dist
 from memplan.errors import LaunchError
 from offload import watchdog
 from offload.errors import RankLost
+from offload.ranks import CONNECTIONS
 
 JOINING = timedelta(minutes=10)
 """In which all processes must have started."""
@@ -110,6 +111,7 @@ def joined(place: Place, timeout_seconds: float = watchdog.TIMEOUT_SECONDS) -> I
     if place.world == 1:
         yield
         return
+    os.environ.update({name: value for name, value in CONNECTIONS.items() if name not in os.environ})
     device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     where = f"tcp://{place.master}:{place.port}"

@@ -21,6 +21,7 @@ from memplan.launch import SESSION
 from memplan.options import BAD_INPUT, NOTHING_FITS
 from memplan.progress import INTERRUPTED
 from offload import watchdog
+from offload.ranks import CONNECTIONS
 from offload.watchdog import Verdict, Watchdog
 
 POLL_SECONDS = 0.05
@@ -90,7 +91,7 @@ class _Attempt:
             "TORCHELASTIC_RESTART_COUNT": attempt,
             "TORCHELASTIC_MAX_RESTARTS": max_restarts,
         }
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, **{k: str(v) for k, v in common.items()}}
+        environment = {"OMP_NUM_THREADS": "1", **CONNECTIONS, **os.environ, **{k: str(v) for k, v in common.items()}}
         command = [sys.executable, "-m", "memplan", *arguments]
         self._processes = [
             subprocess.Popen(command, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

@@ -153,7 +153,7 @@ class Engine:
 
         # Fetches wait for updates and slots; weights and sums of gradients that return must not wait behind them.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
-        self._update_lane = self._lane("update", update_threads(device))
+        self._update_lane = self._lane("update", update_threads(device, ranks))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format, shards)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)

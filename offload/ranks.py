@@ -6,6 +6,13 @@ alone: gathers of weights in the order in which units are used, reductions of gr
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
 so they overlap with computing. The watchdog is told of each one: [Note: who is to blame] in ``offload/watchdog.py``.
 
+[Note: two communicators on one device]
+A kernel of NCCL keeps its place on the device until all ranks run the same one. Gathers and reductions are issued by
+two threads, so a rank may begin with one of them and another rank with the other: that ends well only as long as
+neither keeps the other from being started. Nothing may wait for the whole device meanwhile, so what would, the making
+of communicators and their first connections, is over before the engine has given the device anything (``_connect``).
+And streams must not wait for each other in the few queues through which they reach the device: ``CONNECTIONS``.
+
 [Note: a bucket is a unit]
 What is gathered or reduced at a time is one unit, whatever a plan's ``Buckets`` say to other engines. Joining several
 would save the latency of a call each; but a unit would wait for its neighbours before it computes, or goes home, and
@@ -19,6 +26,7 @@ the same copies of the others. The square of the norm is summed over them, with 
 """
 
 import os
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +42,9 @@ from offload.shards import Shards
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
+CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""For the environment, before CUDA is used: a queue for each stream of an engine, where 8 is usual and some would share
+one. [Note: two communicators on one device]"""
 ALIKE, NOTHING = 0.05, 1e-6
 """Of a gradient's norm, and beside it, how far two processes may be apart that computed the same: kernels add in any
 order, and some gradients are rounding noise alone."""
@@ -71,6 +82,8 @@ class Ranks:
             self._saving = self._own(everybody, "gloo", "checkpoint")
             self._norms = self._own(tensor, backend, "reduce") if len(data) > 1 else None
             self._tensor = self._own(tensor, "gloo", "start") if len(data) > 1 else None
+            if device.type == "cuda":
+                self._connect(device)
 
     @classmethod
     def of(cls, plan: Plan, device: torch.device, axes: Axes | None) -> "Ranks | None":
@@ -91,6 +104,19 @@ class Ranks:
         own = next(g for ranks, g in zip(sets, groups, strict=True) if self._axes.rank in ranks)
         self._groups.append(own)
         return own
+
+    def _connect(self, device: torch.device) -> None:
+        """Have NCCL connect now, which it else does in a group's first collective of each kind."""
+        size = self.shards.group
+        whole = torch.zeros(size, device=device)
+        part = whole[self.position : self.position + 1]
+        if size > 1 and self.shards.zero_stage >= 1:
+            _gather(whole, part, group=self._gathering)
+            _reduce_scatter(part, whole, group=self._reducing)
+        for group in (self._reducing, self._replicas, self._norms):
+            if group is not None:
+                dist.all_reduce(whole, group=group)
+        torch.cuda.synchronize(device)
 
     # Gathers: by the lane that does nothing else
 
@@ -202,6 +228,14 @@ class Ranks:
             dist.all_gather(found, most, group=self._tensor)
         parts = zip(found, share.sizes, strict=True)
         return torch.cat([tensor.narrow(share.dim, 0, size) for tensor, size in parts], share.dim)
+
+    # Cores: before the lanes are made
+
+    def sharing_cores(self) -> int:
+        """Processes that may run on the same cores as this one, itself among them."""
+        here = f"{watchdog.machine()} {sorted(os.sched_getaffinity(0))}"
+        mine = [zlib.crc32(here.encode())]
+        return self.tell_all(mine).count(mine)
 
     # Checkpoints: by the lane that writes them
 

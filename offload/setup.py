@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
+from offload.ranks import Ranks
 from offload.state import weight_dtype
 
 FEEDING_CORES = 2
@@ -52,9 +53,10 @@ def close_at_exit(engine: SupportsClose) -> None:
     getattr(threading, "_register_atexit", atexit.register)(close)
 
 
-def update_threads(device: torch.device) -> int:
-    """CPU threads of the update on the host."""
-    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) - FEEDING_CORES)
+def update_threads(device: torch.device, ranks: Ranks | None = None) -> int:
+    """CPU threads of the update on the host: of cores that several ranks may use, each takes its share."""
+    sharing = ranks.sharing_cores() if ranks is not None else 1
+    return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) // sharing - FEEDING_CORES)
 
 
 def leave_cores_to_the_update() -> Callable[[], None]:

@@ -261,7 +261,7 @@ class Watchdog:
             return None
         if standing.beat != self._next_beat or slept:
             self._next_beat, self._next_came = standing.beat, now
-        if standing.machine == _machine() and _is_gone(standing.pid):
+        if standing.machine == machine() and _is_gone(standing.pid):
             self._broken_since = self._broken_since or now
         if now - self._next_came < SILENT_SECONDS:
             return None
@@ -273,7 +273,7 @@ class Watchdog:
         for rank, standing in self._standings().items():
             if standing.left:
                 return Verdict(rank, f"{name(rank, standing)} has ended its training, and others have not")
-            if standing.machine == _machine() and _is_gone(standing.pid):
+            if standing.machine == machine() and _is_gone(standing.pid):
                 said = f"is gone: process {standing.pid} ended without a word, as when it is killed or crashes"
                 return Verdict(rank, f"{name(rank, standing)} {said}")
         return None
@@ -295,7 +295,7 @@ class Watchdog:
         quiet = now - max((track.changed for _, track in tracks), default=now)
         doing = _place_of_main_thread() if quiet > self.timeout_seconds / 2 else ""
         kinds = {kind: track.entered(now) for kind, track in tracks}
-        standing = Standing(socket.gethostname(), _machine(), os.getpid(), self._beat, left, kinds, doing)
+        standing = Standing(socket.gethostname(), machine(), os.getpid(), self._beat, left, kinds, doing)
         self._store.set(str(self.rank), json.dumps(asdict(standing)))
 
     def _read_verdict(self) -> None:
@@ -357,7 +357,7 @@ def _verdict(text: str) -> Verdict:
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Equal for processes that see each other."""
     with suppress(OSError):
         return f"{socket.gethostname()}/{Path('/proc/self/ns/pid').stat().st_ino}"

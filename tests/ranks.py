@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from offload.ranks import CONNECTIONS
 
 THREADS = 1
 
@@ -28,7 +31,7 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     for process in processes:
         process.start()
     try:
-        found = dict(results.get() for _ in range(world))
+        found = dict(_next_of(results, processes) for _ in range(world))
     finally:
         for process in processes:
             process.join(10)
@@ -36,6 +39,16 @@ def on_ranks(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     errors = [value for value in found.values() if isinstance(value, _Failed)]
     assert not errors, errors[0].text
     return [torch.load(io.BytesIO(found[rank]), weights_only=False) for rank in range(world)]
+
+
+def _next_of(results: Any, processes: list[Any]) -> tuple[int, Any]:
+    """What the next rank puts; raises where one has ended without a word, as by a watchdog."""
+    while True:
+        codes = [process.exitcode for process in processes]  # asked first: who ends has put before
+        if not results.empty():
+            return results.get()
+        assert not any(codes), f"the ranks ended with exit codes {codes}"
+        time.sleep(0.01)
 
 
 def _packed(value: Any) -> bytes:
@@ -53,7 +66,7 @@ class _Failed:
 def _one(rank: int, world: int, port: int, results: Any, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(THREADS)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ["LOCAL_RANK"] = str(rank)
+    os.environ.update({**CONNECTIONS, "LOCAL_RANK": str(rank)})
     try:
         dist.init_process_group("gloo")
         results.put((rank, _packed(work(rank, world, *args))))
