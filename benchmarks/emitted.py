@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=150, help="after which a case is given up")
     parser.add_argument("--register", action="store_true", help="page-lock by registering, which is quicker")
     parser.add_argument("--name", default="emitted-deepspeed", help="of the result")
+    parser.add_argument("--beside", type=int, default=0, help="other cases that train on this machine meanwhile: noted")
     parser.add_argument("--out", type=Path, help="a second place for the result")
     args = parser.parse_args()
     begun, rows = time.perf_counter(), []
@@ -174,7 +175,7 @@ def main() -> None:
             print(f"{time.perf_counter() - begun:6.1f} s  {case} ...", flush=True)
             rows.append(row_of(case, future, out, args))
             print(f"{time.perf_counter() - begun:6.1f} s  {line(rows[-1])}", flush=True)
-            path = save(args.name, rows, batch=args.batch, length=args.length, steps=args.steps)
+            path = save(args.name, rows, batch=args.batch, length=args.length, steps=args.steps, beside=args.beside)
             if args.out is not None:
                 shutil.copyfile(path, args.out)
     print(path)

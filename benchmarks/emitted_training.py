@@ -147,7 +147,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--length", type=int, default=2048)
     args = parser.parse_args()
-    os.environ.update(ENVIRONMENT)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         found = train(args.plan, args.size, args.steps, args.length)
     except Exception:  # noqa: BLE001 - a row of the result

@@ -55,7 +55,7 @@ from offload.state import UnitState, weight_dtype
 from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
-from offload.streams import Lane
+from offload.streams import URGENT, Lane
 from offload.unit import check_trainable, partition
 from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
@@ -158,9 +158,9 @@ class Engine:
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        gathers = self._lane("gathers", 1) if ranks is not None else None
+        gathers = self._lane("gathers", 1, URGENT) if ranks is not None else None
         self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
-        reduces = self._lane("reduces", 1) if ranks is not None else None
+        reduces = self._lane("reduces", 1, URGENT) if ranks is not None else None
         self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
@@ -193,8 +193,8 @@ class Engine:
         self.early_updates = self._steps.early
         self._passes.early = self.early_updates if self._update_in_backward else None
 
-    def _lane(self, name: str, cpu_threads: int) -> Lane:
-        lane = Lane(name, self.device, cpu_threads)
+    def _lane(self, name: str, cpu_threads: int, priority: int = 0) -> Lane:
+        lane = Lane(name, self.device, cpu_threads, priority)
         self._closers.append(lane.close)
         return lane
 

@@ -120,19 +120,24 @@ class Done:
         return (event is None or event.query()) and all(other.reached() for other in self._others)
 
 
+URGENT = -1
+"""The priority of streams whose kernels go before those that wait beside them. Collectives would find no room among the
+blocks of a matrix product, and other ranks wait for them."""
+
+
 class Lane:
     """One direction of travel: a thread that does its jobs in order, on its own stream.
 
     ``cpu_threads`` are the threads its operations on host memory use. Where the CPU is the compute device it must be 1:
     a second team of OpenMP threads on the same cores makes the first one sleep between operations (measured on two
-    cores: forward and backward 1.35 times slower).
+    cores: forward and backward 1.35 times slower). ``priority`` is that of its stream: 0 or ``URGENT``.
     """
 
-    def __init__(self, name: str, device: torch.device, cpu_threads: int = 1) -> None:
+    def __init__(self, name: str, device: torch.device, cpu_threads: int = 1, priority: int = 0) -> None:
         self.name = name
         self.bytes_moved = 0
         self._device = device
-        self._stream = torch.Stream(device) if device.type != "cpu" else None
+        self._stream = torch.Stream(device, priority=priority) if device.type != "cpu" else None
         self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Sequence[Done], Done] | None] = queue.SimpleQueue()
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(cpu_threads,), name=f"memplan-{name}", daemon=True)
