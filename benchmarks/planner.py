@@ -89,22 +89,28 @@ def run_plan(model: Model, found: Plan, steps: int = STEPS) -> dict[str, Any]:
         engine = None
         try:
             engine = Engine(network, found, torch.optim.AdamW(network.parameters(), lr=1e-4), max_grad_norm=1.0)
-            seconds = []
+            seconds, issued = [], []
             batches = [
                 {k: v.cuda() for k, v in model.batch(found.micro_batch_size).items()}
                 for _ in range(found.gradient_accumulation_steps)
             ]
-            for _ in range(steps):
+            for step in range(steps):
+                if step == WARM_UP:
+                    retries = torch.cuda.memory_stats()["num_alloc_retries"]
                 begun = time.perf_counter()
                 for batch in batches:
                     loss = engine(**batch).loss
                     engine.backward(loss)
                     engine.step()
+                issued.append(time.perf_counter() - begun)
                 loss.item()
                 seconds.append(time.perf_counter() - begun)
             held = engine.meter.peak_bytes()
             row |= {
                 "seconds": statistics.median(seconds[WARM_UP:]),
+                # Nearly all of the seconds where a step waits for the CPU; retries where it waits for the allocator.
+                "issued_seconds": statistics.median(issued[WARM_UP:]),
+                "allocator_retries": torch.cuda.memory_stats()["num_alloc_retries"] - retries,
                 "gpu_peak_bytes": torch.cuda.max_memory_allocated(),
                 "gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
                 "host_bytes": held.get("host", 0),

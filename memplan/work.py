@@ -21,7 +21,9 @@ GRADIENT_PASSES = 3
 # What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
 # follows the machine. Fitted to steps measured on one H200 (benchmarks/planner.py).
 PASS_ISSUE_FACTOR = 1.4
-"""How much longer it takes to issue a pass in the engine than alone: each saved tensor goes through a hook."""
+"""How much longer it takes to issue a pass in the engine than alone: each saved tensor goes through a hook.
+
+Fitted when that was so in every plan; where nothing leaves the GPU there is none any more, and this is too much."""
 GRADIENT_CALLS = 0.8
 """For one parameter's gradient in one micro-batch: taken away, gathered."""
 PIECE_CALLS = 0.5

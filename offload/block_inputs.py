@@ -62,6 +62,11 @@ class BlockInputs:
         self._coming: WaitingInput | None = None
 
     @property
+    def leave(self) -> bool:
+        """Whether any of them goes to the host."""
+        return self._lane is not None
+
+    @property
     def device_bytes(self) -> int:
         """Of the most inputs that are on the device at once ([Note: where an input is])."""
         return 2 * self._largest_bytes

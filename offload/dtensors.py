@@ -44,18 +44,23 @@ class Share:
         return whole.narrow(self.dim, sum(self.sizes[: self.position]), self.sizes[self.position])
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 def is_distributed(tensor: object) -> bool:
     """Whether it is a DTensor; asking imports nothing, which would take a second."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """What this process has of it: of a plain tensor, the tensor; what a collective still brings is waited for."""
+    if type(tensor) in _PLAIN:
+        return tensor
     if is_distributed(tensor):
         tensor = tensor._local_tensor  # type: ignore[attr-defined]
-    elif type(tensor) in (torch.Tensor, torch.nn.Parameter):
-        return tensor
     module = sys.modules.get("torch.distributed._functional_collectives")
     if module is not None and isinstance(tensor, module.AsyncCollectiveTensor):
         return tensor.trigger_wait()

@@ -207,7 +207,7 @@ class Engine:
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
             self._forward_step, guard = self.global_step, self._guard
-        with self._passes.forward(self.global_step + 1), hooks.saved_tensors(self._passes), autocast, guard:
+        with self._passes.forward(self.global_step + 1), autocast, guard:
             args, kwargs = self.to_device((args, kwargs))
             return self._forward(*args, **kwargs)
 

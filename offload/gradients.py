@@ -36,7 +36,8 @@ class Gathering:
     landed: Done | None = None
     kept: Sequence[Kept] = ()
     """Parts that did not land on the host, but where the device will update with them."""
-    square_norm: torch.Tensor | None = None
+    norms: torch.Tensor | None = None
+    """Of the parameters' gradients, fp32 on the device, when the last micro-batch's sum is complete."""
     taken: bool = False
     """Whether an update has begun with it."""
     views: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
@@ -93,7 +94,7 @@ class GradientCollector:
         """Land what autograd left incomplete, because some parameter got no gradient."""
         self._in_backward = False
         for gathering in self._gatherings.values():
-            if gathering.target is not None or (self._last_micro_batch and gathering.square_norm is None):
+            if gathering.target is not None or (self._last_micro_batch and gathering.norms is None):
                 self._land(gathering)
 
     def present(self, name: str) -> set[str]:
@@ -117,14 +118,14 @@ class GradientCollector:
 
     def norm(self) -> torch.Tensor:
         """Global norm of all gradients, an fp32 scalar on the device."""
-        squares = [g.square_norm for g in self._gatherings.values() if g.square_norm is not None]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=self._device)
+        norms = [g.norms for g in self._gatherings.values() if g.norms is not None]
+        return torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros((), device=self._device)
 
     def clear(self) -> None:
         """Forget the gradients: the optimizer has taken what it needs to know."""
         for gathering in self._gatherings.values():
             gathering.present, gathering.taken = set(), False
-            gathering.landed = gathering.square_norm = None
+            gathering.landed = gathering.norms = None
             gathering.kept = ()
 
     def discard(self) -> None:
@@ -145,26 +146,28 @@ class GradientCollector:
             handle.remove()
 
     def _hook(self, gathering: Gathering, field: Field) -> Callable[[torch.Tensor], None]:
-        def take(parameter: torch.Tensor) -> None:
+        name = field.name
+
+        def take(parameter: torch.Tensor) -> None:  # in a backward that makes no graph: gradients are off
             if not self._in_backward:
                 parameter.grad = None
                 raise OffloadError("backward was called on a loss itself; call engine.backward(loss) in its place")
-            gradient = self._own(parameter, field.name)
+            gradient = self._own(parameter, name)
             if gradient is not None:  # autograd also comes by with none, where an operation did not use its input
-                target = gathering.views_in(self._target(gathering))[field.name]
-                if field.name in self._summed(gathering):
+                target, summed = gathering.views_in(self._target(gathering))[name], self._summed(gathering)
+                if name in summed:
                     target.add_(gradient)
                 else:
                     target.copy_(gradient)
-                    gathering.present.add(field.name)
-                    self._summed(gathering).add(field.name)
+                    gathering.present.add(name)
+                    summed.add(name)
                 parameter.grad = None
             gathering.awaited -= 1
             if gathering.awaited == 0:
                 self._land(gathering)
                 self.on_complete(gathering.state.unit.name)
 
-        return torch.no_grad()(take)
+        return take
 
     def _own(self, parameter: torch.Tensor, _: str) -> torch.Tensor | None:
         """What this process has of the gradient of a parameter, which has a name."""
@@ -217,8 +220,7 @@ class GradientCollector:
         buffer = self._target(gathering)
         if self._last_micro_batch:
             views = [view for name, view in gathering.views_in(buffer).items() if name in gathering.present]
-            norms = torch._foreach_norm(views, dtype=torch.float32)
-            gathering.square_norm = torch.stack(norms).square().sum()
+            gathering.norms = torch.stack(torch._foreach_norm(views, dtype=torch.float32))
         gathering.landed = Done.now(self._device)
         if state.host_gradients is not None:
             if self._last_micro_batch:

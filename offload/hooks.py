@@ -3,8 +3,8 @@
 [Note: a unit's use]
 In forward a unit is in use from its module's pre-forward hook to its forward hook. In backward it is in use from the
 moment the gradient of one of the module's outputs is known, or one of its weights is unpacked, or its module runs
-again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, the use
-lasts until all of the unit's parameters have theirs.
+again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, and where the
+unit's weights never leave the device, the use lasts until all of the unit's parameters have theirs.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,6 +45,9 @@ class Listener(Protocol):
 
     def begin_use(self, name: str) -> None:
         """The unit is about to compute."""
+
+    def bounds(self, name: str) -> bool:
+        """Whether the end of the unit's backward must be told, or its last gradient tells enough."""
 
     def bounded(self, name: str) -> None:
         """The end of the unit's backward will be told."""
@@ -149,7 +152,7 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         listener.begin_use(name)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not listener.bounds(name):
             return None
         return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
 

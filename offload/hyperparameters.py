@@ -79,13 +79,17 @@ class Hyperparameters:
     def begin_update(self, unit: Unit, present: set[str]) -> tuple[Segment, ...]:
         """How the unit's elements are updated now, and count it; parameters without gradient are left out."""
         segments: list[Segment] = []
+        known: dict[tuple[int, int], UpdateStep] = {}
         updated: Field | None = None
         for field in unit.trainable:
             before, updated = updated, None  # the field ahead of this one, where it was updated
-            if field.name not in present or field.parameter not in self._group_of or not field.shape.numel():
+            index = self._group_of.get(field.parameter)
+            if field.name not in present or index is None or not field.shape.numel():
                 continue
-            self.steps[field.name] = self.steps.get(field.name, 0) + 1
-            how = self._how(field)
+            key = index, self.steps.get(field.name, 0) + 1
+            self.steps[field.name] = key[1]
+            if (how := known.get(key)) is None:
+                how = known[key] = self._how(*key)
             updated = field
             # Neighbours are updated in one piece, unless there is a gap between them: its gradients may be anything,
             # and moments in 8 bits share a scale with what is beside them.
@@ -95,11 +99,11 @@ class Hyperparameters:
                 segments.append(Segment(field.start, field.stop, how))
         return tuple(segments)
 
-    def _how(self, field: Field) -> UpdateStep:
-        group = self.optimizer.param_groups[self._group_of[field.parameter]]
+    def _how(self, index: int, step: int) -> UpdateStep:
+        group = self.optimizer.param_groups[index]
         if self.kind is OptimizerKind.SGD and group["momentum"]:
             raise OffloadError("SGD was given momentum after the engine was made without; make both anew")
-        return _READERS[self.kind](group, self.steps[field.name])
+        return _READERS[self.kind](group, step)
 
 
 Reader = Callable[[dict[str, Any], int], UpdateStep]

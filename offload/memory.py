@@ -56,9 +56,14 @@ class MemoryMeter:
         """A forward pass begins: nothing is saved for its backward yet."""
         self._saved.clear()
 
+    @property
+    def counts_saved(self) -> bool:
+        """Whether it has to be told what autograd saves."""
+        return self._device.type == "cpu"
+
     def saved(self, tensor: torch.Tensor) -> None:
         """Autograd saved a tensor."""
-        if self._device.type == "cpu" and tensor.layout is torch.strided:
+        if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             self._saved[storage.data_ptr()] = storage.nbytes()
 

@@ -6,25 +6,26 @@ own, from the model's pre-forward hook to its forward hook, and so is a call of 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from offload import watchdog
+from offload.away_guard import storage_address
 from offload.block_inputs import BlockInputs, WaitingInput
 from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
 from offload.gradients import GradientCollector
-from offload.hooks import Packed
+from offload.hooks import Packed, saved_tensors
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
 from offload.setup import explained
 from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
 from offload.watch import Watch
-from offload.weights import WeightMover, WeightReference
+from offload.weights import WeightMover
 
 
 class Passes:
@@ -66,7 +67,7 @@ class Passes:
         """A forward pass of this step."""
         self._step = step
         watchdog.in_step(step)
-        with self._in_phase("forward"):
+        with self._in_phase("forward"), self._saving():
             self._begin_forward()
             yield
         if not torch.is_grad_enabled():
@@ -99,6 +100,11 @@ class Passes:
             raise
         finally:
             self._phase = None
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        """The hooks on what autograd saves: each costs time, and where nothing leaves the device none is needed."""
+        needed = self._mover.streams or self._inputs.leave or self._meter.counts_saved
+        return saved_tensors(self) if needed else nullcontext()
 
     def _begin_forward(self) -> None:
         if self.early is not None:
@@ -157,6 +163,10 @@ class Passes:
         if self._prefetcher.used(name):
             self._pulse.tell(self._step, self._phase, name, self._flights)
 
+    def bounds(self, name: str) -> bool:
+        """Whether its weights may leave when its backward is over, or an update waits for that."""
+        return self.early is not None or not self._mover.stays(name)
+
     def bounded(self, name: str) -> None:
         """Its inputs will tell when its backward is over."""
         self._bounded.add(name)
@@ -190,24 +200,25 @@ class Passes:
     def pack(self, tensor: torch.Tensor) -> Packed:
         """Autograd must not keep a weight that may go away, or an input that waits on the host: it gets a reference."""
         local = local_of(tensor)
-        reference = self._mover.reference(local) or self._inputs.send(local)
+        address = storage_address(local)
+        reference = self._mover.reference(local, address) or self._inputs.send(local)
         if reference is not None:
             return Distributed(reference, tensor) if is_distributed(tensor) else reference
-        if not self._mover.is_resident(local):
+        if self._meter.counts_saved and not self._mover.is_resident(address):
             self._meter.saved(local)
         return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The tensor again; a unit that is away is fetched, and so is an input."""
+        if isinstance(packed, torch.Tensor):
+            return packed
         if isinstance(packed, Distributed):
             return packed.of(self.unpack(packed.local))
         if isinstance(packed, WaitingInput):
             return packed.owner.fetch(packed)
-        if isinstance(packed, WeightReference):
-            if packed.unit:
-                self.begin_use(packed.unit)
-            return self._mover.resolve(packed)
-        return packed
+        if packed.unit:
+            self.begin_use(packed.unit)
+        return self._mover.resolve(packed)
 
     def _end_use(self, name: str) -> None:
         self._mover.unuse(name)

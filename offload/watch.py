@@ -32,7 +32,10 @@ class Watch:
             for key, parameter in module._parameters.items():
                 if parameter is not None:
                     holders.setdefault(id(parameter), []).append((module, key))
-        self._holders = {f.name: holders[id(f.parameter)] for s in states for f in s.unit.fields}
+        self._holders = {
+            s.unit.name: [(module, key, f) for f in s.unit.fields for module, key in holders[id(f.parameter)]]
+            for s in states
+        }
         self._versions: dict[str, int] = {}
         self._lent: set[str] = set()
         for state in states:
@@ -75,11 +78,12 @@ class Watch:
         """How the unit was changed."""
         if state.unit.name in self._lent:
             return None
+        for module, key, field in self._holders[state.unit.name]:
+            if module._parameters.get(key) is not field.parameter:
+                return f"another tensor took the place of parameter {field.name}"
         address = self._mover.address(state.unit.name)
         for field in state.unit.fields:
             parameter = field.parameter
-            if any(module._parameters.get(key) is not parameter for module, key in self._holders[field.name]):
-                return f"another tensor took the place of parameter {field.name}"
             if local_of(parameter).data_ptr() != address(field):
                 return f"other data was assigned to parameter {field.name}, or it was converted or moved,"
             if parameter._version != self._versions[field.name] and _has_other_copies(state, field):
@@ -87,9 +91,8 @@ class Watch:
         return None
 
     def _restore(self, state: UnitState) -> None:
-        for field in state.unit.fields:
-            for module, key in self._holders[field.name]:
-                module._parameters[key] = field.parameter
+        for module, key, field in self._holders[state.unit.name]:
+            module._parameters[key] = field.parameter
         self._mover.restore(state.unit.name)
         self._note(state)
 

@@ -7,16 +7,13 @@ that a model which uses a parameter outside of its module is refused with that p
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from offload.compiled import uncompiled
-from offload.dtensors import local_of, show
-from offload.errors import OffloadError
+from offload.away_guard import AwayGuard
+from offload.dtensors import show
 from offload.residency import UPDATE_RING
 from offload.schedule import Fetch
 from offload.slots import Slot, SlotRings
@@ -44,68 +41,6 @@ def send_away(state: UnitState, nan: torch.Tensor) -> None:
         show(field.parameter, nan.expand(field.shape))
 
 
-def storage_address(tensor: torch.Tensor) -> int:
-    """Address of the tensor's memory here; 0 for a sparse or other tensor that has no plain storage."""
-    try:
-        return local_of(tensor).untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
-
-
-class AwayGuard(TorchDispatchMode):
-    """Raises OffloadError when an operation reads a parameter that is away or not up to date, or changes one.
-
-    ``stale`` names the unit of an address whose update nobody has waited for in this pass; ``held`` tells addresses of
-    weights.
-    """
-
-    def __init__(
-        self,
-        nan: torch.Tensor,
-        names: Callable[[torch.Size], list[str]],
-        stale: Callable[[int], bool],
-        held: Callable[[int], bool],
-    ) -> None:
-        super().__init__()
-        self._nan, self._names, self._stale, self._held = storage_address(nan), names, stale, held
-
-    def __enter__(self) -> Self:
-        self._uncompiled = uncompiled()
-        self._uncompiled.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._uncompiled.__exit__(*error)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Look at the tensors of one operation, then do it."""
-        # Views and detaching read no data, and autograd makes them of parameters that are away.
-        if not func.is_view:
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, torch.Tensor) and self._out_of_reach(storage_address(leaf)):
-                    names = self._names(local_of(leaf).shape)
-                    raise OffloadError(
-                        f"{func} reads a parameter of shape {list(leaf.shape)} outside of the forward of its module, "
-                        f"while its unit is away: one of {names}. Leave that module's parameters to the root unit: "
-                        "take its unit out of the plan."
-                    )
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            changes = argument.alias_info is not None and argument.alias_info.is_write
-            if changes and isinstance(value, torch.Tensor) and self._held(storage_address(value)):
-                raise OffloadError(
-                    f"{func} changes a parameter of shape {list(value.shape)} in place: one of "
-                    f"{self._names(local_of(value).shape)}. The engine keeps other copies of it, which would not "
-                    "change; train this model without offloading that parameter's optimizer state and weights."
-                )
-        return func(*args, **(kwargs or {}))
-
-    def _out_of_reach(self, address: int) -> bool:
-        return address != 0 and (address == self._nan or self._stale(address))
-
-
 class WeightMover:
     """Fetches and releases the weights of units; the only one who changes what a parameter's data is."""
 
@@ -122,6 +57,7 @@ class WeightMover:
         """``gathers`` is the lane that brings the ranks' parts together, where units are divided."""
         self._gathers = gathers
         self._states = {s.unit.name: s for s in states}
+        self._staying = {s.unit.name for s in states if s.on_device}
         self._rings = rings
         self._lane = lane
         self._store = store
@@ -136,6 +72,10 @@ class WeightMover:
         self._updated: dict[str, Done] = {}
         # [Note: parameters that are away]
         self._nan = nan
+        self._nothing = {s.unit.name: [nan.expand(f.shape) for f in s.unit.fields] for s in states}
+        """What a unit's parameters are while it is away."""
+        self._views: dict[tuple[str, int], list[torch.Tensor]] = {}
+        """A unit's parameters in the buffer at an address: making them anew for every use takes time."""
         self._resident = {
             s.device_weights.data_ptr(): s for s in states if s.device_weights is not None and s.on_device
         }
@@ -155,17 +95,27 @@ class WeightMover:
         """A forward pass begins."""
         self._used.clear()
 
+    @property
+    def streams(self) -> bool:
+        """Whether the weights of any unit come and go."""
+        return len(self._staying) < len(self._states)
+
+    def stays(self, name: str) -> bool:
+        """Whether the unit's weights never leave the device."""
+        return name in self._staying
+
     def use(self, name: str) -> None:
         """The unit is about to compute: its weights are there when this returns, and stay until ``unuse``."""
-        state = self._states[name]
+        if name in self._in_use:
+            return
         self._used.add(name)
         if name in self._lent:
             return
-        if state.on_device:
+        if name in self._staying:
             if (updated := self._updated.pop(name, None)) is not None:
                 updated.wait()
             return
-        self._in_use.add(name)
+        state = self._states[name]
         if name not in self._slot_of:
             self._start(state, self._free_slot(state) or self._rings.grow(state))
         slot = self._slot_of[name]
@@ -174,6 +124,7 @@ class WeightMover:
             slot.arrived = None
         if name not in self._bound:
             self._bind(state, slot.buffer)
+        self._in_use.add(name)
 
     def unuse(self, name: str) -> None:
         """The unit has computed: its slot may be taken by another."""
@@ -269,13 +220,13 @@ class WeightMover:
         for updated in list(self._updated.values()):
             updated.synchronize()
 
-    def is_resident(self, tensor: torch.Tensor) -> bool:
-        """Whether this tensor lies in weights that never leave the device."""
-        return storage_address(tensor) in self._resident
+    def is_resident(self, address: int) -> bool:
+        """Whether weights that never leave the device lie there."""
+        return address in self._resident
 
-    def reference(self, tensor: torch.Tensor) -> WeightReference | None:
-        """How to find this tensor again, if it lies in a slot that may be taken before backward."""
-        slot = self._slot_at.get(storage_address(tensor))
+    def reference(self, tensor: torch.Tensor, address: int) -> WeightReference | None:
+        """How to find this tensor again, if its memory at ``address`` is a slot that may be taken before backward."""
+        slot = self._slot_at.get(address)
         if slot is None or slot.holds is None:
             return None
         name = slot.holds.unit.name
@@ -305,6 +256,7 @@ class WeightMover:
             slot.arrived.wait()
         self._unbind(slot.holds)
         self._bound.discard(name)
+        self._in_use.discard(name)
         del self._slot_of[name]
         slot.holds = slot.arrived = None
 
@@ -382,10 +334,17 @@ class WeightMover:
         self._reader_ring[place] = (buffer, Done.now(parts[0].device))
 
     def _bind(self, state: UnitState, flat: torch.Tensor) -> None:
-        for field in state.unit.fields:
-            show(field.parameter, field.view(flat))
+        key = state.unit.name, flat.data_ptr()
+        if key not in self._views:
+            self._views[key] = [field.view(flat) for field in state.unit.fields]
+        _show_as(state, self._views[key])
         if not state.on_device:
             self._bound.add(state.unit.name)
 
     def _unbind(self, state: UnitState) -> None:
-        send_away(state, self._nan)
+        _show_as(state, self._nothing[state.unit.name])
+
+
+def _show_as(state: UnitState, tensors: Iterable[torch.Tensor]) -> None:
+    for field, tensor in zip(state.unit.fields, tensors, strict=True):
+        show(field.parameter, tensor)

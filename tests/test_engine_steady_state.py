@@ -1,6 +1,7 @@
 """In the steady state the training thread waits for no device, and nothing is allocated on it."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.engine import Engine
+from offload.memory import MemoryMeter
+from offload.passes import Passes
 from offload.plan import Precision
 from offload.streams import Done
 from tests.models import GPT, batches
@@ -125,6 +128,46 @@ def test_in_fp16_it_asks_once_what_became_of_the_step_before(tmp_path: Path, mon
             engine(tokens)
     # The read is of host memory, behind the wait.
     assert found == ["Done.synchronize", "_local_scalar_dense"]
+
+
+@pytest.mark.parametrize(
+    ("placements", "changes", "packed", "bounded"),
+    [
+        ((RESIDENT,), {}, False, False),
+        (((G, G, H),), {}, False, False),
+        ((RESIDENT,), {"checkpoints": H, "recompute": ("h.1",)}, True, False),
+        (ALL_AWAY, {}, True, True),
+        ((RESIDENT, (H, H, H)), {}, True, True),
+    ],
+)
+def test_what_never_leaves_the_device_has_no_hooks_on_what_autograd_saves(
+    placements: tuple, changes: dict, packed: bool, bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose allocator counts what is saved."""
+    calls: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(Passes, "pack")
+    counted(Passes, "bounded")
+    tokens = batches(1)[0]
+    losses = []
+    for counts_saved in (True, False):
+        monkeypatch.setattr(MemoryMeter, "counts_saved", counts_saved)
+        calls.clear()
+        with engine_of(placements, None, 0.05, **changes) as engine:
+            for _ in range(WARM_STEPS):
+                step(engine, tokens)
+            losses.append(engine(tokens).item())
+        assert (calls["pack"] > 0, calls["bounded"] > 0) == (packed or counts_saved, bounded)
+    assert losses[0] == losses[1]
 
 
 def test_what_waits_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
