@@ -39,12 +39,12 @@ def shape_of(size: str, length: int) -> Any:
 
 
 class HostPeak(threading.Thread):
-    """The most host memory since the start: that this process came to hold, and that the machine came to use."""
+    """The most host memory: that this process held, and that the machine came to use since the start."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._process = psutil.Process()
-        self._first = self._now()
+        self.begun_bytes, self._used_before = self._now()
         self.resident_bytes = self.used_bytes = 0
 
     def _now(self) -> tuple[int, int]:
@@ -56,8 +56,8 @@ class HostPeak(threading.Thread):
         """Look again and again."""
         while True:
             resident, used = self._now()
-            self.resident_bytes = max(self.resident_bytes, resident - self._first[0])
-            self.used_bytes = max(self.used_bytes, used - self._first[1])
+            self.resident_bytes = max(self.resident_bytes, resident)
+            self.used_bytes = max(self.used_bytes, used - self._used_before)
             time.sleep(0.02)
 
 
@@ -96,7 +96,7 @@ def train(out: Path, size: str, steps: int, length: int) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.budget.gpu_bytes / total))
     deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
-    torch.zeros(1, device=device)  # the driver's own share of the host's memory is no part of the plan
+    torch.zeros(1, device=device)
     peak = HostPeak()
     peak.start()
     begun = time.perf_counter()
@@ -132,6 +132,7 @@ def train(out: Path, size: str, steps: int, length: int) -> dict[str, Any]:
         "gpu_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None,
         "gpu_reserved_bytes": torch.cuda.max_memory_reserved() if cuda else None,
         "resident_bytes": peak.resident_bytes,
+        "begun_resident_bytes": peak.begun_bytes,
         "used_bytes": peak.used_bytes,
         "pinned_bytes": pinned.get("allocated_bytes.peak"),
         "pinned": {name: value for name, value in pinned.items() if name.endswith(("peak", "current", "total"))},

@@ -7,7 +7,7 @@ from memplan.configs.accelerate import accelerate_deepspeed, accelerate_fsdp2
 from memplan.configs.deepspeed import ds_config
 from memplan.configs.huggingface import huggingface_deepspeed, huggingface_fsdp2
 from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
-from memplan.configs.torchrun import launch_script
+from memplan.configs.torchrun import EXPANDABLE, SETTINGS, launch_script
 from memplan.configs.torchtitan import torchtitan_module
 from offload.errors import PlanError
 from offload.plan import MomentFormat, Plan, Precision, Target
@@ -27,6 +27,11 @@ NAMES = (
     NOTES,
 )
 """Every file that there may be."""
+ALLOCATOR = f"""
+Memory: train with {SETTINGS}={EXPANDABLE} in the environment. launch.sh sets it where it
+starts your script. With segments of fixed sizes PyTorch's allocator keeps pieces that fit nobody, and a plan near its
+budget can run out of memory: one of five did on an H200, with 12 GiB of such pieces.
+"""
 HEAD = "What these files can not say of the plan, or say otherwise. Other files have it in comments of their own.\n"
 
 
@@ -54,7 +59,7 @@ def configurations(plan: Plan, block_classes: Sequence[str] = ()) -> dict[str, s
         files["lightning_fsdp2.py"] = lightning_fsdp2(plan)
         files["torchtitan_config.py"] = torchtitan_module(plan)
     sections = (f"\n## {name}\n\n" + "".join(f"- {n}\n" for n in said) for name, said in notes.items() if said)
-    return files | {NOTES: HEAD + _moments_note(plan) + "".join(sections)}
+    return files | {NOTES: HEAD + ALLOCATOR + _moments_note(plan) + "".join(sections)}
 
 
 def _moments_note(plan: Plan) -> str:

@@ -4,6 +4,8 @@ from memplan.configs.comments import commented
 from offload.plan import Plan, Target, Tier
 
 PORT = 29500
+SETTINGS, EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+"""How PyTorch's allocator is told to let segments grow; newer versions have a second name for the variable."""
 
 
 def launch_script(plan: Plan) -> str:
@@ -21,5 +23,8 @@ def launch_script(plan: Plan) -> str:
         lines.append("# The CPU updates offloaded state; by itself torchrun gives each rank one thread.")
         lines.append("cores=$(nproc)")
         lines.append(f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$((cores > {ranks} ? cores / {ranks} : 1))}}"')
+    if plan.target is not Target.MEMPLAN:  # whose engine does it by itself
+        lines.append("# Plans count on memory without gaps: pieces of fixed segments can be left over that fit nobody.")
+        lines.append(f'[ -n "${{PYTORCH_ALLOC_CONF:-}}" ] || export {SETTINGS}="${{{SETTINGS}:-{EXPANDABLE}}}"')
     lines.append(f'exec torchrun {where} --nproc-per-node {ranks} {script} "$@"')
     return "\n".join(lines) + "\n"

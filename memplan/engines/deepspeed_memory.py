@@ -22,6 +22,9 @@ NORM = 8
 """Gradient norms are taken of an fp64 copy."""
 NORM_PIECE_ELEMENTS = 250_000_000
 """In stage 3 with offloading, of at most this many elements at a time."""
+OFFLOADING_PROCESS_BYTES = 1_100_000_000
+"""Host memory of a process that has its optimizer there, over one that offloads nothing: 1.07 GB in three
+configurations of two models on an H200, whatever their sizes (``benchmarks.emitted``)."""
 ALL_REDUCE_ELEMENTS = 500_000_000
 """Gradients that stage 0 flattens for one all-reduce."""
 
@@ -44,7 +47,10 @@ def deepspeed_held(
         # A module moves to its GPU parameter by parameter; until then each rank has a model of its own.
         host[ATTACH] = max(host[ATTACH], sum(p.bytes for p in parameters))
     ranks = setup.ranks_per_node
-    return Held(gpu, {phase: n * ranks for phase, n in host.items()}, pinned * ranks, _files(sizes, setup) * ranks)
+    process = OFFLOADING_PROCESS_BYTES if setup.optimizer is not Tier.GPU and setup.pin_memory else 0
+    return Held(
+        gpu, {phase: (n + process) * ranks for phase, n in host.items()}, pinned * ranks, _files(sizes, setup) * ranks
+    )
 
 
 def _gpu(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[str, int]:
@@ -235,7 +241,9 @@ def _weights_on_host(z: Sizes, s: DeepSpeedSetup, host: _Host) -> None:
     swapped = s.parameters is Tier.NVME
     own = [w * part for n, part in zip(z.whole, z.partitions, strict=True) if n > s.persistence_elements]
     single = [size for size in (*own, *(w * n for n in z.frozen)) if not (swapped and size >= SWAPPABLE_BYTES)]
-    for size in single:
+    # Under zero.Init a tied parameter is built under both of its names, and the cache keeps the block of the second.
+    twice = [w * -(-n // s.gpus) for n in z.tied if s.zero_init and s.pin_memory and not swapped]
+    for size in (*single, *twice):
         host.cache.allocate(size)
     if swapped:
         # Buffers for what is read, and for a sub-group of new weights on its way down, locked without rounding.

@@ -19,8 +19,8 @@ class Sizes:
     largest_early: int
     """Of the largest whose gradient is complete while activations are still held: all but the first parameter of the
     model, which backward reaches last, and shared ones, which wait for their last use."""
-    shared: int
-    """Trainable and used by several modules: autograd holds their gradient from the first use to the last."""
+    tied: tuple[int, ...]
+    """Each trainable parameter that several modules use."""
     whole: tuple[int, ...]
     """Each trainable parameter."""
     partitions: tuple[int, ...]
@@ -40,6 +40,11 @@ class Sizes:
     def partition(self) -> int:
         """One rank's part of all trainable parameters (stage 3)."""
         return sum(self.partitions)
+
+    @property
+    def shared(self) -> int:
+        """All of ``tied``: autograd holds their gradient from the first use to the last."""
+        return sum(self.tied)
 
     @property
     def host_groups(self) -> tuple[int, ...]:
@@ -62,7 +67,7 @@ def sizes_of(parameters: Sequence[ParameterProfile], setup: DeepSpeedSetup) -> S
         trainable=trainable,
         largest=max((p.elements for p in parameters), default=0),
         largest_early=max((p.elements for p in parameters[1:] if p.trainable and not p.aliases), default=0),
-        shared=sum(p.elements for p in parameters if p.trainable and p.aliases),
+        tied=tuple(p.elements for p in parameters if p.trainable and p.aliases),
         whole=whole,
         partitions=partitions,
         frozen=tuple(-(-p.elements // gpus) for p in parameters if not p.trainable),
