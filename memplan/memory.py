@@ -41,12 +41,14 @@ RESIDENT = Counts(0, 0, 0)
 def chain_order(shapes: Sequence[UnitShape]) -> list[int]:
     """Positions of ``shapes`` in the order in which they leave the GPU: the root last, lone large units before it.
 
-    Units of one size share slots on the device, so moving many of them frees more than moving a lone one.
+    Units of one size share slots on the device, so moving many of them frees more than moving a lone one. The last ones
+    of forward leave first: what stays is updated at once, so the next forward pass begins with it while the others are
+    updated and fetched; and their gradients are the first to be sent, with all of backward beside them.
     """
     alike = Counter(s.elements for s in shapes if s.name)
     return sorted(
         range(len(shapes)),
-        key=lambda i: (not shapes[i].name, -alike[shapes[i].elements] * bool(shapes[i].name), -shapes[i].elements, i),
+        key=lambda i: (not shapes[i].name, -alike[shapes[i].elements] * bool(shapes[i].name), -shapes[i].elements, -i),
     )
 
 

@@ -315,3 +315,20 @@ def test_the_work_of_a_step_and_the_tables_of_its_bytes_count_the_same_elements(
     assert sum(work.nvme_state_bytes) == tables.nvme_state[-1]
     assert sum(work.gradient_bytes) == tables.gradient_elements[-1] * w
     assert sum(work.weight_bytes) == tables.parameter_elements[-1] * w
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_step_whose_last_blocks_left_the_gpu_is_no_slower_than_one_whose_first_did(seed: int):
+    work, _ = large(seed)
+    blocks = sum(s.name.startswith("b") for s in work.shapes)
+    first = replace(work)
+    first.__dict__["chain"] = sorted(work.chain[:blocks]) + work.chain[blocks:]
+    sooner = 0
+    for part in (0.25, 0.5, 0.75):
+        away = round(blocks * part)
+        for weights in (0, away):
+            counts = Counts(*(np.array([n]) for n in (away, away, weights, 0, 0)))
+            ours, theirs = float(step_seconds(work, counts)[0]), float(step_seconds(first, counts)[0])
+            assert ours <= 1.005 * theirs
+            sooner += ours < 0.99 * theirs
+    assert sooner
