@@ -4,7 +4,7 @@
 In forward a unit is in use from its module's pre-forward hook to its forward hook. In backward it is in use from the
 moment the gradient of one of the module's outputs is known, or one of its weights is unpacked, or its module runs
 again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, and where the
-unit's weights never leave the device, the use lasts until all of the unit's parameters have theirs.
+weights of a unit that is trained never leave the device, the use lasts until all of the unit's parameters have theirs.
 """
 
 from collections.abc import Callable, Iterator
@@ -148,11 +148,11 @@ def saved_tensors(listener: Listener) -> AbstractContextManager[Any]:
 
 
 def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
-    name = unit.name
+    name, frozen = unit.name, not unit.shape.trainable_elements  # then there is no last gradient
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         listener.begin_use(name)
-        if not torch.is_grad_enabled() or not listener.bounds(name):
+        if not torch.is_grad_enabled() or not (frozen or listener.bounds(name)):
             return None
         return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
 

@@ -98,6 +98,8 @@ class Passes:
             if (sentence := explained(error)) is not None:
                 raise sentence from error
             raise
+        else:
+            self.computing = None  # a unit that got fewer gradients than it has parameters never told its end
         finally:
             self._phase = None
 
