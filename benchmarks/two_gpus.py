@@ -37,6 +37,7 @@ from offload.arena import mapped
 from offload.ranks import CONNECTIONS
 from offload.residency import Footprint, footprint
 from offload.shards import Shards
+from offload.split import TRIES
 from offload.unit import partition
 
 ALONE = "host-one"
@@ -290,7 +291,9 @@ def main() -> None:
     parser.add_argument("--host-gb", type=float, default=100.0, help="of each process of host, for model and state")
     parser.add_argument("--resident-layers", type=int, help="of host; the fewest that --host-gb allows if not given")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--warm-up", type=int, default=9, help=f"steps; at most {PEERS_WARM_UP} of other engines")
+    parser.add_argument(
+        "--warm-up", type=int, default=2 * TRIES, help=f"steps; at most {PEERS_WARM_UP} of other engines"
+    )
     parser.add_argument("--seconds", type=int, default=150, help="after which one system is given up")
     parser.add_argument("--systems", nargs="*", default=list(NAMES), choices=NAMES)
     parser.add_argument("--name", help="of the result; as the model where none is given")

@@ -4,7 +4,7 @@
 In forward a unit is in use from its module's pre-forward hook to its forward hook. In backward it is in use from the
 moment the gradient of one of the module's outputs is known, or one of its weights is unpacked, or its module runs
 again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, and where the
-unit's weights never leave the device, the use lasts until all of the unit's parameters have theirs.
+weights of a unit that is trained never leave the device, the use lasts until all of the unit's parameters have theirs.
 """
 
 from collections.abc import Callable, Iterator
@@ -49,14 +49,20 @@ class Listener(Protocol):
     def bounds(self, name: str) -> bool:
         """Whether the end of the unit's backward must be told, or its last gradient tells enough."""
 
+    def recorded(self, name: str) -> None:
+        """The unit is about to compute what has a backward."""
+
     def bounded(self, name: str) -> None:
         """The end of the unit's backward will be told."""
 
     def end_forward_use(self, name: str) -> None:
         """The unit's forward is over."""
 
+    def begin_backward_use(self, name: str) -> None:
+        """The backward of one of the unit's calls is about to begin."""
+
     def end_backward_use(self, name: str) -> None:
-        """The unit's backward is over."""
+        """The backward of one of the unit's calls is over."""
 
     def begin_recomputed(self, arguments: tuple[Any, ...]) -> None:
         """A block that is recomputed in backward is about to run on these."""
@@ -148,18 +154,19 @@ def saved_tensors(listener: Listener) -> AbstractContextManager[Any]:
 
 
 def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
-    name = unit.name
+    name, frozen = unit.name, not unit.shape.trainable_elements  # then there is no last gradient
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         listener.begin_use(name)
-        if not torch.is_grad_enabled() or not listener.bounds(name):
+        if not torch.is_grad_enabled() or not (frozen or listener.bounds(name)):
             return None
+        listener.recorded(name)
         return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
 
     def after_forward(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         listener.end_forward_use(name)
         for tensor in _needing_gradient(output):
-            tensor.register_hook(lambda _: listener.begin_use(name))
+            tensor.register_hook(lambda _: listener.begin_backward_use(name))
 
     # Ahead of every other hook, the recompute's too: those hooks must find the weights there.
     yield hookable(unit.module).register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)

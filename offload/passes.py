@@ -21,6 +21,7 @@ from offload.gradients import GradientCollector
 from offload.hooks import Packed, saved_tensors
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
+from offload.recomputed import RecomputedCalls
 from offload.setup import explained
 from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
@@ -59,6 +60,7 @@ class Passes:
         """The unit that was the last to begin, while it is in use; stays what it was where a pass fails."""
         self._bounded: set[str] = set()
         """Units of this pass whose inputs tell when their backward is over."""
+        self._recomputed = RecomputedCalls()
         self._called_alone = False
         """[Note: calls of the model itself]"""
 
@@ -77,6 +79,7 @@ class Passes:
     def backward(self, *, step_follows: bool) -> Iterator[None]:
         """A backward pass."""
         self._use_root()  # an evaluation in between may have let it go
+        self._recomputed.begin_pass()
         try:
             with self._in_phase("backward"):
                 yield
@@ -98,6 +101,8 @@ class Passes:
             if (sentence := explained(error)) is not None:
                 raise sentence from error
             raise
+        else:
+            self.computing = None  # a unit that got fewer gradients than it has parameters never told its end
         finally:
             self._phase = None
 
@@ -167,6 +172,11 @@ class Passes:
         """Whether its weights may leave when its backward is over, or an update waits for that."""
         return self.early is not None or not self._mover.stays(name)
 
+    def recorded(self, name: str) -> None:
+        """In backward it is a recompute that calls it."""
+        if self._phase == "backward":
+            self._recomputed.called(name)
+
     def bounded(self, name: str) -> None:
         """Its inputs will tell when its backward is over."""
         self._bounded.add(name)
@@ -178,16 +188,26 @@ class Passes:
         if self._phase != "backward":
             self._end_use(name)
 
-    def end_backward_use(self, name: str) -> None:
-        """Its backward is over."""
+    def begin_backward_use(self, name: str) -> None:
+        """The backward of one of its calls is about to begin: have its weights."""
+        self.begin_use(name)
         if self._phase == "backward":
-            self._end_use(name)
+            self._recomputed.begin_backward(name)
+
+    def end_backward_use(self, name: str) -> None:
+        """The backward of one of its calls is over: it stays in use as long as a recompute has left others."""
+        if self._phase == "backward":
+            if self._recomputed.end_backward(name):
+                self._end_use(name)
+            elif self.computing == name:
+                self.computing = None
             if self.early is not None:
                 self.early.passed(name)
 
     def complete(self, name: str) -> None:
         """All gradients of a unit are there: without inputs that need one, its backward is over."""
         if name and name not in self._bounded:
+            self._recomputed.forget(name)
             self._end_use(name)
         if self.early is not None:
             self.early.complete(name)

@@ -4,7 +4,8 @@
 Both engines end at once where each has a share by its rate. But the device's rate is not one number: what comes ahead
 costs it next to nothing, until more comes than the links carry in a backward pass, and then everything waits. So the
 share moves towards where rates alone would put it, a few times, and the try at which the later of the two was over
-soonest stays.
+soonest stays. Soonest for what there was to update: experts that no token came to, and layers that were left out, make
+a step short whatever the share. The first step is no try, for kernels are compiled in it.
 """
 
 from dataclasses import dataclass
@@ -27,17 +28,19 @@ class UpdateSplit:
     def __init__(self, device_share: float, *, learns: bool = True) -> None:
         self.device_share, self.learns = device_share, learns
         self._tried: list[tuple[float, float]] = []
-        """Seconds until both had ended, and the share."""
-        self._moved = False
+        """Seconds until both had ended, by the elements that both updated, and the share."""
+        self._moved = True
+        """Whether the share was another before the step that is measured now, as in the first one."""
 
     def learn(self, host: Took, device: Took) -> bool:
-        """What the last step took. Whether the share moved; what the first step after that took teaches nothing."""
+        """What the last step took. Whether the share moved; the first step of all and after that teaches nothing."""
         if not self.learns or not (host.elements and device.elements):
             return False
         if self._moved:
             self._moved = False
             return False
-        self._tried.append((max(host.seconds, device.seconds), self.device_share))
+        seconds_an_element = max(host.seconds, device.seconds) / (host.elements + device.elements)
+        self._tried.append((seconds_an_element, self.device_share))
         if len(self._tried) < TRIES:
             host_rate, device_rate = host.elements / host.seconds, device.elements / device.seconds
             # Half of the way, for the engines slow each other.

@@ -125,11 +125,10 @@ class StreamedUpdate:
         ``host`` is what the host took for its part of the last step. Until the step, or until its gradients are
         forgotten, this is not called again: pieces stay what they are while gradients wait for them.
         """
-        took = self._clock.read() if self._clock is not None else None
-        if host is not None and took is not None:
-            self._clock = None  # it teaches once
-            if self._split.learn(host, took):
-                self.deal_again()
+        clock, self._clock = self._clock, None  # a step in which the device has no part must not be told of it again
+        took = clock.read() if clock is not None else None
+        if host is not None and took is not None and self._split.learn(host, took):
+            self.deal_again()
         coming = []
         for name, piece in self._parts().ahead():
             slot = self._slots[piece.slot or 0]

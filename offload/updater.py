@@ -90,7 +90,8 @@ class Updater:
     def coming(self) -> None:
         """The first backward pass before a step begins: what can be done for its update already is done beside it."""
         if self._streamed is not None:
-            self._streamed.fetch_ahead(self._took, [self._last] if self._last is not None else [])
+            took, self._took = self._took, None  # a step in which the host has no part must not be told of it again
+            self._streamed.fetch_ahead(took, [self._last] if self._last is not None else [])
 
     def kept(self, name: str) -> list[Kept]:
         """Which parts of a unit's last sum of gradients stay on the device: ``StreamedUpdate.kept``."""

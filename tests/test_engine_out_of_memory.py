@@ -15,7 +15,7 @@ from offload.engine import Engine
 from offload.errors import DeviceMemoryError, OffloadError
 from offload.plan import Budget, Precision, Prediction
 from offload.shortage import shortage
-from tests.models import GPT, batches
+from tests.models import GPT, FrozenGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, plan_for, units_of
 
 UNITS = ("h.0", "h.1", "h.3", "wte", "ln_f")
@@ -41,6 +41,16 @@ class Failing(torch.autograd.Function):
         if ctx.large:
             fail()
         return gradient, None
+
+
+class BehindGPT(FrozenGPT):
+    """Runs out between its first block and the second, a frozen one, of which backward comes first."""
+
+    def run(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.wte(tokens) + self.wpe(torch.arange(tokens.shape[1]))
+        for block in self.h:
+            x = block(Failing.apply(x, len(tokens) == LARGE) if block is self.h[1] else x)
+        return self.head(self.ln_f(x))
 
 
 def runs_out(model: GPT, unit: str, phase: str, again: bool) -> None:
@@ -114,6 +124,26 @@ def test_a_recompute_that_runs_out_is_part_of_backward(unit: str, tmp_path: Path
             step(engine, batches(1, LARGE)[0])
         for tokens in batches(3, SMALL):
             assert step(engine, tokens) == step(undisturbed, tokens)
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, (G, G, H), (H, H, H)])
+def test_what_runs_out_behind_a_frozen_unit_is_no_part_of_it(placement: tuple, tmp_path: Path) -> None:
+    model = BehindGPT()
+    assert not any(p.requires_grad for p in model.h[1].parameters())
+    said = pytest.raises(DeviceMemoryError, match="in the backward: ")
+    with engine_for(model, tmp_path, (placement,)) as engine, said:
+        step(engine, batches(1, LARGE)[0])
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, (H, H, H)])
+def test_outside_of_all_passes_no_unit_computes(placement: tuple, tmp_path: Path) -> None:
+    model = GPT()
+    model.wte.never = nn.Parameter(torch.ones(3))  # so its last gradient never comes
+    with engine_for(model, tmp_path, (placement,)) as engine:
+        loss = engine(batches(1)[0])
+        assert engine.computing is None
+        engine.backward(loss)
+        assert engine.computing is None
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward"])

@@ -5,8 +5,9 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,8 +173,6 @@ def test_every_element_is_updated_by_one_engine(
 
 
 def _state(elements: int) -> UnitState:
-    from types import SimpleNamespace
-
     unit: Any = SimpleNamespace(name="", shape=SimpleNamespace(trainable_elements=elements))
     there: Any = object()
     return UnitState(unit, [(0, elements)], [(0, elements)], host_weights=there, host_state=there, host_gradients=there)
@@ -186,8 +185,8 @@ def _learned(split: UpdateSplit, host_seconds: Callable[[float], float], device_
         share = split.device_share
         tried.append(share)
         host = Took(round(1e6 * (1 - share)), host_seconds(share))
-        device = Took(round(1e6 * share), device_seconds(share))
-        for _ in range(2):  # the step after a move teaches nothing
+        device = Took(1_000_000 - host.elements, device_seconds(share))
+        for _ in range(2):  # the first step and the one after a move teach nothing
             moved = split.learn(host, device)
             if not split.learns or moved:
                 break
@@ -217,7 +216,7 @@ def test_a_share_that_the_links_can_not_carry_is_not_kept(
     tried, settled = _learned(split, lambda share: host * (1 - share), device_seconds)
     assert settled in tried
     ends = [max(host * (1 - share), device_seconds(share)) for share in tried]
-    assert max(host * (1 - settled), device_seconds(settled)) == min(ends)
+    assert max(host * (1 - settled), device_seconds(settled)) == pytest.approx(min(ends))
     if start <= carried:
         assert settled <= carried
 
@@ -227,6 +226,35 @@ def test_a_step_that_one_engine_slept_through_teaches_nothing() -> None:
     split.learn(Took(0, 1.0), Took(1000, 1.0))
     split.learn(Took(1000, 1.0), Took(0, 1.0))
     assert split.device_share == 0.5
+
+
+def test_the_first_step_in_which_kernels_are_compiled_is_no_try() -> None:
+    split = UpdateSplit(0.3)
+    assert not split.learn(Took(700, 0.7), Took(300, 60.0))
+    assert split.device_share == 0.3
+    assert split.learn(Took(700, 0.7), Took(300, 0.1))
+    assert split.device_share > 0.3
+
+
+def test_a_step_is_not_the_soonest_because_few_experts_were_asked() -> None:
+    split, sizes = UpdateSplit(0.2), chain([100, 100], repeat(1000))
+    while split.learns:
+        elements, share = next(sizes), split.device_share
+        host, device = round(elements * (1 - share)), round(elements * share)
+        split.learn(Took(host, host / 100), Took(device, device / 400))
+    assert split.device_share > 0.7
+
+
+def test_what_a_step_took_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[Took | None, Took | None]] = []
+    monkeypatch.setattr(UpdateSplit, "learn", lambda _, host, device: told.append((host, device)))
+    took = Took(1000, 1.0)
+    with Engine(model := GPT(), plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
+        for host, device in ((took, None), (None, took), (None, None), (took, took), (None, None)):
+            engine._updater._took = host or engine._updater._took
+            engine._streamed._clock = engine._streamed._clock if device is None else SimpleNamespace(read=lambda: took)
+            engine._updater.coming()
+    assert told == [(took, took)]
 
 
 def test_a_plan_with_a_share_fits_its_budget_to_the_byte(tmp_path: Path) -> None:
