@@ -9,7 +9,7 @@ weights of a unit that is trained never leave the device, the use lasts until al
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -27,7 +27,14 @@ KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"}
 """What transformers' blocks call the cache among their keyword arguments."""
 
 
-Packed = torch.Tensor | WeightReference | WaitingInput | Distributed
+class Saved(NamedTuple):
+    """A tensor that stays where it is, and how often it had been changed in place when autograd saved it."""
+
+    tensor: torch.Tensor
+    version: int
+
+
+Packed = Saved | WeightReference | WaitingInput | Distributed
 """What autograd keeps of a tensor that it saves."""
 
 

@@ -18,7 +18,7 @@ from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
 from offload.gradients import GradientCollector
-from offload.hooks import Packed, saved_tensors
+from offload.hooks import Packed, Saved, saved_tensors
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
 from offload.recomputed import RecomputedCalls
@@ -27,6 +27,11 @@ from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
 from offload.watch import Watch
 from offload.weights import WeightMover
+
+CHANGED = (
+    "a tensor of shape {shape} that backward needs was changed in place after forward had used it, so gradients would "
+    "be wrong, and PyTorch refuses it, too: use the out-of-place operation there, or change a clone"
+)
 
 
 class Passes:
@@ -226,12 +231,15 @@ class Passes:
             return Distributed(reference, tensor) if is_distributed(tensor) else reference
         if self._meter.counts_saved and not self._mover.is_resident(address):
             self._meter.saved(local)
-        return tensor.detach()  # a result that held on to itself would outlive a pass without a backward
+        # A result that held on to itself would outlive a pass without a backward.
+        return Saved(tensor.detach(), tensor._version)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The tensor again; a unit that is away is fetched, and so is an input."""
-        if isinstance(packed, torch.Tensor):
-            return packed
+        if isinstance(packed, Saved):
+            if packed.tensor._version != packed.version:  # where hooks save tensors, autograd does not look itself
+                raise OffloadError(CHANGED.format(shape=tuple(packed.tensor.shape)))
+            return packed.tensor
         if isinstance(packed, Distributed):
             return packed.of(self.unpack(packed.local))
         if isinstance(packed, WaitingInput):

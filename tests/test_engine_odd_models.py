@@ -171,6 +171,50 @@ def test_an_odd_model_trains_as_without_the_engine(kind: type[nn.Module], units:
     assert_trains_as_plain(model, plan_of(model, units, recompute=recompute), vectors())
 
 
+class ChangesWhatIsNeeded(nn.Module):
+    """The output of its first layer, or of a function that saved its own result, is changed when both have used it."""
+
+    def __init__(self, changed: str) -> None:
+        super().__init__()
+        self.first, self.last, self.changed = nn.Linear(8, 8), nn.Linear(8, 8), changed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        z = torch.exp(y)
+        out = self.last(y * z)
+        if self.changed:
+            {"input": y, "result": z}[self.changed].detach().mul_(2)
+        return out.square().mean()
+
+
+@pytest.mark.parametrize("tiers", [RESIDENT, AWAY])
+@pytest.mark.parametrize("changed", ["input", "result"])
+def test_what_backward_needs_must_not_change_meanwhile(changed: str, tiers: tuple) -> None:
+    x = vectors(1)[0]
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        ChangesWhatIsNeeded(changed)(x).backward()
+    model = ChangesWhatIsNeeded(changed)
+    with Engine(model, plan_of(model, {"first": tiers, "last": tiers})) as engine:
+        loss = engine(x)
+        with pytest.raises((OffloadError, RuntimeError), match=r"in place|inplace"):
+            engine.backward(loss)
+        model.changed = ""
+        engine.backward(engine(x))  # what failed leaves nothing behind
+        engine.step()
+
+
+def test_a_copy_of_the_model_is_whole_inside_of_gathered() -> None:
+    model = GPT()
+    expected = copy.deepcopy(model.state_dict())
+    with Engine(model, plan_for(model, (AWAY,))) as engine:
+        with engine.gathered(model):
+            twin = copy.deepcopy(model)
+        engine.backward(engine(batches(1)[0]))
+        engine.step()
+    for name, tensor in twin.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
 def test_a_failed_backward_leaves_nothing_behind(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = GPT()
