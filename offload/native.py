@@ -1,6 +1,6 @@
 """The update on the host in one pass over memory: C, compiled once for this machine where a compiler is found.
 
-The library is kept under the user's cache directory by a fingerprint of source, flags and processor. Calls go through
+The library is kept under the user's cache directory by a fingerprint of sources, flags and processor. Calls go through
 ctypes, which lets go of the interpreter lock, so the threads that feed a GPU go on meanwhile.
 """
 
@@ -20,7 +20,8 @@ import torch
 from offload.rules import UpdateStep
 from offload.state import OptimizerState
 
-SOURCE = Path(__file__).with_name("native_update.c")
+SOURCES = (Path(__file__).with_name("native_update.c"),)
+HEADERS = (Path(__file__).with_name("native_rules.h"),)
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 """Sums and roots stay as IEEE 754 has them: nothing here lets the compiler reorder or approximate."""
 BUILD_SECONDS = 60
@@ -71,18 +72,19 @@ def native_update() -> NativeUpdate | None:
 
 
 def _built(compiler: str, directory: Path) -> Path:
-    """The library for this source, compiler and processor: found, or made aside and moved to its name."""
+    """The library for these sources, compiler and processor: found, or made aside and moved to its name."""
     processor = platform.processor() + platform.machine()
     with suppress(OSError):
         processor += next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=True).stdout
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), repr(FLAGS).encode(), version, processor.encode())))
+    texts = (path.read_bytes() for path in (*SOURCES, *HEADERS))
+    key = hashlib.sha256(b"\0".join((*texts, repr(FLAGS).encode(), version, processor.encode())))
     path = directory / f"update-{key.hexdigest()[:16]}.so"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as aside:
             made = Path(aside) / path.name
-            command = [compiler, *FLAGS, "-shared", "-fPIC", str(SOURCE), "-o", str(made), "-lm"]
+            command = [compiler, *FLAGS, "-shared", "-fPIC", *map(str, SOURCES), "-o", str(made), "-lm"]
             subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS, check=True)
             made.replace(path)
     return path
