@@ -28,8 +28,6 @@ FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-t
 BUILD_SECONDS = 60
 MOST_MOMENTS = 2
 """Places for moments that every compiled rule has."""
-
-
 FORMATS = {torch.float32: "", torch.bfloat16: "_bf16", torch.int8: "_8bit", torch.uint8: "_8bit"}
 """Of moments, as they end the names of functions."""
 
@@ -57,14 +55,14 @@ class NativeUpdate:
         update = getattr(self._library, f"memplan_{how.rule}_{weights}{moments}")
         update.restype = None
         scalars = (ctypes.c_float * len(how.scalars))(*how.scalars)
-        threads = ctypes.c_int(torch.get_num_threads())
+        factor, threads = float(clip), ctypes.c_int(torch.get_num_threads())
         if moments:
-            update(ctypes.byref(span(weight, gradient, state, how.seed, float(clip))), scalars, threads)
+            update(ctypes.byref(span(weight, gradient, state, how.seed, factor)), scalars, threads)
             return
         numbers = [weight, *([] if state.remainder is None else [state.remainder]), gradient, *state.moments]
         places = [ctypes.c_void_p(t.data_ptr()) for t in numbers]
         places += [ctypes.c_void_p()] * (MOST_MOMENTS - len(state.moments))
-        update(*places, ctypes.c_int64(len(weight)), ctypes.c_float(float(clip)), scalars, threads)
+        update(*places, ctypes.c_int64(len(weight)), ctypes.c_float(factor), scalars, threads)
 
 
 @cache
