@@ -6,6 +6,7 @@ weights that the next forward pass fetches meanwhile: what it carries in a secon
 begins with this split and moves it by what its first steps take.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from memplan.rates import Rates
@@ -17,8 +18,11 @@ LEAST_SHARE = 0.05
 COPY_BYTES = 16 << 20
 """Of a typical copy of a piece."""
 WIDENED = {MomentFormat.BF16: 3.0, MomentFormat.EIGHT_BIT: 9.0}
-"""How many times as long the same update takes with moments in fewer bits: measured with torch's own operations on one
-core of a CPU, and rough elsewhere."""
+"""How many times as long an update takes with moments in fewer bits, where torch's operations widen and round them: on
+a CPU that computes, and on a GPU. Measured on one core of an AMD EPYC (3 to 4, and 6 to 10), and on no GPU."""
+COMPILED = {MomentFormat.BF16: 1.7, MomentFormat.EIGHT_BIT: 4.6}
+"""The same of the host's compiled update beside a GPU, AdamW of bf16 weights on the same core: ``host-update.json`` of
+the benchmarks. It is arithmetic that takes this time, so where memory bounds the update of many cores it is less."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +36,14 @@ class SharedUpdate:
     """Of one element that only the CPU can update, alone: what is on NVMe."""
 
 
-def beside_adam(form: StateFormat) -> float:
+def beside_adam(form: StateFormat, longer: Mapping[MomentFormat, float] = WIDENED) -> float:
     """What an update takes of Adam's, which the rates are of: memory bounds both, so as much as its bytes.
 
-    Moments in fewer bits are widened and rounded beside the update, which takes longer than their bytes save.
+    Moments in fewer bits are widened and rounded beside the update, which takes ``longer`` than their bytes save.
     """
     wide = replace(form, moments=MomentFormat.FP32)
     bytes_of = update_traffic_bytes(1 << 20, wide) / update_traffic_bytes(1 << 20, StateFormat(form.precision))
-    return bytes_of * WIDENED.get(form.moments, 1.0)
+    return bytes_of * longer.get(form.moments, 1.0)
 
 
 def shared_update(rates: Rates, form: StateFormat, device: str, ranks: int) -> SharedUpdate:
@@ -48,7 +52,8 @@ def shared_update(rates: Rates, form: StateFormat, device: str, ranks: int) -> S
     With a share s the CPU takes (1 - s) c an element, the GPU s g, and the link (s b + w) / r, for b bytes of weight,
     gradient and state and w bytes of weight; s is the largest for which the CPU is the last.
     """
-    alone = rates.cpu_update_seconds[form.precision] * beside_adam(form) * ranks
+    longer = WIDENED if device == "cpu" else COMPILED
+    alone = rates.cpu_update_seconds[form.precision] * beside_adam(form, longer) * ranks
     streamed = rates.streamed_update_seconds.get(form.precision)
     if device == "cpu" or streamed is None:
         return SharedUpdate(0.0, alone, alone)

@@ -1,4 +1,4 @@
-"""The update on a CUDA device as one Triton kernel, in the arithmetic of ``native_update.c``: equal to the last bit.
+"""The update on a CUDA device as one Triton kernel, in the arithmetic of ``native_rules.h``: equal to the last bit.
 
 So it does not matter which of the two engines updates an element. Importing this needs Triton, which comes with CUDA
 builds of PyTorch.

@@ -1,7 +1,7 @@
 """Moments in fewer bits: widened to fp32 for an update, and rounded again. Torch's own operations, on any device. Pure.
 
 Any update of fp32 moments does for them, as any update of fp32 weights does for masters (``masters``): a piece at a
-time is widened, updated, and rounded.
+time is widened, updated, and rounded. What is faster (``native``) is held to it.
 
 [Note: moments in fewer bits]
 A moment is an average that moves by a small share of the way to each new gradient: with beta2 = 0.999 by a thousandth.
@@ -94,7 +94,7 @@ def widened(state: OptimizerState) -> tuple[torch.Tensor, ...]:
 
 def dequantized(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The fp32 numbers of a span that begins with a block."""
-    values = _map(codes.dtype, codes.device).values.index_select(0, codes.to(torch.int32).bitwise_and_(0xFF))
+    values = code_map(codes.dtype, codes.device).values.index_select(0, codes.to(torch.int32).bitwise_and_(0xFF))
     return _blocks(values).mul_(scales[:, None]).flatten()[: len(codes)]
 
 
@@ -113,9 +113,9 @@ def _store(state: OptimizerState, i: int, moment: torch.Tensor, draw: torch.Tens
 
 
 def _quantize(codes: torch.Tensor, scales: torch.Tensor, moment: torch.Tensor, draw: torch.Tensor | None) -> None:
-    blocks, known = _blocks(moment), _map(codes.dtype, codes.device)
+    blocks, known = _blocks(moment), code_map(codes.dtype, codes.device)
     size = blocks.abs()
-    scales.copy_(size.amax(1))
+    scales.copy_(size.amax(1)).masked_fill_(scales.isnan(), torch.nan)  # which NaN it was is nobody's choice
     ratio = size.div_(torch.where(scales == 0, 1.0, scales)[:, None]).flatten()[: len(moment)]
     index = known.first.index_select(0, ratio.view(torch.int32).bitwise_right_shift(16).clamp_(0, len(known.first) - 1))
     index.add_(ratio >= known.sizes.index_select(0, index + 1)).clamp_(max=len(known.sizes) - 2)
@@ -142,8 +142,8 @@ def _int32(number: int) -> int:
     return (number + 2**31) % 2**32 - 2**31
 
 
-class _Map(NamedTuple):
-    """The map of codes of one type, as it is looked up. A search in it would take ten times as long."""
+class CodeMap(NamedTuple):
+    """The map of codes of one type, as it is looked up here. A search in it would take ten times as long."""
 
     values: torch.Tensor
     """By code, as an unsigned byte."""
@@ -155,12 +155,13 @@ class _Map(NamedTuple):
 
 
 @cache
-def _map(dtype: torch.dtype, device: torch.device) -> _Map:
+def code_map(dtype: torch.dtype, device: torch.device) -> CodeMap:
+    """That of signed numbers for int8, that of squares for uint8."""
     sizes = torch.tensor(dynamic_sizes(signed=dtype == torch.int8))
     values = sizes if dtype == torch.uint8 else torch.cat([sizes, sizes[:1], -sizes[1:].flip(0)])
     ratios = torch.arange(1 + (ONE_BITS >> 16), dtype=torch.int32).bitwise_left_shift_(16).view(torch.float32)
     first = torch.bucketize(ratios, sizes, out_int32=True, right=True).sub_(1).clamp_(0, len(sizes) - 2)
-    return _Map(values.to(device), sizes.to(device), first.to(device))
+    return CodeMap(values.to(device), sizes.to(device), first.to(device))
 
 
 def _blocks(flat: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The rules of the update: what each optimizer does to fp32 masters, in torch's own operations. Pure.
 
 Each is in the order of operations of the optimizer's ``step`` in torch, so that both end at the same numbers. The
-compiled forms, ``native_update.c`` and ``device_update.py``, have each rule once more, by the same name.
+compiled forms, ``native_rules.h`` and ``device_update.py``, have each rule once more, by the same name.
 """
 
 from abc import ABC, abstractmethod

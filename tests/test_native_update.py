@@ -2,7 +2,9 @@
 
 import ctypes
 import math
+import shutil
 import stat
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload import arithmetic
+from offload import arithmetic, native
 from offload.arithmetic import agrees, host_update
 from offload.native import native_update
 from offload.optimizer import join_master, update_in_torch
@@ -213,6 +215,34 @@ def test_the_library_is_built_once_and_used_again(tmp_path: Path, monkeypatch: p
         assert [p.stat().st_mtime_ns for p in (tmp_path / "memplan").iterdir()] == [made]
     finally:
         native_update.cache_clear()
+
+
+@compiled
+@pytest.mark.parametrize("name", ["native_update.c", "native_moments.c", "native_rules.h"])
+def test_a_change_to_any_source_makes_another_library(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for kind in ("SOURCES", "HEADERS"):
+        copies = tuple(Path(shutil.copy(path, tmp_path)) for path in getattr(native, kind))
+        monkeypatch.setattr(native, kind, copies)
+    native_update.cache_clear()
+    try:
+        assert native_update() is not None
+        with (tmp_path / name).open("a") as source:
+            source.write("/* Another one. */\n")
+        native_update.cache_clear()
+        assert native_update() is not None
+        assert len(list((tmp_path / "cache" / "memplan").iterdir())) == 2
+    finally:
+        native_update.cache_clear()
+
+
+def test_all_sources_go_into_the_fingerprint_and_the_package() -> None:
+    here = Path(native.__file__).parent
+    assert {*native.SOURCES, *native.HEADERS} == {*here.glob("*.c"), *here.glob("*.h")}
+    settings = tomllib.loads((here.parent / "pyproject.toml").read_text())
+    assert {"*.c", "*.h"} <= set(settings["tool"]["setuptools"]["package-data"]["offload"])
 
 
 @pytest.mark.parametrize("compiler", ["missing", "failing", "lying"])

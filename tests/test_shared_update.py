@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.rates import Curve
-from memplan.shared_update import shared_update
-from offload.plan import OptimizerKind, Precision, StateFormat
+from memplan.shared_update import COMPILED, WIDENED, shared_update
+from offload.plan import MomentFormat, OptimizerKind, Precision, StateFormat
 from tests.synthetic_profiles import RATES, SHARED_RATES
 
 BF16 = StateFormat(Precision.BF16)
@@ -62,3 +62,11 @@ def test_the_cpu_is_the_last_and_both_are_faster_than_it_alone(rates, form, rank
 
 def test_where_the_cpu_computes_nothing_is_shared():
     assert shared_update(SHARED_RATES, BF16, "cpu", 1).gpu_share == 0
+
+
+@pytest.mark.parametrize(("device", "longer"), [("cpu", WIDENED), ("cuda", COMPILED)])
+@pytest.mark.parametrize("moments", [MomentFormat.BF16, MomentFormat.EIGHT_BIT])
+def test_narrow_moments_take_as_much_longer_as_was_measured_of_the_update_that_is_used(moments, device, longer):
+    alone = replace(SHARED_RATES, streamed_update_seconds={})
+    narrow, wide = (shared_update(alone, replace(BF16, moments=m), device, 1) for m in (moments, MomentFormat.FP32))
+    assert narrow.seconds == pytest.approx(wide.seconds * longer[moments])
