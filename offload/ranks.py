@@ -50,11 +50,16 @@ ALIKE, NOTHING = 0.05, 1e-6
 order, and some gradients are rounding noise alone."""
 
 
+def local_index() -> int:
+    """Of this process's GPU among those that it sees: that of its local rank, or the only one, as Slurm may give it."""
+    return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_device(plan: Plan, axes: Axes | None) -> torch.device:
     """The device of this process: on a node with several GPUs that of its local rank."""
     if plan.device == "cpu":
         return torch.device("cpu")
-    return torch.device(plan.device, int(os.environ.get("LOCAL_RANK", "0")) if axes is not None else 0)
+    return torch.device(plan.device, local_index() if axes is not None else 0)
 
 
 class Ranks:
