@@ -9,8 +9,9 @@ was killed is known by its process, or by its silence. Whoever finds out first w
 there is none yet, and that one says it; the others read it within a second, and end. So there is one sentence.
 
 In a step this costs a tuple and two looks at the clock a collective. Whoever waits in C++ can not be woken: a process
-that does not end by itself soon after a verdict is ended here. A collective of NCCL is left as soon as the device has
-been given it; there the others wait in the next one on the host, which is the agreement on the gradients.
+that does not end by itself soon after a verdict is ended here. A call of NCCL returns as soon as the device has been
+given the collective, and who waits for its result is the device, until its queue is full and the next kernel, of
+anything, can not be given to it. So a rank counts as inside until the device has done it: ``offload/entered.py``.
 """
 
 import json
@@ -25,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -33,8 +34,9 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from offload.entered import Kind, Mark
 from offload.errors import RankLost
-from offload.standing import Entered, Standing, Verdict, blame, name
+from offload.standing import Standing, Verdict, blame, name
 
 TIMEOUT_SECONDS = 300.0
 """After which a rank that keeps the others waiting in a collective ends the training."""
@@ -51,29 +53,7 @@ LEAVE_SECONDS = 5.0
 WAITS_SECONDS = 1.0
 """In one collective, after which a rank is said to wait."""
 VERDICT = "verdict"
-UNITS = ("gather", "reduce", "sum over replicas")
-"""Collectives of one unit."""
 ENDED_BY_SIGNAL = 128 + signal.SIGTERM
-
-
-@dataclass(eq=False)
-class _Kind:
-    """Collectives of one kind on this rank; one thread enters them."""
-
-    count: int = 0
-    last: tuple[str, str, int] = ("", "", 0)
-    since: float | None = None
-    """When it went into the one that it is in."""
-    changed: float = 0.0
-    """When it went into one or out of one."""
-    waited_seconds: float = 0.0
-
-    def entered(self, now: float) -> Entered:
-        verb, unit, step = self.last
-        place = f"{verb} of {unit or 'the root unit'}" if verb in UNITS else verb
-        since = self.since
-        what = f"{place} of step {step}" if step else place
-        return Entered(self.count, what, None if since is None else now - since)
 
 
 class Watchdog:
@@ -90,7 +70,7 @@ class Watchdog:
         self._mine, self._said = False, False
         self._store = store
         self.name = f"rank {rank} ({socket.gethostname()})"
-        self._kinds: dict[str, _Kind] = {}
+        self._kinds: dict[str, Kind] = {}
         self._beat = 0
         self._next_beat, self._next_came, self._looked = -1, 0.0, 0.0
         self._broken_since: float | None = None
@@ -125,14 +105,17 @@ class Watchdog:
             self._write(left=self.verdict is None)
 
     @contextmanager
-    def inside(self, kind: str, verb: str, unit: str = "") -> Iterator[None]:
-        """Inside of a collective. Where the connection breaks it raises RankLost, when it is known why."""
-        track = self._kinds.get(kind) or self._kinds.setdefault(kind, _Kind())
-        track.last = verb, unit, self.step
-        track.count += 1
-        began = track.since = track.changed = time.monotonic()
+    def inside(self, kind: str, verb: str, unit: str = "", mark: Callable[[], Mark] | None = None) -> Iterator[None]:
+        """Inside of a collective. Where the connection breaks it raises RankLost, when it is known why.
+
+        ``mark`` gives what tells, behind it, whether the device has done it; None where the host waits for that.
+        """
+        track = self._kinds.get(kind) or self._kinds.setdefault(kind, Kind())
+        began = track.enter((verb, unit, self.step), time.monotonic())
         try:
             yield
+            if mark is not None:
+                track.queue(mark(), time.monotonic())
         except Exception as error:
             self._broken_since = self._broken_since or time.monotonic()
             if not self._known.wait(GRACE_SECONDS + SILENT_SECONDS + 2 * BEAT_SECONDS):
@@ -140,8 +123,7 @@ class Watchdog:
             assert self.verdict is not None
             raise RankLost(self.verdict.sentence) from error
         finally:
-            track.since, track.changed = None, time.monotonic()
-            track.waited_seconds += track.changed - began
+            track.leave(began, time.monotonic())
 
     def patience_seconds(self, kind: str) -> float:
         """For how long a rank may keep the others waiting in a collective of this kind."""
@@ -279,7 +261,8 @@ class Watchdog:
         return None
 
     def _waits(self) -> bool:
-        return any(track.since is not None for track in list(self._kinds.values()))
+        now = time.monotonic()
+        return any(track.entered(now).waiting_seconds is not None for track in list(self._kinds.values()))
 
     def _without_store(self) -> None:
         where = os.environ.get("MASTER_ADDR", "its machine")
