@@ -46,6 +46,7 @@ PATIENT = ("start", "checkpoint")
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0
 """After which a rank that writes nothing counts as gone."""
+STOPPED = "its process has stopped, or its machine can not be reached"
 GRACE_SECONDS = 2.0
 """For which a launcher that knows more may say why a connection broke."""
 LEAVE_SECONDS = 5.0
@@ -78,11 +79,13 @@ class Watchdog:
         self._signals: socket.socket | None = None
         self._woken: socket.socket | None = None
         self._thread = threading.Thread(target=self._watch, name="memplan-watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="memplan-store", daemon=True)
 
     def start(self) -> "Watchdog":
         """Begin to watch."""
         self._write()
         self._thread.start()
+        self._guard.start()
         return self
 
     def listen(self) -> "Watchdog":
@@ -100,7 +103,9 @@ class Watchdog:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._woken.send(b"\0")
-        self._thread.join()
+        self._thread.join(SILENT_SECONDS)
+        if self._thread.is_alive():  # it waits for a store that does not answer
+            return
         with suppress(Exception):  # the process that had the store may have gone first
             self._write(left=self.verdict is None)
 
@@ -182,7 +187,7 @@ class Watchdog:
             except Exception:  # noqa: BLE001 - torch has several for a store that can not be reached
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > 2 * GRACE_SECONDS and self._waits():
-                    self._without_store()
+                    self._without_store("is gone")
             if self.verdict is not None:
                 # A rank that fails by itself has to say why, and to close what it has.
                 if not self._pause(LEAVE_SECONDS * (3 if self._mine and not self._said else 1)):
@@ -247,7 +252,7 @@ class Watchdog:
             self._broken_since = self._broken_since or now
         if now - self._next_came < SILENT_SECONDS:
             return None
-        said = f"is silent for {SILENT_SECONDS:.0f} s: its process has stopped, or its machine can not be reached"
+        said = f"is silent for {SILENT_SECONDS:.0f} s: {STOPPED}"
         return Verdict(after, f"{name(after, standing)} {said}")
 
     def _gone(self) -> Verdict | None:
@@ -264,9 +269,20 @@ class Watchdog:
         now = time.monotonic()
         return any(track.entered(now).waiting_seconds is not None for track in list(self._kinds.values()))
 
-    def _without_store(self) -> None:
+    def _watch_store(self) -> None:
+        """Whoever asks a store whose process is stopped, or whose machine is lost, waits for ever."""
+        beat = looks = 0  # and not seconds: this process may have been stopped as well
+        while not self._closing.wait(BEAT_SECONDS):
+            beat, looks = self._beat, looks + 1 if beat == self._beat else 0
+            if looks * BEAT_SECONDS >= SILENT_SECONDS and self._thread.is_alive():
+                self._without_store(f"is silent for {SILENT_SECONDS:.0f} s: {STOPPED}")
+                if not self._closing.wait(LEAVE_SECONDS):
+                    self._end(1)
+
+    def _without_store(self, said: str) -> None:
         where = os.environ.get("MASTER_ADDR", "its machine")
-        self._learn(Verdict(None, f"the process on {where} that started first, torchrun or rank 0, is gone"))
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        self._learn(Verdict(None if launched else 0, f"{'the launcher' if launched else 'rank 0'} ({where}) {said}"))
         # Nobody can claim it: the first of each machine tells.
         self._mine = os.environ.get("LOCAL_RANK") == "0" or self.rank == 1
         self._print()
