@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from memplan.cli import app
 from memplan.described import find_machine
 from memplan.plan_command import planned_for
+from memplan.train import prepare_run
 from offload.errors import PlanError
 from profiler.source import load_source
 from tests.fleet import MODEL, Fleet, events, losses
@@ -107,3 +108,8 @@ def test_ctrl_c_ends_all_processes_after_the_step_with_a_checkpoint(folder: Path
     assert (process.returncode, errors) == (130, "")
     assert re.search(r"interrupted at step \d+", said)
     assert len(list((folder / "interrupted" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_what_was_ended_before_it_had_a_directory_begins_anew(tmp_path: Path) -> None:
+    assert not prepare_run(tmp_path / "runs" / "early", resume=False, restarted=True)
+    assert (tmp_path / "runs" / "early").is_dir()
