@@ -40,8 +40,9 @@ def run_in_processes(count: int, arguments: Sequence[str], max_restarts: int = 0
     """
     attempt = 0
     while True:
-        code = _Attempt(count, arguments, attempt, max_restarts).run()
-        if code in NO_RESTART or attempt == max_restarts:
+        started = _Attempt(count, arguments, attempt, max_restarts)
+        code = started.run()
+        if code in NO_RESTART or started.terminated or attempt == max_restarts:
             return code
         attempt += 1
         _say(f"starting again from the last checkpoint, {attempt} of {max_restarts} times")
@@ -80,6 +81,8 @@ class _Attempt:
     """One start of all processes. The store is here, so that it outlives each of them."""
 
     def __init__(self, count: int, arguments: Sequence[str], attempt: int, max_restarts: int) -> None:
+        self.terminated = False
+        """Whether somebody ended this process, and by it all of them."""
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {
             "WORLD_SIZE": count,
@@ -104,7 +107,8 @@ class _Attempt:
             failed = self._first_failure()
             if failed is None:
                 return max(process.returncode for process in self._processes)
-            self._explain(failed)
+            if not self.terminated:
+                self._explain(failed)
             for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in self._processes:
                     if process.poll() is None:
@@ -139,6 +143,7 @@ class _Attempt:
         """Ctrl-C reaches all processes of a terminal: they end by themselves. What else ends this one ends them."""
 
         def pass_on(number: int, _: FrameType | None) -> None:
+            self.terminated = True
             for process in self._processes:
                 if process.poll() is None:
                     process.send_signal(number)
