@@ -174,7 +174,8 @@ class Watchdog:
     def _print(self) -> None:
         if self._mine and not self._said and self.verdict is not None:
             self._said = True
-            print(f"memplan: {self.verdict.sentence}", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # nobody may be there to read it
+                print(f"memplan: {self.verdict.sentence}", file=sys.stderr, flush=True)
 
     # The thread
 
@@ -214,9 +215,9 @@ class Watchdog:
         """End the process, whatever its main thread waits for."""
         assert self.verdict is not None
         self._print()
-        with suppress(Exception):  # somebody waits for the others to end
-            self.on_verdict()
-        sys.stdout.flush()
+        for last in (self.on_verdict, sys.stdout.flush):
+            with suppress(Exception):  # somebody waits for the others to end
+                last()
         os._exit(code)
 
     def _look(self, now: float) -> None:

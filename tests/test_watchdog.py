@@ -1,8 +1,11 @@
 """Who is to blame, from where the ranks stand; and how processes meet in a store that others used before."""
 
+import os
 import re
+import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,7 +16,7 @@ import torch.distributed as dist
 from memplan.errors import LaunchError
 from memplan.launch import Place, met
 from offload.entered import Kind
-from offload.standing import Entered, Standing, blame
+from offload.standing import Entered, Standing, Verdict, blame
 from offload.watchdog import Watchdog
 
 
@@ -116,6 +119,24 @@ def test_a_device_that_comes_on_is_not_waited_for() -> None:
     marks[1].reached = marks[2].reached = True
     assert kind.entered(57.0) == Entered(3, "reduce of h.2 of step 3", None)
     assert kind.waited_seconds == 0, "of this thread"
+
+
+def test_a_verdict_ends_the_process_also_where_nobody_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the launcher and its terminal are gone: what is printed then is a broken pipe."""
+    read, written = os.pipe()
+    os.close(read)
+    codes: list[int] = []
+    with os.fdopen(written, "w") as nobody:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, nobody)
+        monkeypatch.setattr(os, "_exit", codes.append)
+        dog = Watchdog(dist.HashStore(), 0, 2)
+        dog.say(Verdict(1, "rank 1 is gone"))
+        dog._end(1)
+        monkeypatch.undo()
+        with suppress(OSError):
+            nobody.close()
+    assert codes == [1]
 
 
 def meet(store: dist.Store, world: int) -> list[str]:
