@@ -107,13 +107,14 @@ class _Attempt:
             failed = self._first_failure()
             if failed is None:
                 return max(process.returncode for process in self._processes)
-            if not self.terminated:
-                self._explain(failed)
+            self._explain(Verdict(failed.rank, failed.sentence))
             for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in self._processes:
                     if process.poll() is None:
                         end(process)
                 self._wait(ENDING_SECONDS)
+        if self.terminated:
+            return 128 + signal.SIGTERM
         return failed.code if failed.code > 0 else 128 - failed.code
 
     def _first_failure(self) -> _Ended | None:
@@ -127,11 +128,11 @@ class _Attempt:
                 return None
             time.sleep(POLL_SECONDS)
 
-    def _explain(self, failed: _Ended) -> None:
+    def _explain(self, why: Verdict) -> None:
         """Why it is over, to a person and to the others, unless one of them has said so."""
         met = self._store.get(SESSION).decode() if self._store.check([SESSION]) else ""
         shared = watchdog.own_client(dist.PrefixStore(met, self._store))
-        Watchdog(shared, rank=-1, world=0).say(Verdict(failed.rank, failed.sentence))
+        Watchdog(shared, rank=-1, world=0).say(why)
 
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -143,7 +144,9 @@ class _Attempt:
         """Ctrl-C reaches all processes of a terminal: they end by themselves. What else ends this one ends them."""
 
         def pass_on(number: int, _: FrameType | None) -> None:
-            self.terminated = True
+            if not self.terminated:
+                self.terminated = True
+                self._explain(Verdict(None, f"the launcher was ended by {signal.Signals(number).name}"))
             for process in self._processes:
                 if process.poll() is None:
                     process.send_signal(number)
