@@ -24,7 +24,7 @@ from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.export import Dtype
 from memplan.export import export as export_run
 from memplan.formatting import format_bytes
-from memplan.launch import Place, joined, told_by_first, were_restarted
+from memplan.launch import ALONE, Place, joined, told_by_first, were_restarted
 from memplan.lint.command import lint
 from memplan.options import (
     BAD_INPUT,
@@ -164,7 +164,7 @@ def train(
     """Train by a plan, with a live dashboard; writes plan.json, events.jsonl and a checkpoint into the run."""
     if resume and out is None:
         raise PlanError("--resume needs the run to go on with: name it by --out")
-    place = Place.here(os.environ)
+    place = Place.here(os.environ) if nproc is None else ALONE  # a script's job is not what --nproc starts
     if out is None and (max_restarts or place.max_restarts):
         raise PlanError("with --max-restarts, name the run by --out: what is started again must find it")
     if nproc is not None:

@@ -5,6 +5,7 @@ names of its own, which are read where those are missing.
 """
 
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from memplan.errors import LaunchError
 from offload import watchdog
 from offload.errors import RankLost
-from offload.ranks import CONNECTIONS
+from offload.ranks import CONNECTIONS, local_index
 
 JOINING = timedelta(minutes=10)
 """In which all processes must have started."""
@@ -48,27 +49,33 @@ class Place:
     def here(cls, environment: Mapping[str, str]) -> "Place":
         """From the environment; alone where it says nothing. Raises LaunchError where it contradicts itself."""
         if "RANK" in environment or "WORLD_SIZE" in environment:
-            names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "port": "MASTER_PORT"}
-            local = int(environment.get("LOCAL_WORLD_SIZE") or _text(environment, "WORLD_SIZE"))
-            restarts = [int(environment.get(f"TORCHELASTIC_{n}", 0)) for n in ("RESTART_COUNT", "MAX_RESTARTS")]
+            names = {"rank": "RANK", "world": "WORLD_SIZE", "port": "MASTER_PORT"}
             found = _numbers(environment, names)
-            place = cls(**found, local_world=local, master=_text(environment, "MASTER_ADDR"))
+            # PyTorchJob says nothing of a pod's processes where it has one in each.
+            local = _number(environment, "LOCAL_RANK", 0)
+            beside = _number(environment, "LOCAL_WORLD_SIZE", found["world"] if environment.get("LOCAL_RANK") else 1)
+            restarts = [_number(environment, f"TORCHELASTIC_{n}", 0) for n in ("RESTART_COUNT", "MAX_RESTARTS")]
+            master = _text(environment, "MASTER_ADDR")
+            place = cls(**found, local_rank=local, local_world=beside, master=master)
             place = replace(place, restarts=restarts[0], max_restarts=restarts[1])
-        elif int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        elif "SLURM_PROCID" in environment and _number(environment, "SLURM_NTASKS", 1) > 1:
             names = {"rank": "SLURM_PROCID", "world": "SLURM_NTASKS", "local_rank": "SLURM_LOCALID"}
             first, last = SLURM_PORTS
-            port = int(
-                environment.get("MASTER_PORT", first + int(environment.get("SLURM_JOB_ID", "0")) % (last - first))
-            )
-            master = environment.get("MASTER_ADDR") or _text(environment, "SLURM_LAUNCH_NODE_IPADDR")
-            local = int(environment.get("SLURM_NTASKS_PER_NODE") or environment["SLURM_NTASKS"])
-            place = cls(**_numbers(environment, names), local_world=local, master=master, port=port)
+            usual = first + _number(environment, "SLURM_JOB_ID", 0) % (last - first)
+            port = _number(environment, "MASTER_PORT", usual)
+            if not (master := environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", "")):
+                raise LaunchError(
+                    f"this is a Slurm job of {environment['SLURM_NTASKS']} tasks, and nothing says where the first one "
+                    "is; start all of them by srun, set MASTER_ADDR, or name --nproc for processes on this node alone"
+                )
+            place = cls(**_numbers(environment, names), local_world=_tasks_here(environment), master=master, port=port)
         else:
             return cls()
-        if not 0 <= place.rank < place.world or not 0 <= place.local_rank < place.world:
+        if not 0 <= place.rank < place.world or not 0 <= place.local_rank < place.local_world <= place.world:
             raise LaunchError(
-                f"the environment says rank {place.rank} (local {place.local_rank}) of {place.world}; start the "
-                "processes by torchrun, or set RANK, LOCAL_RANK and WORLD_SIZE so that ranks count from 0"
+                f"the environment says rank {place.rank} (local {place.local_rank} of {place.local_world}) of "
+                f"{place.world}; start the processes by torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK and "
+                "LOCAL_WORLD_SIZE so that ranks count from 0"
             )
         return place
 
@@ -87,13 +94,25 @@ ALONE = Place()
 
 
 def _numbers(environment: Mapping[str, str], names: Mapping[str, str]) -> dict[str, int]:
-    found = {}
-    for field, name in names.items():
-        text = _text(environment, name)
-        if not text.isdigit():
-            raise LaunchError(f"{name} is {text!r}; it must be a number from 0 on")
-        found[field] = int(text)
-    return found
+    for name in names.values():
+        _text(environment, name)
+    return {field: _number(environment, name, 0) for field, name in names.items()}
+
+
+def _number(environment: Mapping[str, str], name: str, usual: int) -> int:
+    """The environment's, or the usual one where it says none."""
+    if not (text := environment.get(name)):
+        return usual
+    if not text.isdigit():
+        raise LaunchError(f"{name} is {text!r}; it must be a number from 0 on")
+    return int(text)
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Tasks of a node, the most where nodes differ: Slurm writes ``4(x2),3`` for three nodes."""
+    if listed := re.findall(r"(?:^|,)(\d+)", environment.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        return max(map(int, listed))
+    return _number(environment, "SLURM_NTASKS_PER_NODE", _number(environment, "SLURM_NTASKS", 1))
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -116,9 +135,11 @@ def joined(place: Place, timeout_seconds: float = watchdog.TIMEOUT_SECONDS) -> I
     os.environ.setdefault("LOCAL_RANK", str(place.local_rank))
     where = f"tcp://{place.master}:{place.port}"
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(local_index())
     try:
-        store, _, _ = next(dist.rendezvous("env://" if "MASTER_PORT" in os.environ else where, place.rank, place.world))
+        # What torchrun sets also tells that the store is its own; Slurm sets none of it, and a person may set a part.
+        whole = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        store, _, _ = next(dist.rendezvous("env://" if whole else where, place.rank, place.world))
         shared = dist.PrefixStore(met(store, place), store)
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(

@@ -40,8 +40,9 @@ def run_in_processes(count: int, arguments: Sequence[str], max_restarts: int = 0
     """
     attempt = 0
     while True:
-        code = _Attempt(count, arguments, attempt, max_restarts).run()
-        if code in NO_RESTART or attempt == max_restarts:
+        started = _Attempt(count, arguments, attempt, max_restarts)
+        code = started.run()
+        if code in NO_RESTART or started.terminated or attempt == max_restarts:
             return code
         attempt += 1
         _say(f"starting again from the last checkpoint, {attempt} of {max_restarts} times")
@@ -80,6 +81,8 @@ class _Attempt:
     """One start of all processes. The store is here, so that it outlives each of them."""
 
     def __init__(self, count: int, arguments: Sequence[str], attempt: int, max_restarts: int) -> None:
+        self.terminated = False
+        """Whether somebody ended this process, and by it all of them."""
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         common = {
             "WORLD_SIZE": count,
@@ -104,12 +107,14 @@ class _Attempt:
             failed = self._first_failure()
             if failed is None:
                 return max(process.returncode for process in self._processes)
-            self._explain(failed)
+            self._explain(Verdict(failed.rank, failed.sentence))
             for end in (subprocess.Popen.terminate, subprocess.Popen.kill):
                 for process in self._processes:
                     if process.poll() is None:
                         end(process)
                 self._wait(ENDING_SECONDS)
+        if self.terminated:
+            return 128 + signal.SIGTERM
         return failed.code if failed.code > 0 else 128 - failed.code
 
     def _first_failure(self) -> _Ended | None:
@@ -123,11 +128,11 @@ class _Attempt:
                 return None
             time.sleep(POLL_SECONDS)
 
-    def _explain(self, failed: _Ended) -> None:
+    def _explain(self, why: Verdict) -> None:
         """Why it is over, to a person and to the others, unless one of them has said so."""
         met = self._store.get(SESSION).decode() if self._store.check([SESSION]) else ""
         shared = watchdog.own_client(dist.PrefixStore(met, self._store))
-        Watchdog(shared, rank=-1, world=0).say(Verdict(failed.rank, failed.sentence))
+        Watchdog(shared, rank=-1, world=0).say(why)
 
     def _wait(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -139,6 +144,9 @@ class _Attempt:
         """Ctrl-C reaches all processes of a terminal: they end by themselves. What else ends this one ends them."""
 
         def pass_on(number: int, _: FrameType | None) -> None:
+            if not self.terminated:
+                self.terminated = True
+                self._explain(Verdict(None, f"the launcher was ended by {signal.Signals(number).name}"))
             for process in self._processes:
                 if process.poll() is None:
                     process.send_signal(number)

@@ -69,6 +69,7 @@ def prepare_run(run_dir: Path, *, resume: bool, restarted: bool = False) -> bool
     """
     events = run_dir / "events.jsonl"
     if restarted and not resume:
+        run_dir.mkdir(parents=True, exist_ok=True)  # the first start may have ended before it came to this
         return bool(checkpoint.found(run_dir / CHECKPOINTS))
     if resume:
         if not checkpoint.found(run_dir / CHECKPOINTS):

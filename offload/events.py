@@ -27,7 +27,9 @@ kind) and ``time`` (seconds since the epoch). The kinds, in the order in which t
 import json
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -38,24 +40,40 @@ LINKS = ("host_to_device", "device_to_host", "nvme_read", "nvme_write")
 
 
 class EventLog:
-    """Appends events to a file, one whole line a write, from any thread."""
+    """Appends events to a file, one whole line a write, from any thread.
+
+    Where it can not, as on a full disk, that is a warning and training goes on: some later lines are written when
+    there is room again, the others are lost.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a+", buffering=1, encoding="utf-8")
         _end_broken_line(self._file)
         self._lock = threading.Lock()
+        self._warned = False
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; a log that is closed ignores it, so late threads do no harm."""
         line = json.dumps({"event": event, "time": time.time(), **fields}, allow_nan=True) + "\n"
         with self._lock:
             if not self._file.closed:
-                self._file.write(line)
+                with self._surviving():
+                    self._file.write(line)
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
+        with self._lock, self._surviving():
             self._file.close()
+
+    @contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                sentence = f"{self._file.name} lacks events from here on: {error.strerror}; training goes on"
+                warnings.warn(sentence, RuntimeWarning, stacklevel=4)
 
     def __enter__(self) -> Self:
         return self

@@ -28,6 +28,7 @@ the same copies of the others. The square of the norm is summed over them, with 
 import os
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ import torch.distributed as dist
 from offload import watchdog
 from offload.axes import Axes
 from offload.dtensors import Share
+from offload.entered import Mark
 from offload.plan import Plan
 from offload.shards import Shards
 
@@ -50,11 +52,16 @@ ALIKE, NOTHING = 0.05, 1e-6
 order, and some gradients are rounding noise alone."""
 
 
+def local_index() -> int:
+    """Of this process's GPU among those that it sees: that of its local rank, or the only one, as Slurm may give it."""
+    return 0 if torch.cuda.device_count() == 1 else int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_device(plan: Plan, axes: Axes | None) -> torch.device:
     """The device of this process: on a node with several GPUs that of its local rank."""
     if plan.device == "cpu":
         return torch.device("cpu")
-    return torch.device(plan.device, int(os.environ.get("LOCAL_RANK", "0")) if axes is not None else 0)
+    return torch.device(plan.device, local_index() if axes is not None else 0)
 
 
 class Ranks:
@@ -66,6 +73,7 @@ class Ranks:
         self.shards = Shards.of(plan)
         self._begun = watchdog.current() is None
         self._dog = watchdog.current() or watchdog.begin()
+        self._device = device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
         group, data, tensor = self.shards.group, axes.data, axes.tensor
@@ -118,12 +126,19 @@ class Ranks:
                 dist.all_reduce(whole, group=group)
         torch.cuda.synchronize(device)
 
+    def _on_device(self, kind: str, verb: str, unit: str = "") -> AbstractContextManager[None]:
+        """Inside of a collective that NCCL gives to the current stream, or gloo does here."""
+        return self._dog.inside(kind, verb, unit, self._mark if self._device.type == "cuda" else None)
+
+    def _mark(self) -> Mark:
+        return torch.cuda.current_stream(self._device).record_event()
+
     # Gathers: by the lane that does nothing else
 
     def gather(self, whole: torch.Tensor, unit: str) -> None:
         """Bring together what every rank has at its own place in ``whole``."""
         if len(whole):
-            with self._dog.inside("gather", "gather", unit):
+            with self._on_device("gather", "gather", unit):
                 _gather(whole, self.own(whole), group=self._gathering)
 
     def own(self, whole: torch.Tensor) -> torch.Tensor:
@@ -135,7 +150,7 @@ class Ranks:
 
     def reduce(self, gradients: torch.Tensor, unit: str) -> torch.Tensor:
         """Sum gradients over the ranks that share a copy, in place; returns what this rank has of the sum."""
-        with self._dog.inside("reduce", "reduce", unit):
+        with self._on_device("reduce", "reduce", unit):
             if self.shards.zero_stage == 0:
                 dist.all_reduce(gradients, group=self._reducing)
                 return gradients
@@ -146,16 +161,16 @@ class Ranks:
     def sum_over_replicas(self, own: torch.Tensor, unit: str) -> None:
         """Sum what this rank has over the others that have the same, in place."""
         if self._replicas is not None:
-            with self._dog.inside("reduce", "sum over replicas", unit):
+            with self._on_device("reduce", "sum over replicas", unit):
                 dist.all_reduce(own, group=self._replicas)
 
     def sum_over_parts(self, square_norm: torch.Tensor) -> torch.Tensor:
         """The sum of a scalar over the parts of one copy. [Note: the norm over a tensor axis]"""
         if self.shards.zero_stage >= 1:
-            with self._dog.inside("reduce", "norm of the gradients"):
+            with self._on_device("reduce", "norm of the gradients"):
                 dist.all_reduce(square_norm, group=self._reducing)
         if self._norms is not None:
-            with self._dog.inside("reduce", "norm over the tensor axis"):
+            with self._on_device("reduce", "norm over the tensor axis"):
                 dist.all_reduce(square_norm, group=self._norms)
         return square_norm
 

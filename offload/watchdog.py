@@ -9,8 +9,9 @@ was killed is known by its process, or by its silence. Whoever finds out first w
 there is none yet, and that one says it; the others read it within a second, and end. So there is one sentence.
 
 In a step this costs a tuple and two looks at the clock a collective. Whoever waits in C++ can not be woken: a process
-that does not end by itself soon after a verdict is ended here. A collective of NCCL is left as soon as the device has
-been given it; there the others wait in the next one on the host, which is the agreement on the gradients.
+that does not end by itself soon after a verdict is ended here. A call of NCCL returns as soon as the device has been
+given the collective, and who waits for its result is the device, until its queue is full and the next kernel, of
+anything, can not be given to it. So a rank counts as inside until the device has done it: ``offload/entered.py``.
 """
 
 import json
@@ -25,7 +26,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -33,8 +34,9 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+from offload.entered import Kind, Mark
 from offload.errors import RankLost
-from offload.standing import Entered, Standing, Verdict, blame, name
+from offload.standing import Standing, Verdict, blame, name
 
 TIMEOUT_SECONDS = 300.0
 """After which a rank that keeps the others waiting in a collective ends the training."""
@@ -44,6 +46,7 @@ PATIENT = ("start", "checkpoint")
 BEAT_SECONDS = 1.0
 SILENT_SECONDS = 20.0
 """After which a rank that writes nothing counts as gone."""
+STOPPED = "its process has stopped, or its machine can not be reached"
 GRACE_SECONDS = 2.0
 """For which a launcher that knows more may say why a connection broke."""
 LEAVE_SECONDS = 5.0
@@ -51,29 +54,7 @@ LEAVE_SECONDS = 5.0
 WAITS_SECONDS = 1.0
 """In one collective, after which a rank is said to wait."""
 VERDICT = "verdict"
-UNITS = ("gather", "reduce", "sum over replicas")
-"""Collectives of one unit."""
 ENDED_BY_SIGNAL = 128 + signal.SIGTERM
-
-
-@dataclass(eq=False)
-class _Kind:
-    """Collectives of one kind on this rank; one thread enters them."""
-
-    count: int = 0
-    last: tuple[str, str, int] = ("", "", 0)
-    since: float | None = None
-    """When it went into the one that it is in."""
-    changed: float = 0.0
-    """When it went into one or out of one."""
-    waited_seconds: float = 0.0
-
-    def entered(self, now: float) -> Entered:
-        verb, unit, step = self.last
-        place = f"{verb} of {unit or 'the root unit'}" if verb in UNITS else verb
-        since = self.since
-        what = f"{place} of step {step}" if step else place
-        return Entered(self.count, what, None if since is None else now - since)
 
 
 class Watchdog:
@@ -90,7 +71,7 @@ class Watchdog:
         self._mine, self._said = False, False
         self._store = store
         self.name = f"rank {rank} ({socket.gethostname()})"
-        self._kinds: dict[str, _Kind] = {}
+        self._kinds: dict[str, Kind] = {}
         self._beat = 0
         self._next_beat, self._next_came, self._looked = -1, 0.0, 0.0
         self._broken_since: float | None = None
@@ -98,11 +79,13 @@ class Watchdog:
         self._signals: socket.socket | None = None
         self._woken: socket.socket | None = None
         self._thread = threading.Thread(target=self._watch, name="memplan-watchdog", daemon=True)
+        self._guard = threading.Thread(target=self._watch_store, name="memplan-store", daemon=True)
 
     def start(self) -> "Watchdog":
         """Begin to watch."""
         self._write()
         self._thread.start()
+        self._guard.start()
         return self
 
     def listen(self) -> "Watchdog":
@@ -120,19 +103,24 @@ class Watchdog:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._woken.send(b"\0")
-        self._thread.join()
+        self._thread.join(SILENT_SECONDS)
+        if self._thread.is_alive():  # it waits for a store that does not answer
+            return
         with suppress(Exception):  # the process that had the store may have gone first
             self._write(left=self.verdict is None)
 
     @contextmanager
-    def inside(self, kind: str, verb: str, unit: str = "") -> Iterator[None]:
-        """Inside of a collective. Where the connection breaks it raises RankLost, when it is known why."""
-        track = self._kinds.get(kind) or self._kinds.setdefault(kind, _Kind())
-        track.last = verb, unit, self.step
-        track.count += 1
-        began = track.since = track.changed = time.monotonic()
+    def inside(self, kind: str, verb: str, unit: str = "", mark: Callable[[], Mark] | None = None) -> Iterator[None]:
+        """Inside of a collective. Where the connection breaks it raises RankLost, when it is known why.
+
+        ``mark`` gives what tells, behind it, whether the device has done it; None where the host waits for that.
+        """
+        track = self._kinds.get(kind) or self._kinds.setdefault(kind, Kind())
+        began = track.enter((verb, unit, self.step), time.monotonic())
         try:
             yield
+            if mark is not None:
+                track.queue(mark(), time.monotonic())
         except Exception as error:
             self._broken_since = self._broken_since or time.monotonic()
             if not self._known.wait(GRACE_SECONDS + SILENT_SECONDS + 2 * BEAT_SECONDS):
@@ -140,8 +128,7 @@ class Watchdog:
             assert self.verdict is not None
             raise RankLost(self.verdict.sentence) from error
         finally:
-            track.since, track.changed = None, time.monotonic()
-            track.waited_seconds += track.changed - began
+            track.leave(began, time.monotonic())
 
     def patience_seconds(self, kind: str) -> float:
         """For how long a rank may keep the others waiting in a collective of this kind."""
@@ -187,7 +174,8 @@ class Watchdog:
     def _print(self) -> None:
         if self._mine and not self._said and self.verdict is not None:
             self._said = True
-            print(f"memplan: {self.verdict.sentence}", file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # nobody may be there to read it
+                print(f"memplan: {self.verdict.sentence}", file=sys.stderr, flush=True)
 
     # The thread
 
@@ -200,7 +188,7 @@ class Watchdog:
             except Exception:  # noqa: BLE001 - torch has several for a store that can not be reached
                 failing_since = failing_since or time.monotonic()
                 if time.monotonic() - failing_since > 2 * GRACE_SECONDS and self._waits():
-                    self._without_store()
+                    self._without_store("is gone")
             if self.verdict is not None:
                 # A rank that fails by itself has to say why, and to close what it has.
                 if not self._pause(LEAVE_SECONDS * (3 if self._mine and not self._said else 1)):
@@ -227,9 +215,9 @@ class Watchdog:
         """End the process, whatever its main thread waits for."""
         assert self.verdict is not None
         self._print()
-        with suppress(Exception):  # somebody waits for the others to end
-            self.on_verdict()
-        sys.stdout.flush()
+        for last in (self.on_verdict, sys.stdout.flush):
+            with suppress(Exception):  # somebody waits for the others to end
+                last()
         os._exit(code)
 
     def _look(self, now: float) -> None:
@@ -265,7 +253,7 @@ class Watchdog:
             self._broken_since = self._broken_since or now
         if now - self._next_came < SILENT_SECONDS:
             return None
-        said = f"is silent for {SILENT_SECONDS:.0f} s: its process has stopped, or its machine can not be reached"
+        said = f"is silent for {SILENT_SECONDS:.0f} s: {STOPPED}"
         return Verdict(after, f"{name(after, standing)} {said}")
 
     def _gone(self) -> Verdict | None:
@@ -279,11 +267,23 @@ class Watchdog:
         return None
 
     def _waits(self) -> bool:
-        return any(track.since is not None for track in list(self._kinds.values()))
+        now = time.monotonic()
+        return any(track.entered(now).waiting_seconds is not None for track in list(self._kinds.values()))
 
-    def _without_store(self) -> None:
+    def _watch_store(self) -> None:
+        """Whoever asks a store whose process is stopped, or whose machine is lost, waits for ever."""
+        beat = looks = 0  # and not seconds: this process may have been stopped as well
+        while not self._closing.wait(BEAT_SECONDS):
+            beat, looks = self._beat, looks + 1 if beat == self._beat else 0
+            if looks * BEAT_SECONDS >= SILENT_SECONDS and self._thread.is_alive():
+                self._without_store(f"is silent for {SILENT_SECONDS:.0f} s: {STOPPED}")
+                if not self._closing.wait(LEAVE_SECONDS):
+                    self._end(1)
+
+    def _without_store(self, said: str) -> None:
         where = os.environ.get("MASTER_ADDR", "its machine")
-        self._learn(Verdict(None, f"the process on {where} that started first, torchrun or rank 0, is gone"))
+        launched = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)
+        self._learn(Verdict(None if launched else 0, f"{'the launcher' if launched else 'rank 0'} ({where}) {said}"))
         # Nobody can claim it: the first of each machine tells.
         self._mine = os.environ.get("LOCAL_RANK") == "0" or self.rank == 1
         self._print()

@@ -96,6 +96,7 @@ class Fleet:
             own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "FAULT": fault}
             target = (str(self.folder), rank, own, arguments, constants)
             self.processes.append(_context.Process(target=_member, args=target))
+            (self.folder / f"stderr-{rank}").write_text("")  # what a fleet before said is not this one's
         for process in self.processes:
             process.start()
         return self

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,28 @@ def test_where_the_last_one_fails_the_command_says_so(
     with pytest.raises(CheckpointError, match="step-2 was not saved: No space left on device"):
         trained(planned, tmp_path / "run", 2)
     assert events(tmp_path / "run")[-1]["reason"] == "failed"
+
+
+def test_events_that_find_no_room_are_a_warning_and_come_when_there_is_some(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    most, before = resource.getrlimit(resource.RLIMIT_FSIZE)[1], signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with EventLog(path) as log:
+        log.write("note", message="first")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, most))
+        try:
+            with pytest.warns(
+                RuntimeWarning, match=r"events.jsonl lacks events from here on: File too large; training"
+            ):
+                log.write("note", message="second")
+            for _ in range(1000):
+                log.write("note", message="more than is kept")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            signal.signal(signal.SIGXFSZ, before)
+        log.write("note", message="last")
+    told = [json.loads(line)["message"] for line in path.read_text().splitlines()]
+    assert told[:2] == ["first", "second"]
+    assert told[-1] == "last"
 
 
 def test_half_a_line_of_a_killed_run_does_not_harm_the_next(tmp_path: Path) -> None:

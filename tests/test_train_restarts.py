@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from memplan.cli import app
 from memplan.described import find_machine
 from memplan.plan_command import planned_for
+from memplan.train import prepare_run
 from offload.errors import PlanError
 from profiler.source import load_source
 from tests.fleet import MODEL, Fleet, events, losses
@@ -107,3 +108,27 @@ def test_ctrl_c_ends_all_processes_after_the_step_with_a_checkpoint(folder: Path
     assert (process.returncode, errors) == (130, "")
     assert re.search(r"interrupted at step \d+", said)
     assert len(list((folder / "interrupted" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_sigterm_for_the_launcher_ends_all_and_starts_nothing_again(folder: Path) -> None:
+    words = ["--plan", "plan.json", "--steps", "1000000", "--out", "ended", "--nproc", "2", "--max-restarts", "3"]
+    command = [sys.executable, "-m", "memplan", "train", "net.py", "--no-tui", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    until = time.time() + 100
+    while '"step"' not in (log.read_text() if (log := folder / "ended" / "events.jsonl").exists() else ""):
+        assert time.time() < until
+        time.sleep(0.05)
+    process.terminate()
+    try:
+        errors = process.communicate(timeout=20)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    said = [line for line in errors.splitlines() if line.startswith("memplan: ")]
+    assert said == ["memplan: the launcher was ended by SIGTERM"]
+
+
+def test_what_was_ended_before_it_had_a_directory_begins_anew(tmp_path: Path) -> None:
+    assert not prepare_run(tmp_path / "runs" / "early", resume=False, restarted=True)
+    assert (tmp_path / "runs" / "early").is_dir()

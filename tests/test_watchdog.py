@@ -1,6 +1,12 @@
 """Who is to blame, from where the ranks stand; and how processes meet in a store that others used before."""
 
+import os
+import re
+import sys
 import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +15,8 @@ import torch.distributed as dist
 
 from memplan.errors import LaunchError
 from memplan.launch import Place, met
-from offload.standing import Entered, Standing, blame
+from offload.entered import Kind
+from offload.standing import Entered, Standing, Verdict, blame
 from offload.watchdog import Watchdog
 
 
@@ -65,6 +72,71 @@ def test_what_a_rank_writes_is_what_others_read() -> None:
     assert dog._standings()[0].kinds["gather"].what == "gather of h.1"
     assert dog._standings()[0].kinds["gather"].waiting_seconds is not None
     assert dog.waited_seconds() > 0
+
+
+@dataclass
+class Event:
+    """Of a device's stream."""
+
+    reached: bool = False
+
+    def query(self) -> bool:
+        return self.reached
+
+
+def test_a_rank_that_hangs_is_named_where_only_the_devices_of_the_others_wait() -> None:
+    """As with NCCL: every call has returned, and the main threads may be in no collective."""
+    store, timeout = dist.HashStore(), 0.1
+    dogs = [Watchdog(store, rank, 3, timeout) for rank in range(3)]
+    for dog in dogs:
+        dog.step = 12
+        units = ("h.1",) if dog.rank == 2 else ("h.1", "h.2", "h.3")
+        for unit in units:
+            with dog.inside("gather", "gather", unit, lambda reached=unit == "h.1": Event(reached)):
+                pass
+    for seconds in (0, 2 * timeout):
+        time.sleep(seconds)
+        for dog in dogs:
+            dog._write()
+    dogs[1]._look(time.monotonic())
+    assert dogs[1].verdict is not None
+    assert dogs[1].verdict.rank == 2
+    sentence = r"rank 2 \(\S+\) has not entered 'gather of h.2 of step 12' for 0 s, where ranks 0, 1 wait; it is at "
+    assert re.match(sentence, dogs[1].verdict.sentence)
+    assert [dog._waits() for dog in dogs] == [True, True, False], "who waits also ends where the store is gone"
+
+
+def test_a_device_that_comes_on_is_not_waited_for() -> None:
+    kind, marks = Kind(), [Event(), Event(), Event()]
+    for second, mark in enumerate(marks):
+        began = kind.enter(("reduce", f"h.{second}", 3), second)
+        kind.queue(mark, second)
+        kind.leave(began, second)
+    assert kind.entered(50.0) == Entered(1, "reduce of h.0 of step 3", 50.0)
+    marks[0].reached = True
+    assert kind.entered(51.0) == Entered(2, "reduce of h.1 of step 3", 0.0)
+    assert kind.entered(56.0) == Entered(2, "reduce of h.1 of step 3", 5.0)
+    marks[1].reached = marks[2].reached = True
+    assert kind.entered(57.0) == Entered(3, "reduce of h.2 of step 3", None)
+    assert kind.waited_seconds == 0, "of this thread"
+
+
+def test_a_verdict_ends_the_process_also_where_nobody_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the launcher and its terminal are gone: what is printed then is a broken pipe."""
+    read, written = os.pipe()
+    os.close(read)
+    codes: list[int] = []
+    with os.fdopen(written, "w") as nobody:
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, nobody)
+        monkeypatch.setattr(os, "_exit", codes.append)
+        dog = Watchdog(dist.HashStore(), 0, 2)
+        dog.say(Verdict(1, "rank 1 is gone"))
+        dog._end(1)
+        monkeypatch.undo()
+        with suppress(OSError):
+            nobody.close()
+    assert codes == [1]
 
 
 def meet(store: dist.Store, world: int) -> list[str]:
