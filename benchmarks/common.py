@@ -3,6 +3,8 @@
 import json
 import platform
 import statistics
+import threading
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -28,6 +30,29 @@ LLAMAS = {
 }
 LARGE = ("8b", "14b", "20b")
 """Those that are built on meta, and whose head is not the embedding."""
+
+
+class HostPeak(threading.Thread):
+    """The most host memory: that this process held, and that the machine came to use since the start."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._process = psutil.Process()
+        self.begun_bytes, self._used_before = self._now()
+        self.resident_bytes = self.used_bytes = 0
+
+    def _now(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        # Not what is available alone: a virtual machine can be given more memory as it uses it.
+        return self._process.memory_info().rss, memory.total - memory.available
+
+    def run(self) -> None:
+        """Look again and again."""
+        while True:
+            resident, used = self._now()
+            self.resident_bytes = max(self.resident_bytes, resident)
+            self.used_bytes = max(self.used_bytes, used - self._used_before)
+            time.sleep(0.02)
 
 
 def machine() -> dict[str, Any]:

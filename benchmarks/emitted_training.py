@@ -10,16 +10,14 @@ import argparse
 import gc
 import json
 import os
-import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from benchmarks.common import LLAMAS, llama_config
+from benchmarks.common import LLAMAS, HostPeak, llama_config
 from offload.plan import Plan
 
 ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -36,29 +34,6 @@ def shape_of(size: str, length: int) -> Any:
         max_position_embeddings=length,
         architectures=["LlamaForCausalLM"],
     )
-
-
-class HostPeak(threading.Thread):
-    """The most host memory: that this process held, and that the machine came to use since the start."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self._process = psutil.Process()
-        self.begun_bytes, self._used_before = self._now()
-        self.resident_bytes = self.used_bytes = 0
-
-    def _now(self) -> tuple[int, int]:
-        memory = psutil.virtual_memory()
-        # Not what is available alone: a virtual machine can be given more memory as it uses it.
-        return self._process.memory_info().rss, memory.total - memory.available
-
-    def run(self) -> None:
-        """Look again and again."""
-        while True:
-            resident, used = self._now()
-            self.resident_bytes = max(self.resident_bytes, resident)
-            self.used_bytes = max(self.used_bytes, used - self._used_before)
-            time.sleep(0.02)
 
 
 def model_of(size: str, length: int, config: dict[str, Any], device: str) -> Any:

@@ -14,33 +14,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from benchmarks.common import save
-from benchmarks.systems import SYSTEMS, one_process
+from benchmarks.common import HostPeak, save
+from benchmarks.systems import SYSTEMS, one_process, warm_up_steps
 
 GB = 1e9
-
-
-class HostPeak(threading.Thread):
-    """The most that this process held in host memory."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.resident_bytes = 0
-
-    def run(self) -> None:
-        """Look again and again."""
-        process = psutil.Process()
-        while True:
-            self.resident_bytes = max(self.resident_bytes, process.memory_info().rss)
-            time.sleep(0.02)
 
 
 def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -59,8 +42,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     generator = torch.Generator().manual_seed(1)
-    learning_steps = getattr(SYSTEMS[name], "learning_steps", 0) if args.clip else 0
-    warm_up = args.warm_up + learning_steps
+    warm_up = warm_up_steps(args, SYSTEMS[name])
     shape = (warm_up + args.steps, args.batch * args.accumulation, args.length)
     data = torch.randint(0, 1000, shape, generator=generator).to("cuda" if cuda else "cpu")
     seconds, losses = [], []

@@ -162,16 +162,7 @@ class Tiers:
 
     def __call__(self, args: Namespace) -> Step:
         """A training step."""
-        engine = self.engine(args)
-
-        def step(tokens: torch.Tensor) -> torch.Tensor:
-            for part in _micro_batches(args, tokens):
-                loss = engine(input_ids=part, labels=part).loss
-                engine.backward(loss)
-                engine.step()
-            return loss
-
-        return step
+        return _by_engine(args, self.engine(args))
 
 
 def deepspeed_offloaded(args: Namespace) -> Step:
@@ -202,14 +193,7 @@ def deepspeed_offloaded(args: Namespace) -> Step:
     model = _recomputed(args, _device(), torch.bfloat16)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
 
-    def step(tokens: torch.Tensor) -> torch.Tensor:
-        for part in _micro_batches(args, tokens):
-            loss = engine(input_ids=part, labels=part).loss
-            engine.backward(loss)
-            engine.step()
-        return loss
-
-    return step
+    return _by_engine(args, engine)
 
 
 def fsdp2(*, offloaded: bool) -> System:
@@ -245,6 +229,19 @@ def torchao_offloaded(args: Namespace) -> Step:
     return _with_adamw(Namespace(**{**vars(args), "clip": 0.0}), model, optimizer)
 
 
+def _by_engine(args: Namespace, engine: Any) -> Step:
+    """Of an engine that accumulates and clips by itself: DeepSpeed's, or memplan's, which is called alike."""
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        for part in _micro_batches(args, tokens):
+            loss = engine(input_ids=part, labels=part).loss
+            engine.backward(loss)
+            engine.step()
+        return loss
+
+    return step
+
+
 def _with_adamw(args: Namespace, model: nn.Module, optimizer: Any) -> Step:
     def step(tokens: torch.Tensor) -> torch.Tensor:
         for part in _micro_batches(args, tokens):
@@ -275,6 +272,11 @@ SYSTEMS: dict[str, System] = {
     "fsdp2-resident": fsdp2(offloaded=False),
     "torchao": torchao_offloaded,
 }
+
+
+def warm_up_steps(args: Namespace, system: System) -> int:
+    """Steps that are not timed: those asked for, and those in which an engine's share of the update settles."""
+    return args.warm_up + (system.learning_steps if isinstance(system, Tiers) and args.clip else 0)
 
 
 def one_process() -> None:

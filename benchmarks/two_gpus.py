@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -29,23 +29,20 @@ from typing import Any
 import psutil
 import torch
 
-from benchmarks.common import LARGE, LLAMAS, llama_config, save
-from benchmarks.offload import GB, HostPeak
-from benchmarks.systems import SYSTEMS, Step, Tiers, world_size
+from benchmarks.common import LARGE, LLAMAS, HostPeak, llama_config, save
+from benchmarks.offload import GB
+from benchmarks.systems import SYSTEMS, System, Tiers, warm_up_steps, world_size
 from memplan.host import numa_nodes
 from offload.arena import mapped
 from offload.ranks import CONNECTIONS
 from offload.residency import Footprint, footprint
 from offload.shards import Shards
-from offload.split import TRIES
 from offload.unit import partition
 
 ALONE = "host-one"
 NAMES = ("fsdp2-resident", "resident", "host", ALONE, "deepspeed", "fsdp2-offloaded")
 CHUNKS = 16
 """Pieces of the loss, with ``--chunked``."""
-PEERS_WARM_UP = 3
-"""Steps: they have no share of an update to learn."""
 RATIOS = (("resident", "fsdp2-resident"), ("host", ALONE), ("host", "deepspeed"), ("host", "fsdp2-offloaded"))
 LEAVING_SECONDS = 20.0
 """For which a process that has its result waits for the others: what it holds, they may still read."""
@@ -66,9 +63,9 @@ def tiers_of(args: argparse.Namespace, name: str) -> Tiers | None:
     return replace(found, resident=kept, loss_chunks=CHUNKS if args.chunked else 1)
 
 
-def peer(name: str) -> Callable[[argparse.Namespace], Step]:
-    """Another engine."""
-    return SYSTEMS[{"fsdp2-offloaded": "fsdp2"}.get(name, name)]
+def system_of(args: argparse.Namespace, name: str) -> System:
+    """What trains."""
+    return tiers_of(args, name) or SYSTEMS[{"fsdp2-offloaded": "fsdp2"}.get(name, name)]
 
 
 # What a system takes, before it runs
@@ -144,11 +141,12 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
     torch.backends.cuda.matmul.allow_tf32 = True
     host = HostPeak()
     host.start()
-    step = (tiers_of(args, name) or peer(name))(args)
+    system = system_of(args, name)
+    step = system(args)
     attached = time.perf_counter()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    warm_up = min(args.warm_up, PEERS_WARM_UP) if tiers_of(args, name) is None else args.warm_up
+    warm_up = warm_up_steps(args, system)
     generator = torch.Generator().manual_seed(1)
     shape = (warm_up + args.steps, args.batch * world, args.length)
     data = torch.randint(0, 1000, shape, generator=generator).chunk(world, dim=1)[rank].to("cuda" if cuda else "cpu")
@@ -291,9 +289,7 @@ def main() -> None:
     parser.add_argument("--host-gb", type=float, default=100.0, help="of each process of host, for model and state")
     parser.add_argument("--resident-layers", type=int, help="of host; the fewest that --host-gb allows if not given")
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument(
-        "--warm-up", type=int, default=2 * TRIES, help=f"steps; at most {PEERS_WARM_UP} of other engines"
-    )
+    parser.add_argument("--warm-up", type=int, default=3, help="steps, behind those in which a share settles")
     parser.add_argument("--seconds", type=int, default=150, help="after which one system is given up")
     parser.add_argument("--systems", nargs="*", default=list(NAMES), choices=NAMES)
     parser.add_argument("--name", help="of the result; as the model where none is given")

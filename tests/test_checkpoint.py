@@ -14,6 +14,7 @@ from offload import checkpoint
 from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError
 from offload.plan import Plan, Precision
+from tests.loops import losses_of
 from tests.models import GPT, FrozenGPT, SkippingGPT, TiedGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, plan_for
 
@@ -24,16 +25,6 @@ def engine_for(model: torch.nn.Module, plan: Plan) -> Engine:
     return Engine(model, plan, optimizer, scheduler, max_grad_norm=0.05)
 
 
-def run(engine: Engine, data: list[torch.Tensor]) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 @pytest.mark.parametrize("kind", [GPT, TiedGPT, SkippingGPT, FrozenGPT])
 def test_resumed_training_is_the_undisturbed_training(kind: type[GPT], precision: Precision, tmp_path: Path) -> None:
@@ -41,10 +32,10 @@ def test_resumed_training_is_the_undisturbed_training(kind: type[GPT], precision
     data = batches(10)
     model = kind()
     with engine_for(model, plan_for(model, EVERY_TIER, tmp_path, precision)) as engine:
-        run(engine, data[:5])
+        losses_of(engine, data[:5])
         calls = getattr(model, "calls", 0)
         saving = engine.save_checkpoint(tmp_path / "checkpoints", client_state={"batches": 5})
-        undisturbed = run(engine, data[5:])  # while it is copied and written
+        undisturbed = losses_of(engine, data[5:])  # while it is copied and written
         whole = engine.state_dict()
         path = saving.wait()
     again = kind()
@@ -54,7 +45,7 @@ def test_resumed_training_is_the_undisturbed_training(kind: type[GPT], precision
         assert engine.load_checkpoint(tmp_path / "checkpoints") == (path, {"batches": 5})
         assert path.name == "step-5"
         assert engine.global_step == 5
-        assert run(engine, data[5:]) == undisturbed
+        assert losses_of(engine, data[5:]) == undisturbed
         for name, tensor in engine.state_dict().items():
             assert torch.equal(tensor, whole[name]), name
 
@@ -67,7 +58,7 @@ def test_a_checkpoint_of_fp32_goes_on_in_bf16_and_back_with_the_same_masters(tmp
         model = GPT()
         with engine_for(model, plan_for(model, EVERY_TIER, tmp_path, precision)) as engine:
             if before is None:
-                run(engine, data)
+                losses_of(engine, data)
             else:
                 engine.load_checkpoint(tmp_path, before)
             engine.save_checkpoint(tmp_path, "b" if before else "a").wait()
@@ -94,7 +85,7 @@ def test_a_checkpoint_that_is_still_being_written_is_waited_for(tmp_path: Path) 
     torch.manual_seed(0)
     model = GPT(layers=1)
     with engine_for(model, plan_for(model, (RESIDENT,))) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         saving = engine.save_checkpoint(tmp_path)
         assert engine.load_checkpoint(tmp_path)[0] == saving.path
         assert saving.done
@@ -112,7 +103,7 @@ def saved(tmp_path: Path) -> tuple[Engine, Path]:
     torch.manual_seed(0)
     model = GPT(layers=1)
     engine = engine_for(model, plan_for(model, (RESIDENT,)))
-    run(engine, batches(1))
+    losses_of(engine, batches(1))
     return engine, engine.save_checkpoint(tmp_path).wait()
 
 
@@ -175,7 +166,7 @@ def test_parameters_are_put_together_from_the_files_of_any_number_of_ranks(tmp_p
     checkpoint.publish(partial, "three", {"step": 7, "world_size": 3}, files)
     with engine:
         expected = engine.state_dict()
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.load_checkpoint(tmp_path)
         assert engine.global_step == 7
         assert all(torch.equal(t, expected[n]) for n, t in engine.state_dict().items())

@@ -17,9 +17,10 @@ from offload import checkpoint, saver, snapshot
 from offload.checkpoint import checked, found, newest_whole, opened
 from offload.engine import Engine
 from offload.errors import CheckpointError
+from tests.loops import losses_of
 from tests.models import GPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, plan_for
-from tests.test_checkpoint import engine_for, run
+from tests.test_checkpoint import engine_for
 
 ROOT = Path(__file__).parent.parent
 FILES = ("manifest.json", "training.json", "rest.safetensors", "rank-0.safetensors")
@@ -30,7 +31,7 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     torch.manual_seed(0)
     model = GPT(layers=2)
     with engine_for(model, plan_for(model, EVERY_TIER, tmp_path)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         yield engine
 
 
@@ -60,7 +61,7 @@ def test_one_byte_that_is_not_as_it_was_is_found(whole: Path, name: str, place: 
 def test_a_damaged_checkpoint_changes_nothing_and_the_others_are_named(engine: Engine, tmp_path: Path) -> None:
     before = engine.state_dict()
     engine.save_checkpoint(tmp_path / "c").wait()
-    run(engine, batches(1))
+    losses_of(engine, batches(1))
     path = engine.save_checkpoint(tmp_path / "c").wait()
     now = engine.state_dict()
     with (path / "rank-0.safetensors").open("r+b") as file:
@@ -93,7 +94,7 @@ def test_a_tag_names_a_directory(tag: str, engine: Engine, tmp_path: Path) -> No
 def test_only_so_many_are_kept_and_never_one_with_a_tag_of_its_own(engine: Engine, tmp_path: Path) -> None:
     for number in range(4):
         engine.save_checkpoint(tmp_path / "c", "best" if number == 1 else None, keep=2).wait()
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
     assert list(found(tmp_path / "c")) == ["step-4", "step-3", "best"]
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"step-4", "step-3", "best", "latest"}
 
@@ -181,7 +182,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_alive(
 ) -> None:
     directory = tmp_path / "c"
     engine.save_checkpoint(directory).wait()
-    run(engine, batches(1))
+    losses_of(engine, batches(1))
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -189,7 +190,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_training_alive(
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
         saving = engine.save_checkpoint(directory)
-        losses = run(engine, batches(3))
+        losses = losses_of(engine, batches(3))
         with pytest.raises(CheckpointError, match="No space left on device; what was there before is still there"):
             saving.wait()
     assert all(map(torch.isfinite, torch.tensor(losses)))
@@ -220,14 +221,14 @@ def test_the_next_update_waits_until_what_is_saved_was_copied_and_no_longer(
 
     model = GPT(layers=2)
     with engine_for(model, plan_for(model, EVERY_TIER, tmp_path)) as engine:
-        run(engine, data[:2])
+        losses_of(engine, data[:2])
         before = engine.state_dict()
         with monkeypatch.context() as patched:
             # All pieces fit into memory: training goes on though not one byte was written.
             patched.setattr(saver, "staging_bytes", lambda *_: 1 << 30)
             patched.setattr(saver, "_write", slow_write)
             saving = engine.save_checkpoint(tmp_path / "c")
-            run(engine, data[2:])
+            losses_of(engine, data[2:])
             engine.finish()
             assert not saving.done
             go_on.set()
@@ -248,10 +249,10 @@ def test_copies_take_the_memory_they_were_given_and_no_more(tmp_path: Path, monk
     monkeypatch.setattr(snapshot.Staging, "take", take)
     model = GPT(layers=4)
     with engine_for(model, plan_for(model, EVERY_TIER, tmp_path)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         before = engine.state_dict()
         saving = engine.save_checkpoint(tmp_path / "c")
-        run(engine, batches(2))
+        losses_of(engine, batches(2))
         saving.wait()
         state = sum(p.size_bytes for s in engine.states for p in snapshot.pieces_of(s, engine.plan.state_format, 5000))
         assert max(held) <= saving.staging_bytes <= state / 2

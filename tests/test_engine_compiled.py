@@ -9,9 +9,10 @@ import torch
 
 from offload.engine import Engine
 from offload.errors import PlanError
+from tests.loops import losses_of
 from tests.models import GPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, H, N, plan_for
-from tests.test_engine_kinds_of_models import optimizer_of, train_plainly, train_through_tiers
+from tests.test_engine_kinds_of_models import optimizer_of, train_plainly
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own, which it keeps quiet
 STEPS = 6
@@ -61,7 +62,7 @@ def test_compiled_units_train_as_without_the_engine(
     compiled(model, in_place)
     data = batches(STEPS)
     with Engine(model, plan_for(model, placements, tmp_path, recompute=recompute), optimizer_of(model)) as engine:
-        found = train_through_tiers(engine, data)
+        found = losses_of(engine, data)
         assert engine.overflow_count == 0
         with torch.no_grad():
             evaluated = model(data[0]).item()
@@ -81,9 +82,9 @@ def test_the_first_pass_is_still_watched_and_keeps_the_units_compiled(tmp_path: 
     model = GPT()
     compiled(model, in_place=True)
     with Engine(model, plan_for(model, EVERY_TIER, tmp_path), optimizer_of(model)) as engine:
-        train_through_tiers(engine, batches(1))
+        losses_of(engine, batches(1))
         assert graphs() == 0
-        train_through_tiers(engine, batches(1))
+        losses_of(engine, batches(1))
         assert graphs() == 1
 
 
@@ -94,7 +95,7 @@ def test_after_the_engine_is_closed_a_compiled_module_is_called_as_before() -> N
     plan = plan_for(model, (RESIDENT,))
     for _ in range(2):
         with Engine(model, plan, optimizer_of(model)) as engine:
-            train_through_tiers(engine, batches(2))
+            losses_of(engine, batches(2))
     again = GPT()
     again.load_state_dict(model.state_dict())
     x = batches(1)[0]

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from offload.engine import Engine
 from offload.plan import Placement, Plan
+from tests.loops import losses_of
 from tests.models import GPT, Block, FrozenGPT, LoopingGPT, SkippingGPT, TiedGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for, units_of
 
@@ -173,16 +174,6 @@ def train_plainly(model: nn.Module, data: list[torch.Tensor]) -> list[float]:
     return losses
 
 
-def train_through_tiers(engine: Engine, data: list[torch.Tensor]) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
 @pytest.mark.parametrize(("where", "recompute"), [*((w, False) for w in PLACEMENTS), ("mixed", True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_is_plain_training(kind: type[GPT], where: str, recompute: bool, tmp_path: Path) -> None:
@@ -193,7 +184,7 @@ def test_training_is_plain_training(kind: type[GPT], where: str, recompute: bool
     blocks = tuple(u for u in units_of(model) if u.startswith("h.") and u in dict(model.named_modules()))
     plan = plan_of(model, PLACEMENTS[where], tmp_path, recompute=blocks if recompute else ())
     with Engine(model, plan, optimizer_of(model)) as engine:
-        assert train_through_tiers(engine, data) == train_plainly(plain, data)
+        assert losses_of(engine, data) == train_plainly(plain, data)
         found = engine.state_dict()
     for name, tensor in plain.state_dict().items():
         assert torch.equal(found[name], tensor), name
@@ -207,7 +198,7 @@ def test_results_cut_off_from_the_loss_change_no_more_than_the_order_of_sums(whe
     plain = copy.deepcopy(model)
     data = batches(STEPS)
     with Engine(model, plan_of(model, PLACEMENTS[where], tmp_path), optimizer_of(model)) as engine:
-        assert train_through_tiers(engine, data) == pytest.approx(train_plainly(plain, data), rel=1e-5)
+        assert losses_of(engine, data) == pytest.approx(train_plainly(plain, data), rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["on the host", "on disk"])
@@ -216,11 +207,11 @@ def test_frozen_weights_stream_and_carry_no_state(where: str, tmp_path: Path) ->
     placements = PLACEMENTS[where]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     with Engine(model, plan_of(model, placements, tmp_path), optimizer_of(model)) as engine:
-        train_through_tiers(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.finish()
         engine._up.submit(lambda: None).synchronize()  # what is fetched ahead has come
         before = engine.traffic_bytes()
-        train_through_tiers(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.finish()
         engine._up.submit(lambda: None).synchronize()
         moved = {link: size - before[link] for link, size in engine.traffic_bytes().items()}

@@ -15,6 +15,7 @@ from offload.residency import footprint
 from offload.restore import CheckpointTensors
 from offload.rules import AdamWStep
 from offload.shards import Shards
+from tests.loops import losses_of
 from tests.models import GPT, FrozenGPT, SkippingGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for
 from tests.ranks import on_ranks
@@ -39,16 +40,6 @@ def engine_for(model: nn.Module, plan: Plan) -> Engine:
     matrices, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
     sets = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     return Engine(model, plan, torch.optim.AdamW(sets, lr=1e-2, betas=BETAS))
-
-
-def run(engine: Engine, data: list) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
 
 
 def everything(engine: Engine) -> State:
@@ -85,7 +76,7 @@ def test_steps_through_every_tier_are_those_of_a_plain_loop_that_quantizes_by_it
     kept = {n: (torch.zeros(p.numel()), torch.zeros(p.numel())) for n, p in plain.named_parameters()}
     data = batches(3)
     with engine_for(model, planned(model, EVERY_TIER, tmp_path, moments, 256)) as engine:
-        run(engine, data)
+        losses_of(engine, data)
         found = everything(engine)
     for step, tokens in enumerate(data, 1):
         plain(tokens).backward()
@@ -121,7 +112,7 @@ def test_tiers_and_chunks_change_no_bit(
         plan = planned(model, placements, tmp_path, moments, chunk, precision=precision)
         with engine_for(model, plan) as engine:
             assert_holds_what_was_counted(engine, plan)
-            run(engine, batches(2))
+            losses_of(engine, batches(2))
             found.append(everything(engine))
     for other in found[1:]:
         assert_equal(other, found[0])
@@ -136,7 +127,7 @@ def test_the_device_may_take_its_share_of_the_update(moments: MomentFormat, tmp_
         plan = planned(model, ((H, H, H), (G, G, H)), tmp_path, moments, 128, gpu_update_share=share)
         with engine_for(model, plan) as engine:
             assert_holds_what_was_counted(engine, plan)
-            run(engine, batches(3))
+            losses_of(engine, batches(3))
             found.append(everything(engine))
     assert_equal(*found)
 
@@ -147,7 +138,7 @@ def on_rank(rank: int, world: int, stage: int, placements: tuple, moments: Momen
     plan = planned(model, placements, Path(directory), moments, 640, gpus=world, zero_stage=stage)
     with engine_for(model, plan) as engine:
         assert_holds_what_was_counted(engine, plan)
-        run(engine, parts_of(global_batches(2, world), world, rank))
+        losses_of(engine, parts_of(global_batches(2, world), world, rank))
         engine.save_checkpoint(f"{directory}/{stage}").wait()
         return everything(engine)
 
@@ -176,14 +167,14 @@ def test_resumed_training_is_the_undisturbed_training_to_the_last_bit(
     torch.manual_seed(0)
     data, model = batches(STEPS), GPT()
     with engine_for(model, planned(model, EVERY_TIER, tmp_path, moments, 448, precision=precision)) as engine:
-        run(engine, data[:3])
+        losses_of(engine, data[:3])
         path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
-        losses, end = run(engine, data[3:]), everything(engine)
+        losses, end = losses_of(engine, data[3:]), everything(engine)
     assert checkpoint.checked(path).training["moments"] == moments
     again = GPT()
     with engine_for(again, planned(again, EVERY_TIER[2:], tmp_path, moments, 5056, precision=precision)) as engine:
         engine.load_checkpoint(tmp_path / "checkpoints")
-        assert run(engine, data[3:]) == losses
+        assert losses_of(engine, data[3:]) == losses
         assert_equal(everything(engine), end)
 
 
@@ -196,7 +187,7 @@ def test_a_checkpoint_is_loaded_into_any_format_of_moments(
     torch.manual_seed(0)
     model, files = GPT(layers=1), tmp_path / "checkpoints"
     with Engine(model, planned(model, EVERY_TIER, tmp_path, saved, 448, optimizer=optimizer)) as engine:
-        run(engine, batches(2))
+        losses_of(engine, batches(2))
         engine.save_checkpoint(files).wait()
         before = everything(engine)
     other = GPT(layers=1)
@@ -208,13 +199,13 @@ def test_a_checkpoint_is_loaded_into_any_format_of_moments(
         for name, tensor in before.items():
             far = 0.05 * tensor.abs().max() if loaded is MomentFormat.EIGHT_BIT else 2.0**-8 * tensor.abs()
             assert ((after[name] - tensor).abs() <= far).all(), name
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
 
 
 def test_a_checkpoint_holds_moments_as_what_they_are(tmp_path: Path) -> None:
     model = GPT(layers=1)
     with engine_for(model, planned(model, EVERY_TIER, tmp_path, MomentFormat.EIGHT_BIT, 448)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
     with CheckpointTensors(checkpoint.checked(path)) as tensors:
         file = tensors._open(checkpoint.checked(path).rank_files()[0][0])
@@ -241,7 +232,7 @@ def test_whole_parameters_are_changed_beside_moments_that_stay(moments: MomentFo
     torch.manual_seed(0)
     model = GPT()
     with engine_for(model, planned(model, EVERY_TIER, tmp_path, moments, 448)) as engine:
-        run(engine, batches(2))
+        losses_of(engine, batches(2))
         before = everything(engine)
         with engine.gathered(model), torch.no_grad():
             for p in model.parameters():
@@ -257,7 +248,7 @@ def test_training_comes_as_far_as_with_moments_in_fp32(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = GPT(layers=2)
         with engine_for(model, planned(model, (RESIDENT,), tmp_path, moments, 1 << 22)) as engine:
-            losses = run(engine, batches(4) * 25)
+            losses = losses_of(engine, batches(4) * 25)
         ends[moments] = sum(losses[-8:]) / 8
         assert losses[0] > 4
     assert ends[MomentFormat.FP32] < 1

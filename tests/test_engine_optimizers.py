@@ -16,6 +16,7 @@ from offload.lion import Lion
 from offload.plan import OptimizerKind, Plan, Precision, StateFormat
 from offload.residency import footprint, state_bytes
 from offload.state import weight_dtype
+from tests.loops import losses_of
 from tests.models import GPT, SkippingGPT, batches
 from tests.plans import EVERY_TIER, G, H, N, plan_for
 
@@ -61,16 +62,6 @@ def engine_for(model: nn.Module, make: Make, plan: Plan) -> Engine:
     return Engine(model, plan, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=STEPS), 0.5)
 
 
-def run(engine: Engine, data: list) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm().clamp(min=1e-6)).item()
 
@@ -83,7 +74,7 @@ def test_twenty_steps_in_fp32_through_every_tier_end_where_its_own_steps_do(name
     plain = copy.deepcopy(model)
     data = batches(STEPS)
     with engine_for(model, make, plan_for(model, EVERY_TIER, tmp_path, optimizer=kind)) as engine:
-        losses = run(engine, data)
+        losses = losses_of(engine, data)
         found = engine.state_dict()
         assert not engine.optimizer.state
     assert losses == pytest.approx(train_plainly(plain, make, data), rel=1e-5)
@@ -105,7 +96,7 @@ def test_masters_move_by_less_than_a_weight_of_16_bits_can_tell(
     plan = plan_for(model, EVERY_TIER, tmp_path, precision, optimizer=kind)
     data = batches(1) * 8
     with engine_for(model, make, plan) as engine:
-        losses = run(engine, data)
+        losses = losses_of(engine, data)
         after = engine.state_dict()
     assert losses[-1] < losses[0]
     changed = [n for n in before if not torch.equal(after[n].to(weight_dtype(precision)).float(), after[n])]
@@ -120,20 +111,20 @@ def test_resumed_training_is_the_undisturbed_training(name: str, precision: Prec
     data = batches(8)
     model = GPT()
     with engine_for(model, make, plan_for(model, EVERY_TIER, tmp_path, precision, optimizer=kind)) as engine:
-        run(engine, data[:4])
+        losses_of(engine, data[:4])
         path = engine.save_checkpoint(tmp_path / "checkpoints").wait()
-        undisturbed = run(engine, data[4:])
+        undisturbed = losses_of(engine, data[4:])
     assert checkpoint.checked(path).optimizer == kind
     again = GPT()
     with engine_for(again, make, plan_for(again, EVERY_TIER[2:], tmp_path, precision, optimizer=kind)) as engine:
         engine.load_checkpoint(tmp_path / "checkpoints")
-        assert run(engine, data[4:]) == pytest.approx(undisturbed, rel=1e-5)
+        assert losses_of(engine, data[4:]) == pytest.approx(undisturbed, rel=1e-5)
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     model = GPT(layers=1)
     with engine_for(model, CASES["adam"][1], plan_for(model, (EVERY_TIER[0],), optimizer=OptimizerKind.ADAM)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.save_checkpoint(tmp_path).wait()
     other = GPT(layers=1)
     with engine_for(other, CASES["lion"][1], plan_for(other, (EVERY_TIER[0],), optimizer=OptimizerKind.LION)) as engine:
@@ -157,7 +148,7 @@ def test_what_has_no_state_keeps_none_on_disk(placement: tuple, tmp_path: Path) 
     plain = copy.deepcopy(model)
     data = batches(3)
     with engine_for(model, make, plan_for(model, (placement,), tmp_path, optimizer=kind)) as engine:
-        assert run(engine, data) == pytest.approx(train_plainly(plain, make, data), rel=1e-6)
+        assert losses_of(engine, data) == pytest.approx(train_plainly(plain, make, data), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from offload.engine import Engine
 from offload.native import native_update
 from offload.plan import Buckets, Plan, Precision
 from offload.streams import Lane
+from tests.loops import losses_of
 from tests.models import GPT
 from tests.plans import plan_for
 from tests.ranks import on_ranks
@@ -152,24 +153,14 @@ def host_engine(model: GPT, plan: Plan) -> Engine:
     return Engine(model, plan, optimizer, scheduler_of(optimizer), 0.05)
 
 
-def steps(engine: Engine, data: list[torch.Tensor]) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
 def saved_and_gone_on(rank: int, world: int, directory: str) -> list[float]:
     """The losses of two steps behind a checkpoint of the third."""
     torch.manual_seed(0)
     model, data = GPT(), parts_of(global_batches(5, world), world, rank)
     with host_engine(model, host_plan(model, directory, world)) as engine:
-        steps(engine, data[:3])
+        losses_of(engine, data[:3])
         engine.save_checkpoint(f"{directory}/saved").wait()
-        return steps(engine, data[3:])
+        return losses_of(engine, data[3:])
 
 
 def without_waiting(rank: int, world: int, directory: str) -> int:
@@ -284,4 +275,4 @@ def test_what_two_gpus_saved_goes_on_on_one(ranks: list[dict[str, Any]], tmp_pat
     model = GPT()
     with host_engine(model, host_plan(model, str(tmp_path), 1)) as engine:
         engine.load_checkpoint(f"{ranks[0]['directory']}/saved")
-        assert steps(engine, global_batches(5, WORLD)[3:]) == pytest.approx(expected, rel=LOSS_TOLERANCE)
+        assert losses_of(engine, global_batches(5, WORLD)[3:]) == pytest.approx(expected, rel=LOSS_TOLERANCE)

@@ -15,9 +15,10 @@ from offload.engine import Engine
 from offload.errors import CheckpointError
 from offload.plan import Precision
 from profiler.source import load_source
+from tests.loops import losses_of
 from tests.models import GPT, FrozenGPT, TiedGPT, batches
 from tests.plans import EVERY_TIER, plan_for
-from tests.test_checkpoint import engine_for, run
+from tests.test_checkpoint import engine_for
 from tests.test_engine_odd_models import AWAY, plan_of
 
 transformers = pytest.importorskip("transformers")
@@ -27,7 +28,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 def saved_run(model: nn.Module, run_dir: Path, precision: Precision) -> dict[str, torch.Tensor]:
     """A run of one step with its checkpoint; returns what the model has then."""
     with engine_for(model, plan_for(model, EVERY_TIER, run_dir, precision)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.save_checkpoint(run_dir / "checkpoints").wait()
         return engine.state_dict()
 
@@ -47,7 +48,7 @@ def test_bf16_is_what_training_in_bf16_computes_with(tmp_path: Path, monkeypatch
     monkeypatch.setattr(memplan.export, "PIECE_ELEMENTS", 1000)
     model = GPT()
     with engine_for(model, plan_for(model, EVERY_TIER, tmp_path, Precision.BF16)) as engine:
-        run(engine, batches(1))
+        losses_of(engine, batches(1))
         engine.save_checkpoint(tmp_path / "checkpoints").wait()
         with engine.gathered(model) as parameters:
             computed = {name: p.clone() for name, p in parameters.items()}
@@ -92,7 +93,7 @@ def test_a_folder_that_is_not_empty_is_left_alone_and_a_damaged_checkpoint_is_na
     model = GPT(layers=1)
     with engine_for(model, plan_for(model, ((*AWAY,),))) as engine:
         for _ in range(2):
-            run(engine, batches(1))
+            losses_of(engine, batches(1))
             engine.save_checkpoint(tmp_path / "checkpoints").wait()
     with pytest.raises(RunDirectoryError, match="not empty"):
         export(tmp_path, tmp_path / "checkpoints")

@@ -13,6 +13,7 @@ from offload.engine import Engine
 from offload.errors import OffloadError
 from offload.plan import Buckets, Precision
 from offload.updater import Updater
+from tests.loops import losses_of
 from tests.models import GPT, FrozenGPT, LoopingGPT, SkippingGPT, TiedGPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for, units_of
 from tests.slow import slow_down
@@ -28,12 +29,7 @@ def engine_of(model: nn.Module, placements: tuple, path: Path, **changes: Any) -
 
 
 def train(engine: Engine, data: list) -> list[float]:
-    losses = []
-    for tokens in data:
-        loss = engine(tokens)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
+    losses = losses_of(engine, data)
     assert engine.overflow_count == 0
     return losses
 

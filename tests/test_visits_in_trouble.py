@@ -24,11 +24,18 @@ from tests.test_engine_equals_pytorch import assert_same
 from tests.test_visits import slow_down, step_plainly
 
 
-def both(model: GPT, placements: tuple, **changes: Any) -> tuple[Engine, GPT, torch.optim.Optimizer]:
+def assert_trains_as_plain(model: GPT, placements: tuple, steps: int, **changes: Any) -> None:
+    """Clipped, by one AdamW and the other."""
     plain = copy.deepcopy(model)
     plan: Plan = plan_for(model, placements, **changes)
-    engine = Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05)
-    return engine, plain, torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    with Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2), max_grad_norm=0.05) as engine:
+        for tokens in batches(steps):
+            engine.backward(engine(tokens))
+            engine.step()
+            plain(tokens).backward()
+            step_plainly(plain, optimizer)
+        assert_same(engine.state_dict(), plain, 1e-6)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4])
@@ -43,14 +50,7 @@ def test_a_piece_that_comes_to_another_slot_than_it_left_is_home_first(
     block = sum(-(-p.numel() // 64) * 64 for p in model.h[0].parameters())
     size = -(-block // pieces // 64) * 64
     buckets = Buckets(1, size, 16384)
-    engine, plain, optimizer = both(model, placements, gpu_update_share=1.0, buckets=buckets)
-    with engine:
-        for tokens in batches(5):
-            engine.backward(engine(tokens))
-            engine.step()
-            plain(tokens).backward()
-            step_plainly(plain, optimizer)
-        assert_same(engine.state_dict(), plain, 1e-6)
+    assert_trains_as_plain(model, placements, 5, gpu_update_share=1.0, buckets=buckets)
 
 
 def test_a_part_without_gradient_keeps_nothing_from_coming_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,14 +69,7 @@ def test_a_part_without_gradient_keeps_nothing_from_coming_ahead(monkeypatch: py
         fetching(self, coming, after)
 
     monkeypatch.setattr(StreamedUpdate, "_fetch_all", counted)
-    engine, plain, optimizer = both(model, placements, gpu_update_share=0.5, buckets=buckets)
-    with engine:
-        for tokens in batches(4):
-            engine.backward(engine(tokens))
-            engine.step()
-            plain(tokens).backward()
-            step_plainly(plain, optimizer)
-        assert_same(engine.state_dict(), plain, 1e-6)
+    assert_trains_as_plain(model, placements, 4, gpu_update_share=0.5, buckets=buckets)
     assert len(fetched) == 4
 
 
