@@ -3,9 +3,9 @@ computing is nothing.
 
     python -m benchmarks.host_time [--device cuda] [--steps 60]
 
-Needs no GPU. Prints microseconds a block of forward, backward and step, the lower quartile of the steps, and what the
-engine adds to plain PyTorch: clipping and AdamW(foreach), recompute by torch.utils.checkpoint. The update of the step
-before is over when a step begins, so that no step waits for it.
+Needs no GPU. Prints and saves microseconds a block of forward, backward and step, the lower quartile of the steps, and
+what the engine adds to plain PyTorch: clipping and AdamW(foreach), recompute by torch.utils.checkpoint. The update of
+the step before is over when a step begins, so that no step waits for it.
 """
 
 import argparse
@@ -13,10 +13,12 @@ import statistics
 import time
 from collections.abc import Callable, Generator
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.common import save
 from offload.engine import Engine
 from offload.plan import Precision, Tier
 from tests.models import GPT
@@ -38,15 +40,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
     print(f"µs a block  {'':36}" + "".join(f"{phase:>10}" for phase in PHASES))
     for recompute in (False, True):
         suffix = ", recomputed" if recompute else ""
         alone = measured(partial(plain, args.device, recompute), args.steps)
-        print_row(f"plain PyTorch{suffix}", alone)
+        rows.append(row_of(f"plain PyTorch{suffix}", alone))
         for name, placement in PLACEMENTS.items():
             taken = measured(partial(by_engine, args.device, recompute, placement), args.steps)
-            print_row(f"engine, {name}{suffix}", taken)
-            print_row("  more than plain", [a - b for a, b in zip(taken, alone, strict=True)])
+            rows.append(row_of(f"engine, {name}{suffix}", taken))
+            rows.append(
+                row_of(f"  {name}{suffix}, more than plain", [a - b for a, b in zip(taken, alone, strict=True)])
+            )
+    print(save("host-time", rows, device=args.device, layers=LAYERS, width=WIDTH, steps=args.steps))
 
 
 def measured(training: Callable[[], Parts], steps: int) -> list[float]:
@@ -109,9 +115,13 @@ def _setup() -> tuple[GPT, torch.Tensor]:
     return GPT(LAYERS, WIDTH, HEADS), torch.randint(0, 61, (1, 9))
 
 
-def print_row(name: str, microseconds: list[float]) -> None:
-    """A line of the table."""
+def row_of(name: str, microseconds: list[float]) -> dict[str, Any]:
+    """A line of the table, printed, and as a row of the result."""
     print(f"{name:48}" + "".join(f"{value:10.0f}" for value in microseconds), flush=True)
+    return {
+        "way": name.strip(),
+        **{f"{p}_microseconds": round(m, 1) for p, m in zip(PHASES, microseconds, strict=True)},
+    }
 
 
 if __name__ == "__main__":
