@@ -59,6 +59,11 @@ def models() -> list[Model]:
     ]
 
 
+def model_named(name: str) -> Model:
+    """One of them."""
+    return next(model for model in models() if model.name == name)
+
+
 def build(model: Model) -> nn.Module:
     """On the CPU, the same values every time."""
     torch.manual_seed(0)

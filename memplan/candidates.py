@@ -20,14 +20,14 @@ from memplan.problem import Family, Problem
 from memplan.work import StepWork
 from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets, MomentFormat
-from offload.residency import state_bytes
+from offload.residency import state_bytes, streamed_slot_bytes
 from offload.shards import ALIGN_ELEMENTS
 
 PREFETCH_DEPTHS = (1, 2)
 SMALLEST_UPDATE = 1 << 16
 LARGEST_UPDATE = 1 << 24
 STAGING_SHARE = 1 / 16
-"""Of the host budget, for the chunks in which state is updated and streamed."""
+"""Of a tier's budget, for the chunks in which state is updated and streamed."""
 RANK_BITS = 8
 """Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
 UPDATE_COPIES = 5
@@ -73,14 +73,18 @@ def rounded(seconds: float | np.ndarray) -> np.ndarray:
 
 
 def update_sizes(problem: Problem) -> Iterator[int]:
-    """Elements of one chunk to try: as many as its share of the host budget allows, then fewer."""
+    """Elements of one chunk to try: as many as its share of the budgets allows, then fewer."""
+    budget, shared = problem.budget, problem.gpu_update_share > 0
     state = state_bytes(ALIGN_ELEMENTS, problem.form) / ALIGN_ELEMENTS
     chunk_bytes = 3 * (3 * problem.precision.weight_bytes + state)
     largest = max((s.elements for s in problem.shapes), default=0)
+
+    def staged(size: int) -> bool:
+        on_gpu = Buckets().update_slots * streamed_slot_bytes(size, problem.form) if shared else 0
+        return size * chunk_bytes <= budget.host_bytes * STAGING_SHARE and on_gpu <= budget.gpu_bytes * STAGING_SHARE
+
     size = LARGEST_UPDATE
-    while size > SMALLEST_UPDATE and (
-        size // 2 >= largest or size * chunk_bytes > problem.budget.host_bytes * STAGING_SHARE
-    ):
+    while size > SMALLEST_UPDATE and (size // 2 >= largest or not staged(size)):
         size //= 2
     while size >= SMALLEST_UPDATE:
         yield size

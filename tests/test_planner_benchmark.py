@@ -2,7 +2,7 @@
 
 from dataclasses import astuple, replace
 
-from benchmarks.planner import MACHINE, largest_allowed, refusals, restored, setup_of, summary
+from benchmarks.planned_again import MACHINE, allowed_by_margin, refusals, restored, setup_of, summary
 from memplan.planned import counts_of
 from memplan.search import plan
 from tests.synthetic_profiles import RATES, transformer
@@ -44,5 +44,10 @@ def test_a_setup_is_predicted_as_its_plan_was_and_allows_what_the_plan_takes():
     family, counts = restored(profile, RATES, setup, found.micro_batch_size, found.gradient_accumulation_steps)
     assert family.gpu_peak_bytes(counts) == expected.gpu_peak_bytes
     assert family.seconds_of(counts) == expected.step_seconds
-    assert largest_allowed(profile, RATES, setup, expected.gpu_upper_bytes) >= found.micro_batch_size
-    assert largest_allowed(profile, RATES, setup, expected.gpu_upper_bytes - 1) < found.micro_batch_size
+    enough = allowed_by_margin(profile, RATES, setup, expected.gpu_upper_bytes)
+    assert enough["largest_allowed"] >= found.micro_batch_size
+    assert allowed_by_margin(profile, RATES, setup, expected.gpu_upper_bytes - 1)["largest_allowed"] < (
+        found.micro_batch_size
+    )
+    margins = [*enough["with_margin_mib"].values()]
+    assert margins == sorted(margins, reverse=True), "a larger margin allows no more"
