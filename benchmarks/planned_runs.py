@@ -116,8 +116,9 @@ def _runs(engine: Engine, model: Model, size: int) -> bool:
         if "memory" not in str(error):
             raise
         print(f"    {model.name}, batch {size}: {str(error)[:300]}", flush=True)
-        engine.zero_grad()
-        gc.collect()
-        torch.cuda.empty_cache()
-        return False
-    return True
+    else:
+        return True
+    engine.zero_grad()
+    gc.collect()
+    torch.cuda.empty_cache()
+    return False

@@ -21,11 +21,17 @@ def unit_paths(profile: ModelProfile) -> tuple[str, ...]:
     """Paths of all units but the root, in forward order; none lies inside another.
 
     Every block is one, and so is every outermost module without blocks inside that holds at least
-    ``OWN_UNIT_SHARE`` of the parameters (an embedding, a head).
+    ``OWN_UNIT_SHARE`` of the parameters (an embedding, a head). One that is never called, a list of others, can not
+    tell when its weights are needed: those in it can.
     """
     blocks = set(profile.blocks)
     # The modules around the blocks; the model itself is always one of them.
     around = {""} | {b[:i] for b in blocks for i, letter in enumerate(b) if letter == "."}
+    called = [layer.path for layer in profile.layers if layer.calls]
+    for layer in profile.layers:  # a module comes before those in it
+        lists = not layer.calls and any(path.startswith(layer.path + ".") for path in called)
+        if lists and layer.path.rpartition(".")[0] in around and layer.path not in blocks:
+            around.add(layer.path)
     beside = {
         layer.path
         for layer in profile.layers

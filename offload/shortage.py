@@ -2,7 +2,8 @@
 
 [Note: memory of a failed pass]
 An error leads through its traceback to the frames of the pass, and so to every activation. Whoever handles it may want
-to try again with less, so the traceback stays as text only.
+to try again with less, so the traceback stays as text only. The frame that raises is in the new error's traceback: it
+keeps neither the loss that it was called with, nor the error, a circle that only the garbage collector would find.
 """
 
 import re
@@ -36,10 +37,13 @@ def explaining_shortage(phase: str) -> Callable[[Method], Method]:
                 if phase != UPDATE:
                     engine.zero_grad()
                 half_done = phase == UPDATE or engine.update_failed
-                sentence = shortage(error, engine.plan, where, engine.meter.now_bytes()["gpu"], half_done=half_done)
+                held_bytes = engine.meter.now_bytes()["gpu"]
                 # [Note: memory of a failed pass]
                 error.add_note("".join(["It was raised here:\n", *traceback.format_tb(error.__traceback__)]))
-                raise sentence from error.with_traceback(None)
+                del args, kwargs
+                raise shortage(error, engine.plan, where, held_bytes, half_done=half_done) from error.with_traceback(
+                    None
+                )
 
         return explaining  # type: ignore[return-value]
 

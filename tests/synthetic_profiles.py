@@ -49,7 +49,7 @@ def parameter(name: str, *shape: int, trainable: bool = True, aliases: Sequence[
 
 
 def layer(path: str, order: int | None, parameters: int = 0, forward: int = 0, backward: int = 0) -> LayerProfile:
-    return LayerProfile(path, "Module", order, 1, parameters, 4 * parameters, forward, backward, 0)
+    return LayerProfile(path, "Module", order, int(order is not None), parameters, 4 * parameters, forward, backward, 0)
 
 
 def profile_of(

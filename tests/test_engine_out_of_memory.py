@@ -1,5 +1,6 @@
 """The device runs out of memory in a step: the sentence says where, and the same engine goes on with less."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -40,6 +41,23 @@ class Failing(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple:
         if ctx.large:
             fail()
+        return gradient, None
+
+
+class Held:
+    """What a graph keeps for its backward."""
+
+
+class Keeping(torch.autograd.Function):
+    """Identity; the graph keeps ``held``."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, held: Held) -> torch.Tensor:
+        ctx.held = held
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple:
         return gradient, None
 
 
@@ -201,6 +219,32 @@ def test_the_memory_of_the_failed_pass_is_free_while_the_error_is_handled(tmp_pa
             gc.collect()
             assert held[0]() is None
             step(engine, batches(1, SMALL)[0])
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, (H, H, H)])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_no_garbage_holds_the_memory_of_the_failed_pass(phase: str, placement: tuple, tmp_path: Path) -> None:
+    """Who tries again behind ``except`` must not wait for the garbage collector, which does not know of devices."""
+    model = GPT()
+    runs_out(model, "h.3", phase, again=False)
+    held: list[weakref.ref] = []
+
+    def keep(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        kept = Held()
+        held.append(weakref.ref(kept))
+        return Keeping.apply(output, kept)
+
+    model.h[0].register_forward_hook(keep)
+    with engine_for(model, tmp_path, (placement,)) as engine:
+        gc.collect()
+        gc.disable()
+        try:
+            with contextlib.suppress(DeviceMemoryError):
+                engine.backward(engine(batches(1, LARGE)[0]))
+            assert len(held) == 1
+            assert held[0]() is None
+        finally:
+            gc.enable()
 
 
 def test_it_is_an_error_of_the_runtime_and_a_memory_error_made_from_torchs() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from memplan.audit import audit
+from offload.engine import Engine
 from offload.errors import PlanError
 from offload.plan import Plan, Tier
 from offload.residency import UnitShape
@@ -50,3 +51,14 @@ def test_a_placement_that_was_changed_names_the_prediction_to_change_with_it() -
     shapes = [UnitShape.of(p.unit, [640]) for p in plan.placements]
     moved = replace(plan, placements=tuple(replace(p, optimizer=Tier.HOST) for p in plan.placements))
     assert any("by hand, write that into prediction.host_bytes" in said for said in audit(moved, shapes))
+
+
+def test_a_unit_that_only_holds_modules_is_refused_before_anything_moves() -> None:
+    model = GPT(layers=2)
+    plan = plan_for(model, (RESIDENT,))
+    root = next(p for p in plan.placements if not p.unit)
+    by_list = replace(plan, placements=(root, replace(root, unit="h")))
+    with pytest.raises(PlanError, match="the plan places 'h', a ModuleList, which nobody calls"):
+        Engine(model, by_list)
+    with pytest.raises(PlanError, match="the plan places 'k', but the model has no module of that name"):
+        Engine(model, replace(plan, placements=(root, replace(root, unit="k"))))

@@ -59,6 +59,28 @@ def test_without_blocks_the_children_of_the_model_are_units():
     assert names(profile) == ["", "a", "b"]
 
 
+def test_of_a_list_that_nobody_calls_the_large_members_are_units():
+    profile = profile_of(
+        [parameter("s.0.down.0.w", 3), parameter("s.0.down.1.w", 500), parameter("s.0.h.0.w", 900)],
+        [
+            *(layer("", 0, 1403), layer("s", None, 1403), layer("s.0", 1, 1403), layer("s.0.down", None, 503)),
+            *(layer("s.0.down.0", 2, 3), layer("s.0.down.1", 3, 500), layer("s.0.h", None, 900)),
+            *(layer("s.0.h.0", 4, 900), layer("s.0.h.0.inner", None, 900), layer("s.0.h.0.inner.0", 5, 900)),
+        ],
+        ["s.0.h.0"],
+    )
+    assert names(profile) == ["", "s.0.down.1", "s.0.h.0"], "what is inside of a block stays there"
+
+
+def test_a_module_of_which_nothing_is_ever_called_is_one_unit():
+    profile = profile_of(
+        [parameter("a.w", 1000), parameter("b.0.w", 1000)],
+        [layer("", 0, 2000), layer("a", 1, 1000), layer("b", None, 1000), layer("b.0", None, 1000)],
+        [],
+    )
+    assert names(profile) == ["a", "b"]
+
+
 def test_frozen_parameters_are_counted_apart():
     profile = profile_of(
         [parameter("h.0.w", 64), parameter("h.0.f", 128, trainable=False)],
