@@ -109,8 +109,8 @@ def partition(
         raise PlanError(f"the plan places {missing[0]!r}, but the model has no module of that name")
     for path in (p.unit for p in placements if type(modules[p.unit]).forward is nn.Module.forward):
         raise PlanError(
-            f"the plan places {path!r}, a {type(modules[path]).__name__}, which nobody calls, so nothing tells when its "
-            "weights are needed: place the modules in it, or leave them to the root unit; memplan plan does so"
+            f"the plan places {path!r}, a {type(modules[path]).__name__}, which nobody calls, so nothing tells when "
+            "its weights are needed: place the modules in it, or leave them to the root unit; memplan plan does so"
         )
     paths = [p.unit for p in placements if p.unit]
     names: dict[nn.Parameter, list[str]] = {}
