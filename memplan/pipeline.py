@@ -118,6 +118,8 @@ class _Pipeline:
         self.frozen = np.array([[not s.trainable_elements] for s in work.shapes])
         streaming = np.asarray(counts.parameters) > 0
         updating = np.asarray(counts.state) > 0
+        self.hooked = streaming | work.inputs_leave
+        """Whether saved tensors go through hooks."""
         returning = np.asarray(counts.gradients) > 0
         r = work.rates
         self.up_factor = np.where(returning, 1 / r.duplex_share, 1.0)
@@ -180,18 +182,18 @@ class _Pipeline:
                 self._update_unit(u)
             arrived = self._weights(u, factor, first)
             self._used(u, arrived)
-            self._compute(w.by_unit[u], FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward")
+            self._compute_unit(u, FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward")
         if first:
             self._write(self.on_disk, self.lanes["cpu_update"], "state written")
         # Of each ring the last ones stay; those whose follower came into the same slot are gone.
         for u in w.order:
             follower = w.later[u]
             self.held[u] = self.away[u] & (~self.away[follower] if follower is not None else True)
-        self._compute(w.rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
+        self._compute(w.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
 
     def _backward(self, first: bool, last: bool) -> None:
         w = self.work
-        self._compute(w.rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
+        self._compute(w.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
         for i, u in enumerate(reversed(w.order)):
             arrived = self._weights(u, self.up_factor, first=False)
             if i > 0:  # the last unit's forward and backward are one use
@@ -199,7 +201,7 @@ class _Pipeline:
             room = self._gradient_room(u, first)
             if i == 0 and w.root is not None:
                 room = np.maximum(room, self._gradient_room(w.root, first))
-            self._compute(w.by_unit[u], BACKWARD, BACKWARD_ISSUE, np.maximum(arrived, room), f"{w.names[u]} backward")
+            self._compute_unit(u, BACKWARD, BACKWARD_ISSUE, np.maximum(arrived, room), f"{w.names[u]} backward")
             self._gradient(u, last)
         for u in w.order:
             follower = w.earlier[u]
@@ -351,9 +353,14 @@ class _Pipeline:
         sent = self._do("device_to_host", there, seconds, self.grad_off[u], f"{name} gradient")
         self.landed[u] = np.where(self.grad_off[u], sent, there)
 
-    def _compute(self, seconds: np.ndarray, kernels: int, issue: int, arrived: Times, label: str) -> None:
+    def _compute_unit(self, u: int, kernels: int, issue: int, arrived: Times, label: str) -> None:
+        self._compute(self.work.by_unit[u], self.work.hooks_by_unit[u], kernels, issue, arrived, label)
+
+    def _compute(
+        self, seconds: np.ndarray, hooks: np.ndarray, kernels: int, issue: int, arrived: Times, label: str
+    ) -> None:
         begun = self.cpu
-        self.cpu = self.cpu + seconds[issue]
+        self.cpu = self.cpu + seconds[issue] + hooks[issue] * self.hooked
         start = np.maximum(np.maximum(self.gpu, arrived), begun)
         # A GPU that waits for the CPU ends with what was issued last.
         end = np.maximum(start + seconds[kernels], self.cpu)

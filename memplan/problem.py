@@ -136,6 +136,7 @@ class Problem:
             self.rates,
             self.once("trained", self._trained),
             self.once(("recomputed", family.way.recomputed_blocks), lambda: self._recomputed(family.way)),
+            family.way.recomputed_blocks > 0 and family.way.checkpoints is Tier.HOST,
             self.device,
         )
 

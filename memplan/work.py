@@ -12,22 +12,25 @@ from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD_ISSUE, PassSeconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
 from memplan.shared_update import SharedUpdate, beside_adam, shared_update
-from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets, Precision, StateFormat
 from offload.residency import UnitShape
 
+ISSUES = [FORWARD_ISSUE, BACKWARD_ISSUE]
+_ISSUE_ONLY = np.array([0.0, 1.0, 0.0, 1.0])
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
 # What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
 # follows the machine. Fitted to steps measured on one H200 (benchmarks/planner.py).
-PASS_ISSUE_FACTOR = 1.4
-"""How much longer it takes to issue a pass in the engine than alone: each saved tensor goes through a hook.
-
-Fitted when that was so in every plan; where nothing leaves the GPU there is none any more, and this is too much."""
-GRADIENT_CALLS = 0.8
+PASS_ISSUE_FACTOR = 1.25
+"""How much longer it takes to issue a pass in the engine than alone."""
+HOOKED_ISSUE_FACTOR = 1.5
+"""The same where each saved tensor goes through a hook: weights come and go, or inputs of blocks wait on the host."""
+UNIT_CALLS = 1.25
+"""For one unit in one pass: it is told where its use begins and ends."""
+GRADIENT_CALLS = 0.45
 """For one parameter's gradient in one micro-batch: taken away, gathered."""
-PIECE_CALLS = 0.5
-"""For one piece of an update on the GPU."""
+UPDATE_CALLS = 1.0
+"""For one unit's update on the GPU."""
 CHECKPOINT_CALLS = 3.0
 """For one recomputed block, beside what running it again takes."""
 
@@ -50,6 +53,8 @@ class StepWork:
     """Number of trainable parameters of each unit."""
     recomputed: tuple[int, ...]
     """Number of recomputed blocks in each unit."""
+    inputs_leave: bool = False
+    """Whether inputs of recomputed blocks wait on the host."""
     device: str = "cuda"
 
     @property
@@ -181,8 +186,9 @@ class StepWork:
         rows = self.passes.by_unit.copy()
         gathered = np.array([s.trainable_elements for s in self.held]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
-        rows[:, [FORWARD_ISSUE, BACKWARD_ISSUE]] *= PASS_ISSUE_FACTOR
+        rows[:, ISSUES] *= PASS_ISSUE_FACTOR
         call = self.rates.call_seconds
+        rows[:, ISSUES] += UNIT_CALLS * call
         rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_CALLS * call
         rows[:, BACKWARD_ISSUE] += np.array(self.recomputed) * CHECKPOINT_CALLS * call
         return rows
@@ -190,8 +196,17 @@ class StepWork:
     @property
     def rest(self) -> np.ndarray:
         """The same of what belongs to no unit."""
-        issue = np.array([1.0, PASS_ISSUE_FACTOR, 1.0, PASS_ISSUE_FACTOR])
-        return self.passes.rest * issue
+        return self.passes.rest * _ISSUE_ONLY * PASS_ISSUE_FACTOR + self.passes.rest * (1 - _ISSUE_ONLY)
+
+    @cached_property
+    def hooks_by_unit(self) -> np.ndarray:
+        """What it takes beside ``by_unit`` where saved tensors go through hooks."""
+        return self.passes.by_unit * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - PASS_ISSUE_FACTOR)
+
+    @property
+    def hooks_of_rest(self) -> np.ndarray:
+        """The same beside ``rest``."""
+        return self.passes.rest * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - PASS_ISSUE_FACTOR)
 
     @cached_property
     def gpu_update_seconds(self) -> float:
@@ -205,8 +220,7 @@ class StepWork:
     @property
     def step_issue_seconds(self) -> float:
         """Of the CPU in ``step``, if all state is on the GPU."""
-        pieces = sum(-(-n // DEVICE_ELEMENTS) for n in self.state_elements)
-        return pieces * PIECE_CALLS * self.rates.call_seconds
+        return sum(n > 0 for n in self.state_elements) * UPDATE_CALLS * self.rates.call_seconds
 
     @property
     def host_update_seconds(self) -> float:

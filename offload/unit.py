@@ -107,12 +107,12 @@ def partition(
     modules = dict(model.named_modules(remove_duplicate=False))
     if missing := [p.unit for p in placements if p.unit not in modules]:
         raise PlanError(f"the plan places {missing[0]!r}, but the model has no module of that name")
-    for path in (p.unit for p in placements if type(modules[p.unit]).forward is nn.Module.forward):
+    paths = [p.unit for p in placements if p.unit]
+    for path in (p for p in paths if type(modules[p]).forward is nn.Module.forward):
         raise PlanError(
             f"the plan places {path!r}, a {type(modules[path]).__name__}, which nobody calls, so nothing tells when "
             "its weights are needed: place the modules in it, or leave them to the root unit; memplan plan does so"
         )
-    paths = [p.unit for p in placements if p.unit]
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_complex() and parameter.requires_grad:

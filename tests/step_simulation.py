@@ -124,6 +124,9 @@ class _Engine:
         self.up_update = 1 / rates.links_beside_update if updating else 1.0
         self.down_backward = 1 / rates.duplex_share if streaming else 1.0
         self.update_factor = rates.cpu_update_beside_links if streaming else 1.0
+        hooked = float(streaming or work.inputs_leave)
+        self.by_unit = work.by_unit + hooked * work.hooks_by_unit
+        self.rest = work.rest + hooked * work.hooks_of_rest
 
     def train(self, steps: int) -> Simulated:
         self.clock.start(self._loop(steps))
@@ -157,19 +160,19 @@ class _Engine:
             yield from self._use("")
         for u in self._named():
             yield from self._begin_use(u.shape.name)
-            yield from self._issue(self.work.by_unit[u.index], FORWARD, FORWARD_ISSUE, f"{u.label} forward")
+            yield from self._issue(self.by_unit[u.index], FORWARD, FORWARD_ISSUE, f"{u.label} forward")
             self.in_use.discard(u.shape.name)
-        yield from self._issue(self.work.rest, FORWARD, FORWARD_ISSUE, "rest forward")
+        yield from self._issue(self.rest, FORWARD, FORWARD_ISSUE, "rest forward")
 
     def _backward(self, first: bool, last: bool) -> Process:
         self.backward = True
         if "" in self.by_name:
             yield from self._use("")
-        yield from self._issue(self.work.rest, BACKWARD, BACKWARD_ISSUE, "rest backward")
+        yield from self._issue(self.rest, BACKWARD, BACKWARD_ISSUE, "rest backward")
         root = self.by_name.get("")
         for i, u in enumerate(reversed(self._named())):
             yield from self._begin_use(u.shape.name)
-            row, share = self.work.by_unit[u.index], self.first_gradient
+            row, share = self.by_unit[u.index], self.first_gradient
             yield from self._issue(row * share, BACKWARD, BACKWARD_ISSUE, f"{u.label} backward")
             yield from self._target(u, first)
             if i == 0 and root is not None:  # a norm behind the blocks, or the head that shares its weight
