@@ -64,6 +64,21 @@ def local_device(plan: Plan, axes: Axes | None) -> torch.device:
     return torch.device(plan.device, local_index() if axes is not None else 0)
 
 
+class _OnDevice:
+    """What the current stream of a device was given so far, for another thread to ask about.
+
+    A thread that has named no device asks the first one, and by that makes a context there, in memory of another rank.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._event = device, torch.cuda.current_stream(device).record_event()
+
+    def query(self) -> bool:
+        """Whether the device has come to it."""
+        with torch.cuda.device(self._device):
+            return bool(self._event.query())
+
+
 class Ranks:
     """All ranks of a plan's data axis, those that share a copy of the model with this one, and its tensor axis."""
 
@@ -131,7 +146,7 @@ class Ranks:
         return self._dog.inside(kind, verb, unit, self._mark if self._device.type == "cuda" else None)
 
     def _mark(self) -> Mark:
-        return torch.cuda.current_stream(self._device).record_event()
+        return _OnDevice(self._device)
 
     # Gathers: by the lane that does nothing else
 

@@ -7,6 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+IN_A_STEP = ("gather", "reduce", "agreement", "loss")
+"""Kinds in the order in which a step comes to them. While a device waits in a gather, its host goes on, and gives it
+reductions that wait behind that: a rank is said to wait where it began to."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -15,6 +19,12 @@ class Verdict:
     rank: int | None
     """The one to blame; None where that is nobody."""
     sentence: str
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Verdict":
+        """What was written."""
+        data = json.loads(text)
+        return cls(data["rank"], data["sentence"])
 
 
 @dataclass(frozen=True)
@@ -63,15 +73,16 @@ def blame(standings: Mapping[int, Standing], timeout_seconds: float) -> Verdict:
         return seconds is not None and seconds > timeout_seconds / 2
 
     kinds = sorted({kind for standing in standings.values() for kind in standing.kinds})
-    found: list[tuple[int, int, str, list[int]]] = []
+    found: list[tuple[int, int, int, str, list[int]]] = []
     for rank, standing in standings.items():
         if any(waits(standing, kind) for kind in kinds) and not standing.left:
             continue
         for kind in kinds:
             count = standing.kinds.get(kind, Entered()).count
             waiting = [r for r, s in standings.items() if waits(s, kind) and s.kinds[kind].count > count]
-            found.append((len(waiting), -rank, kind, waiting))
-    many, negative, kind, waiting = max(found, default=(0, 0, "", []))
+            place = IN_A_STEP.index(kind) if kind in IN_A_STEP else len(IN_A_STEP)
+            found.append((len(waiting), -rank, -place, kind, waiting))
+    many, negative, _, kind, waiting = max(found, default=(0, 0, 0, "", []))
     if not many:
         places = {e.what for s in standings.values() for k, e in s.kinds.items() if waits(s, k)}
         where = " and ".join(f"'{place}'" for place in sorted(places))

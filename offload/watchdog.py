@@ -135,8 +135,8 @@ class Watchdog:
         return max(self.timeout_seconds, PATIENT_SECONDS) if kind in PATIENT else self.timeout_seconds
 
     def backstop(self, kind: str) -> timedelta:
-        """For a group of such collectives: when torch.distributed is to give up where this did not."""
-        return timedelta(seconds=2 * self.patience_seconds(kind))
+        """For a group of such collectives: when torch is to give up where this did not, which over NCCL aborts it."""
+        return timedelta(seconds=2 * self.patience_seconds(kind) + SILENT_SECONDS)
 
     def waited_seconds(self) -> float:
         """Inside of collectives so far."""
@@ -163,7 +163,7 @@ class Watchdog:
             except Exception:  # noqa: BLE001 - the store went with the process that had it
                 there = mine
             self._mine = there == mine
-            self._learn(_verdict(there))
+            self._learn(Verdict.from_json(there))
         return self._mine
 
     def _learn(self, verdict: Verdict) -> None:
@@ -212,13 +212,17 @@ class Watchdog:
         return self._closing.is_set()
 
     def _end(self, code: int) -> None:
-        """End the process, whatever its main thread waits for."""
+        """End the process, whatever its main thread waits for, which may hold a lock of what is said last."""
         assert self.verdict is not None
-        self._print()
-        for last in (self.on_verdict, sys.stdout.flush):
+        with suppress(RuntimeError):  # no thread is to be had any more
+            (speaking := threading.Thread(target=self._say_last, daemon=True)).start()
+            speaking.join(LEAVE_SECONDS)
+        os._exit(code)
+
+    def _say_last(self) -> None:
+        for last in (self._print, self.on_verdict, sys.stdout.flush):
             with suppress(Exception):  # somebody waits for the others to end
                 last()
-        os._exit(code)
 
     def _look(self, now: float) -> None:
         self._write()
@@ -300,7 +304,7 @@ class Watchdog:
 
     def _read_verdict(self) -> None:
         if self.verdict is None and self._store.check([VERDICT]):
-            self._learn(_verdict(self._store.get(VERDICT).decode()))
+            self._learn(Verdict.from_json(self._store.get(VERDICT)))
 
     def _standings(self, ranks: Sequence[int] | None = None) -> dict[int, Standing]:
         wanted = [r for r in (range(self.world) if ranks is None else ranks) if self._store.check([str(r)])]
@@ -349,11 +353,6 @@ def own_client(store: dist.Store) -> dist.Store:
     own: dist.Store = store.clone()  # type: ignore[attr-defined]
     own.set_timeout(timedelta(seconds=SILENT_SECONDS / 2))
     return dist.PrefixStore("watchdog", own)
-
-
-def _verdict(text: str) -> Verdict:
-    data = json.loads(text)
-    return Verdict(data["rank"], data["sentence"])
 
 
 @cache

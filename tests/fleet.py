@@ -6,10 +6,16 @@ import multiprocessing as mp
 import os
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from offload.ranks import CONNECTIONS
 from tests.ranks import free_port
+
+ROOT = Path(__file__).parent.parent
+REPEATING = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""On a GPU, for products that are the same to the last bit every time."""
 
 MODEL = """
 import os, signal, time
@@ -86,43 +92,76 @@ class Fleet:
 
     folder: Path
     world: int
+    run: str
+    """Name of its directory there; several may train in one folder at a time."""
     processes: list[mp.Process] = field(default_factory=list)
+    _ended: dict[int, Ended] = field(default_factory=dict)
+    _killed: bool = False
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / self.run
 
     def start(self, *words: str, fault: str = "none -1 0", **constants: float) -> "Fleet":
         """Start them; ``constants`` are those of the watchdog."""
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(self.world)}
-        arguments = ["memplan", "train", "net.py", "--no-tui", *words]
+        common |= {**CONNECTIONS, **REPEATING, "FAULT": fault}
+        arguments = ["memplan", "train", "net.py", "--no-tui", "--out", self.run, *words]
         for rank in range(self.world):
-            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "FAULT": fault}
-            target = (str(self.folder), rank, own, arguments, constants)
+            own = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            streams = [str(self._stream(name, rank)) for name in ("stdout", "stderr")]
+            target = (str(self.folder), streams, own, arguments, constants)
             self.processes.append(_context.Process(target=_member, args=target))
-            (self.folder / f"stderr-{rank}").write_text("")  # what a fleet before said is not this one's
+            self._stream("stderr", rank).write_text("")
         for process in self.processes:
             process.start()
         return self
 
-    def wait(self, seconds: float = 60) -> list[Ended]:
-        """When each has ended; those that have not after so many seconds are killed, and have no code."""
-        found: dict[int, Ended] = {}
+    def running(self) -> set[int]:
+        """Ranks that have not ended; of the others it is noted when they did."""
+        for rank, process in enumerate(self.processes):
+            if not self._killed and rank not in self._ended and process.exitcode is not None:
+                self._ended[rank] = Ended(process.exitcode, time.time())
+        return set(range(self.world)) - self._ended.keys()
+
+    def wait(self, seconds: float = 60, stopped: int | None = None) -> list[Ended]:
+        """When each has ended; those that have not after so many seconds are killed, and have no code.
+
+        For a rank that is ``stopped``, nobody waits.
+        """
         until = time.time() + seconds
-        while len(found) < self.world and time.time() < until:
-            for rank, process in enumerate(self.processes):
-                if rank not in found and process.exitcode is not None:
-                    found[rank] = Ended(process.exitcode, time.time())
+        while self.running() - {stopped} and time.time() < until:
             time.sleep(0.02)
+        self._killed = True
         for process in self.processes:
             process.kill()
             process.join()
-        return [found.get(rank, Ended(None, time.time())) for rank in range(self.world)]
+        return [self._ended.get(rank, Ended(None, time.time())) for rank in range(self.world)]
 
     def said(self, rank: int | None = None) -> str:
         """What a process, or all of them, wrote to stderr."""
         ranks = range(self.world) if rank is None else [rank]
-        return "".join((self.folder / f"stderr-{r}").read_text() for r in ranks)
+        return "".join(self._stream("stderr", r).read_text() for r in ranks)
 
     def sentences(self) -> list[str]:
         """Its lines that are from memplan."""
         return [line for line in self.said().splitlines() if line.startswith("memplan: ")]
+
+    def _stream(self, name: str, rank: int) -> Path:
+        return self.folder / f"{self.run}-{name}-{rank}"
+
+
+def wait_for_all(fleets: Iterable[Fleet], seconds: float = 60) -> None:
+    """Wait until all have ended, and note for each when it did; ``Fleet.wait`` tells then."""
+    fleets, until = list(fleets), time.time() + seconds
+    while [fleet for fleet in fleets if fleet.running()] and time.time() < until:
+        time.sleep(0.02)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For processes that are to run this checkout, wherever its packages and those that it needs come from."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **REPEATING, **more}
 
 
 def events(run_dir: Path, rank: int = 0) -> list[dict]:
@@ -136,7 +175,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {e["step"]: e["loss"] for e in events(run_dir) if e["event"] == "step"}
 
 
-def _member(folder: str, rank: int, environment: dict[str, str], arguments: list[str], constants: dict) -> None:
+def _member(folder: str, streams: list[str], variables: dict[str, str], arguments: list[str], constants: dict) -> None:
     import torch
 
     from memplan import cli
@@ -144,13 +183,13 @@ def _member(folder: str, rank: int, environment: dict[str, str], arguments: list
 
     for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_ERROR_FILE"):
         os.environ.pop(name, None)
-    os.environ.update(environment)
+    os.environ.update(variables)
     os.chdir(folder)
     torch.set_num_threads(1)
     for name, value in constants.items():
         setattr(watchdog, name.upper() + "_SECONDS", value)
-    for number, stream in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(f"{stream}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number, path in enumerate(streams, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(n, "w"), write_through=True) for n in (1, 2))
     sys.argv = arguments
     cli.main()

@@ -1,5 +1,6 @@
 """Plans made by hand, for tests of the runtime that need no planner."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from offload.plan import Buckets, Budget, Placement, Plan, Precision, Prediction, Tier
+from offload.residency import footprint
+from offload.shards import Shards
+from offload.unit import partition
 
 G, H, N = Tier.GPU, Tier.HOST, Tier.NVME
 RESIDENT = (G, G, G)
@@ -26,10 +30,11 @@ def plan_for(
     nvme_dir: Path | None = None,
     precision: Precision = Precision.FP32,
     device: str = "cpu",
+    units: Sequence[str] = (),
     **changes: object,
 ) -> Plan:
-    """A plan that deals the placements out to the model's units, over and over."""
-    units = units_of(model)
+    """A plan that deals the placements out to the model's units, over and over; ``units`` of what is no GPT."""
+    units = units or units_of(model)
     plan = Plan(
         model=type(model).__name__,
         parameter_shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
@@ -48,3 +53,12 @@ def plan_for(
         nvme_dir=str(nvme_dir) if nvme_dir else None,
     )
     return replace(plan, **changes)
+
+
+def counted(plan: Plan, model: nn.Module) -> Plan:
+    """The plan with the bytes that it takes, as whoever trains by it asks of a plan: of the model's state alone."""
+    shards = Shards.of(plan)
+    shapes = [unit.shape for unit in partition(model, plan.placements, shards)]
+    held = footprint(shapes, plan.placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
+    host_bytes, nvme_bytes = plan.gpus * held.host_bytes, plan.gpus * held.nvme_bytes
+    return replace(plan, prediction=Prediction(held.gpu_bytes, host_bytes, host_bytes, nvme_bytes, None, None))

@@ -20,13 +20,12 @@ from memplan.plan_command import planned_for
 from memplan.train import prepare_run
 from offload.errors import PlanError
 from profiler.source import load_source
-from tests.fleet import MODEL, Fleet, events, losses
+from tests.faults import EVERY, RESTARTING, STEPS, assert_memplan_said, assert_went_on, restarting, undisturbed
+from tests.fleet import MODEL, environment, losses
 from tests.ranks import free_port
 
-ROOT = Path(__file__).parent.parent
-STEPS, EVERY = 24, 3
 LAUNCHERS = {
-    "memplan": (["-m", "memplan"], ["--nproc", "2", "--max-restarts", "1"]),
+    "memplan": (["-m", "memplan"], RESTARTING),
     "torchrun": (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "memplan"],
         [],
@@ -40,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("restarts")
     (path / "net.py").write_text(MODEL)
     plan = planned_for(load_source(path / "net.py"), replace(find_machine(), gpus=2), 4, None).plan
-    replace(plan, zero_stage=3).save(path / "plan.json")
-    fleet = Fleet(path, 2).start("--plan", "plan.json", "--steps", str(STEPS), "--out", "undisturbed")
+    replace(plan, zero_stage=3).save(path / "stage-3.json")
+    fleet = undisturbed(path)
     assert [e.code for e in fleet.wait()] == [0, 0], fleet.said()
     return path
 
@@ -50,33 +49,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rank_killed_in_any_step_changes_no_loss(launcher: str, folder: Path) -> None:
     moment = random.Random()
     rank, step = moment.randrange(2), moment.randrange(1, STEPS)
-    before, after = LAUNCHERS[launcher]
-    words = ["--plan", "plan.json", "--steps", str(STEPS), "--out", launcher, "--checkpoint-every", str(EVERY)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": f"kill {rank} {step}"}
-    command = [sys.executable, *before, "train", "net.py", "--no-tui", *words, *after]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert losses(folder / launcher) == losses(folder / "undisturbed"), (rank, step)
-    starts = [e for e in events(folder / launcher) if e["event"] == "run"]
-    assert len(starts) == 2, (rank, step)
-    assert starts[1]["first_step"] <= step
-    assert starts[0]["session"] != starts[1]["session"]
-    said = [line for line in done.stderr.splitlines() if line.startswith("memplan: ")]
+    process = restarting(folder, launcher, f"kill {rank} {step}", *LAUNCHERS[launcher])
+    said = assert_went_on(folder, launcher, process, rank, step)
     if launcher == "memplan":
-        assert re.fullmatch(rf"memplan: rank {rank} \(\S+\) was ended by SIGKILL, as .*", said[0])
-        assert said[1:] == ["memplan: starting again from the last checkpoint, 1 of 1 times"]
-        assert "Traceback" not in done.stderr
+        assert_memplan_said(said, (folder / "memplan-stderr").read_text(), rank)
     else:
         assert [re.sub(r"\(.*", "", line) for line in said] == [f"memplan: rank {rank} "]
 
 
 @pytest.mark.full
 def test_nodes_go_on_together_though_only_one_of_them_counts_the_restart(folder: Path) -> None:
-    words = ["--plan", "plan.json", "--steps", str(STEPS), "--out", "nodes", "--checkpoint-every", str(EVERY)]
+    words = ["--plan", "stage-3.json", "--steps", str(STEPS), "--out", "nodes", "--checkpoint-every", str(EVERY)]
     agent = [f"--rdzv-endpoint=localhost:{free_port()}", "--rdzv-backend=c10d", "--rdzv-id=nodes", "--nnodes=2"]
     command = [sys.executable, "-m", "torch.distributed.run", *agent, "--nproc-per-node=1", "--max-restarts=1"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAULT": "kill 1 11"}
-    start = functools.partial(subprocess.Popen, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    start = functools.partial(
+        subprocess.Popen, cwd=folder, env=environment(FAULT="kill 1 11"), stderr=subprocess.PIPE, text=True
+    )
     nodes = [start([*command, "-m", "memplan", "train", "net.py", "--no-tui", *words]) for _ in range(2)]
     errors = [node.communicate(timeout=200)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
@@ -94,11 +82,10 @@ def test_a_run_that_may_be_started_again_must_have_a_name(folder: Path) -> None:
 
 @pytest.mark.full
 def test_ctrl_c_ends_all_processes_after_the_step_with_a_checkpoint(folder: Path) -> None:
-    words = ["--plan", "plan.json", "--steps", "1000000", "--out", "interrupted", "--nproc", "2"]
+    words = ["--plan", "stage-3.json", "--steps", "1000000", "--out", "interrupted", "--nproc", "2"]
     command = [sys.executable, "-m", "memplan", "train", "net.py", "--no-tui", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
+    process = subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, **pipes)
     until = time.time() + 100
     while '"step"' not in (log.read_text() if (log := folder / "interrupted" / "events.jsonl").exists() else ""):
         assert time.time() < until
@@ -111,10 +98,9 @@ def test_ctrl_c_ends_all_processes_after_the_step_with_a_checkpoint(folder: Path
 
 
 def test_sigterm_for_the_launcher_ends_all_and_starts_nothing_again(folder: Path) -> None:
-    words = ["--plan", "plan.json", "--steps", "1000000", "--out", "ended", "--nproc", "2", "--max-restarts", "3"]
+    words = ["--plan", "stage-3.json", "--steps", "1000000", "--out", "ended", "--nproc", "2", "--max-restarts", "3"]
     command = [sys.executable, "-m", "memplan", "train", "net.py", "--no-tui", *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
     until = time.time() + 100
     while '"step"' not in (log.read_text() if (log := folder / "ended" / "events.jsonl").exists() else ""):
         assert time.time() < until

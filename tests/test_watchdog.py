@@ -49,6 +49,16 @@ def test_a_rank_that_waits_for_another_is_not_to_blame() -> None:
     assert blame(standings, 60).rank == 2
 
 
+def test_a_rank_is_named_with_the_first_collective_of_a_step_that_it_has_not_entered() -> None:
+    """A device waits in a gather: its host has given it reductions behind that, and waits in the agreement itself."""
+    counts = {"agreement": 12, "gather": 99, "reduce": 56}
+    standings = {
+        0: standing(0, kinds={kind: Entered(n, f"{kind} of h.3 of step 12", 61.0) for kind, n in counts.items()}),
+        1: standing(1, kinds={kind: Entered(n - 1, f"{kind} of h.2 of step 12") for kind, n in counts.items()}),
+    }
+    assert "rank 1 (node0) has not entered 'gather of h.3 of step 12' for" in blame(standings, 60).sentence
+
+
 def test_a_rank_that_has_ended_well_too_early_is_named() -> None:
     standings = {
         0: standing(0, kinds={"loss": Entered(3, "mean of the loss of step 3", 61.0)}),
@@ -136,6 +146,19 @@ def test_a_verdict_ends_the_process_also_where_nobody_reads_it(monkeypatch: pyte
         monkeypatch.undo()
         with suppress(OSError):
             nobody.close()
+    assert codes == [1]
+
+
+def test_a_verdict_ends_the_process_also_where_what_is_said_last_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for the lock of the events' file, while the main thread holds it and waits for the disk."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr("offload.watchdog.LEAVE_SECONDS", 0.1)
+    dog, lock = Watchdog(dist.HashStore(), 0, 2), threading.Lock()
+    dog.on_verdict = lock.acquire
+    with lock:
+        dog.say(Verdict(1, "rank 1 is gone"))
+        dog._end(1)
     assert codes == [1]
 
 
