@@ -5,8 +5,7 @@ from functools import partial
 import torch
 
 from memplan.calibrate.parts import Part, best_seconds, gigabytes, nanoseconds
-from offload.arithmetic import HOWS
-from offload.optimizer import update_in_torch
+from offload.arithmetic import HOWS, device_update
 from offload.plan import Buckets, OptimizerKind, Precision, StateFormat
 from offload.residency import state_bytes, update_traffic_bytes
 from offload.state import OptimizerState, carve_state, weight_dtype
@@ -25,7 +24,8 @@ def resident_update(device: torch.device, elements: int) -> Part:
     for precision in (Precision.FP32, Precision.BF16):
         weights, state = _numbers(torch.zeros(_bytes(elements, precision), dtype=torch.uint8, device=device), precision)
         gradients = torch.full_like(weights, 1e-2)
-        update = partial(update_in_torch, weights, gradients, state, HOW, torch.ones((), device=device))
+        update_span = device_update(device, StateFormat(precision))
+        update = partial(update_span, weights, gradients, state, HOW, torch.ones((), device=device))
         found[precision] = best_seconds(update, device.type) / elements
         moved = update_traffic_bytes(1, StateFormat(precision))
         rows.append((precision.value, nanoseconds(found[precision]), gigabytes(moved / found[precision])))
@@ -45,6 +45,7 @@ class StreamedUpdate:
         self._slots = [_numbers(torch.zeros(size, dtype=torch.uint8, device=device), precision) for _ in range(RING)]
         self._gradients = torch.full((self._chunk,), 1e-2, dtype=weight_dtype(precision), device=device)
         self._clip = torch.ones((), device=device)
+        self._update = device_update(device, StateFormat(precision))
         self._arrive, self._compute, self._leave = (torch.cuda.Stream(device) for _ in range(3))
         self._left: list[torch.cuda.Event | None] = [None] * RING
         self._begun = 0
@@ -64,7 +65,7 @@ class StreamedUpdate:
             arrived = self._arrive.record_event()
         with torch.cuda.stream(self._compute):
             self._compute.wait_event(arrived)
-            update_in_torch(there[0], self._gradients, there[1], HOW, self._clip)
+            self._update(there[0], self._gradients, there[1], HOW, self._clip)
             updated = self._compute.record_event()
         with torch.cuda.stream(self._leave):
             self._leave.wait_event(updated)
