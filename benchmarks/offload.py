@@ -93,6 +93,12 @@ def row_of(name: str, each: list[dict[str, Any]], plain_seconds: float | None) -
     }
 
 
+def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The systems that have run."""
+    plain = row_of("plain", runs["plain"], None) if runs.get("plain") else {}
+    return [row_of(name, each, plain.get("step_seconds")) for name, each in runs.items() if each]
+
+
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     if "failed" in row:
@@ -130,20 +136,18 @@ def main() -> None:
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
         args.result.write_text(json.dumps(found))
         os._exit(0)  # threads and process groups of peers can hang at an ordinary exit
+    facts = {
+        name: getattr(args, name)
+        for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb", "update_gb", "steps", "rounds")
+    }
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.systems}
     for _ in range(args.rounds):
         for name, each in runs.items():
             each.append(in_child(args, name))
             print(f"  {name}: {each[-1].get('seconds', each[-1].get('failed'))}", flush=True)
-    plain_row = row_of("plain", runs["plain"], None) if "plain" in runs else {}
-    rows = [row_of(name, each, plain_row.get("step_seconds")) for name, each in runs.items()]
-    for row in rows:
+            save(f"offload-{args.name or args.model}", rows_of(runs), **facts)  # should the time end
+    for row in rows_of(runs):
         print(line(row))
-    facts = {
-        name: getattr(args, name)
-        for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb", "update_gb")
-    }
-    print(save(f"offload-{args.name or args.model}", rows, **facts, steps=args.steps, rounds=args.rounds))
 
 
 if __name__ == "__main__":

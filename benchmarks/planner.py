@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import save
-from benchmarks.planned_again import allow_again, allowed_by_margin, line, predict_again, setup_of, summary
+from benchmarks.planned_again import GIB, allow_again, allowed_by_margin, line, predict_again, setup_of, summary
 from benchmarks.planned_models import Model, model_named, models, profiled
 from benchmarks.planned_runs import largest_batch, run_plan
 from memplan.candidates import best_of, search
@@ -30,23 +30,27 @@ from memplan.search import plan, plan_of, problem_of
 from offload.plan import Plan
 from profiler.profile import ModelProfile
 
-SHARES = (1.05, 0.75, 0.55, 0.4, 0.25)
+SHARES = (1.05, 0.6, 0.4, 0.25)
 """GPU budgets, of what the plan with everything on the GPU takes."""
-BATCHES_AT = (1.05, 0.4)
+LITTLE_GPU_BYTES, LITTLE_HOST_BYTES, LITTLE_BESIDE_BYTES = 7, 6, GIB
+"""Budgets for a parameter on the GPU and on the host, and on the GPU beside that, which together do not hold a model's
+state."""
+BATCHES_AT = tuple(f"{share} of resident" for share in (1.05, 0.4))
 """Of them, where the largest batch is looked for."""
 
 
-def machines(base: Machine, resident: Plan, host_bytes: int) -> Iterator[tuple[float, str, Machine]]:
-    """The base machine with less of everything, step by step; with the tightest GPU the host is short too."""
-    peak = resident.prediction.gpu_upper_bytes
+def machines(base: Machine, profile: ModelProfile, resident: Plan) -> Iterator[tuple[str, Machine]]:
+    """The base machine with less and less of a GPU and no disk, then one that holds the model with its disk only."""
+    without = replace(base, nvme_bytes=0, nvme_dir=None)
     for share in SHARES:
-        tight = share == SHARES[-1] and base.nvme_dir is not None
-        host = int(resident.prediction.gpu_upper_bytes * 0.3) if tight else host_bytes
         yield (
-            share,
-            f"{share} of resident" + (", little host" if tight else ""),
-            replace(base, gpu_bytes=int(peak * share), host_bytes=host, nvme_bytes=base.nvme_bytes if tight else 0),
+            f"{share} of resident",
+            replace(without, gpu_bytes=int(resident.prediction.gpu_upper_bytes * share)),
         )
+    if base.nvme_dir is not None:
+        elements = profile.parameter_elements
+        gpu, host = LITTLE_GPU_BYTES * elements + LITTLE_BESIDE_BYTES, LITTLE_HOST_BYTES * elements
+        yield "little of both, and NVMe", replace(base, gpu_bytes=gpu, host_bytes=host)
 
 
 def predicted(found: Plan) -> dict[str, Any]:
@@ -95,7 +99,7 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
         if args.keep:
             profile.save(args.keep / f"{model.name.split()[0]}-profile.json")
         resident = plan(profile, replace(base, nvme_dir=None, nvme_bytes=0), rates, batch_size=model.batch_size)
-        for share, name, machine in machines(base, resident, base.host_bytes):
+        for name, machine in machines(base, profile, resident):
             row: dict[str, Any] = {"model": model.name, "budget": name, "gpu_budget_bytes": machine.gpu_bytes}
             try:
                 found = plan(profile, machine, rates, batch_size=model.batch_size)
@@ -106,8 +110,8 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
             row["predicted"], row["setup"] = predicted(found), setup_of(found)
             row["measured"] = run_plan(model, found)
             if args.keep:
-                found.save(args.keep / f"{model.name.split()[0]}-{share}-plan.json")
-            if args.batches and share in BATCHES_AT and row["measured"]["out_of_memory"] is None:
+                found.save(args.keep / f"{model.name.split()[0]}-{name.replace(' ', '-')}-plan.json")
+            if args.batches and name in BATCHES_AT and row["measured"]["out_of_memory"] is None:
                 row["batches"] = batches_row(model, profiles[model.name, args.most], rates, found)
             rows.append(row)
             print(line(row), flush=True)
@@ -159,7 +163,7 @@ def main() -> None:
     parser.add_argument("--nvme", type=Path)
     parser.add_argument("--models", nargs="*", default=[])
     parser.add_argument("--batches", action="store_true", help="find the largest batch of every plan, too")
-    parser.add_argument("--most", type=int, default=128, help="the largest batch to try")
+    parser.add_argument("--most", type=int, default=256, help="the largest batch to try")
     parser.add_argument("--keep", type=Path, help="a directory for the profiles and plans")
     parser.add_argument("--predict", action="store_true", help="predict what was measured again; no GPU")
     parser.add_argument("--neighbours", type=int, default=0, help="train so many candidates beside the chosen one")
