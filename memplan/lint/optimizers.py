@@ -34,7 +34,9 @@ def optimizer(view: View) -> Iterator[Finding]:
     """Its type, what it goes with, and its parameters."""
     section = view.document.section("optimizer")
     if not section:
-        if view.device("offload_optimizer") != "none" and view.value("zero_force_ds_cpu_optimizer"):
+        # Who wrote the key knows what it asks for.
+        forced = view.value("zero_force_ds_cpu_optimizer") and not view.written("zero_force_ds_cpu_optimizer")
+        if view.device("offload_optimizer") != "none" and forced:
             yield view.say(
                 "note",
                 f"{Z}.offload_optimizer.device",
