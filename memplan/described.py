@@ -9,12 +9,17 @@ from memplan.errors import MachineError
 from memplan.formatting import format_bytes
 from memplan.gpus import HostLink
 from memplan.machine import CONTEXT_BYTES, Machine, at_most, detect
-from memplan.sizes import parse_bytes
+from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
+from memplan.sizes import parse_bytes, parse_rate
 from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 
 USUAL_WIDTH = 16
 """Lanes between host and card: every device that there is a description of has so many."""
+NETWORK_ASSUMED = (
+    f"Nobody said how fast the network between the nodes is: {ASSUMED_INTER_NODE_BYTES_PER_SECOND / 1e9:g} GB/s a GPU "
+    "are assumed. Say it by --network."
+)
 
 
 @dataclass(frozen=True)
@@ -35,21 +40,23 @@ def find_machine(
     gpu_memory: str | int | None = None,
     host_memory: str | int | None = None,
     nvme: str | None = None,
+    network: str | None = None,
 ) -> Machine:
     """The machine that the options mean: this one, the one in a file (``name`` ends in .json), or so many GPUs by name.
 
-    ``gpus`` are those of each of ``nodes``, ``host_memory`` and ``nvme`` what each node has. Raises MachineError.
+    ``gpus`` are those of each of ``nodes``, ``host_memory`` and ``nvme`` what each node has, ``network`` what each GPU
+    can send to other nodes, as ``50GB/s``. Raises MachineError.
     """
     if name is None or name.endswith(".json"):
         base = detect() if name is None else load_machine(Path(name))
-        return describe(base, gpus, gpu_memory, host_memory, nvme, nodes)
+        return describe(base, gpus, gpu_memory, host_memory, nvme, nodes, network)
     try:
         device = find_device(name)
     except ProfilerError as error:
         near = str(error).partition("; ")[2]
         raise MachineError(f"--machine {name} is no GPU that is known, and no .json file; {near}") from error
     wishes = _wishes(gpus, nodes, gpu_memory, host_memory)
-    return with_described_disk(_of_device(device, wishes), nvme)
+    return _with_network(with_described_disk(_of_device(device, wishes), nvme), network)
 
 
 def load_machine(path: Path) -> Machine:
@@ -73,24 +80,26 @@ def describe(
     host_memory: str | int | None = None,
     nvme: str | None = None,
     nodes: int | None = None,
+    network: str | None = None,
 ) -> Machine:
     """``base`` with what a person says instead; raises MachineError where that can not be.
 
-    Sizes are those of ``parse_bytes``, ``nvme`` is read by ``parse_nvme``. More GPUs than are here describe another
-    machine, and only of a described one there can be several ``nodes``, each with so many ``gpus``. ``gpu_memory`` is
-    then the size of the card, of which the driver's context takes its part. On GPUs that are here, and on the CPU, it
-    is a budget for training and may not exceed what is free. ``host_memory`` may exceed what can be had now where
-    memory may grow.
+    Sizes are those of ``parse_bytes``, ``nvme`` is read by ``parse_nvme``, ``network`` by ``parse_rate``. More GPUs
+    than are here describe another machine, and only of a described one there can be several ``nodes``, each with so
+    many ``gpus``. ``gpu_memory`` is then the size of the card, of which the driver's context takes its part. On GPUs
+    that are here, and on the CPU, it is a budget for training and may not exceed what is free. ``host_memory`` may
+    exceed what can be had now where memory may grow.
     """
     wishes = _wishes(gpus, nodes, gpu_memory, host_memory)
     more = wishes.gpus is not None and (base.device == "cpu" or wishes.gpus > base.gpus_per_node)
     if more or (base.described and base.device == "cuda"):
-        return with_described_disk(_describe_gpus(base, wishes), nvme)
+        return _with_network(with_described_disk(_describe_gpus(base, wishes), nvme), network)
     if (wishes.nodes or 1) > 1:
         raise MachineError(
             f"--nodes {wishes.nodes} describes machines that are not here: say what they are by --machine NAME, "
             "or by --gpus and --gpu-memory"
         )
+    base = _with_network(base, network)
     machine = with_described_disk(base, nvme) if base.described else with_disk_here(base, nvme)
     if base.device == "cpu":
         return _cut_host_memory(machine, wishes.gpu_bytes, wishes.host_bytes)
@@ -185,6 +194,21 @@ def _describe_gpus(base: Machine, wishes: _Wishes) -> Machine:
         nvlink=None if gpus == 1 else nvlink,
         numa_nodes=base.numa_nodes if base.described else (),
         remarks=remarks,
+    )
+
+
+def _with_network(machine: Machine, network: str | None) -> Machine:
+    """``machine`` with what joins its nodes: as said now, or in its file, or else with a remark on what is assumed."""
+    rate = machine.inter_node_bytes_per_second if network is None else parse_rate(network, "--network")
+    if machine.nodes == 1:
+        if network is not None:
+            raise MachineError(f"--network {network} joins several nodes, and this is one: say how many by --nodes")
+        return machine
+    remarks = tuple(remark for remark in machine.remarks if remark != NETWORK_ASSUMED)
+    return replace(
+        machine,
+        inter_node_bytes_per_second=rate,
+        remarks=remarks if rate is not None else (*remarks, NETWORK_ASSUMED),
     )
 
 

@@ -130,6 +130,8 @@ def _kinds(case: _Case, plan: Plan) -> Iterator[Trials]:
     yield _more_host_memory(case, plan)
     for change, profile, rates in _faster_parts(case, plan):
         yield [(change, replace(case, profile=profile, rates=rates))]
+    if case.machine.gpus > 1:
+        yield [_faster_links(case)]
     if case.machine.gpus > 1 or case.machine.described:
         yield [_more_gpus(case)]
     yield [(f"a batch of {2 * case.batch_size}", replace(case, batch_size=2 * case.batch_size))]
@@ -183,10 +185,14 @@ def _faster_parts(case: _Case, plan: Plan) -> Iterator[tuple[str, ModelProfile, 
         read, write = 2 * r.nvme_read_bytes_per_second, 2 * r.nvme_write_bytes_per_second
         rates = replace(r, nvme_read_bytes_per_second=read, nvme_write_bytes_per_second=write)
         yield "a disk twice as fast", profile, rates
-    if case.machine.gpus > 1:
-        across = 2 * (r.inter_node_bytes_per_second or ASSUMED_INTER_NODE_BYTES_PER_SECOND)
-        rates = replace(r, collective=r.collective.scaled(2), inter_node_bytes_per_second=across)
-        yield "links between the GPUs twice as fast", profile, rates
+
+
+def _faster_links(case: _Case) -> tuple[str, _Case]:
+    """Within nodes and between them."""
+    across = 2 * (case.problem.rates.inter_node_bytes_per_second or ASSUMED_INTER_NODE_BYTES_PER_SECOND)
+    rates = replace(case.rates, collective=case.rates.collective.scaled(2))
+    faster = replace(case.on(inter_node_bytes_per_second=across), rates=rates)
+    return "links between the GPUs twice as fast", faster
 
 
 def _twice_as_fast(profile: ModelProfile) -> ModelProfile:
@@ -208,6 +214,8 @@ def _more_gpus(case: _Case) -> tuple[str, _Case]:
     gpus = 2 * m.gpus
     nodes = m.nodes if m.nodes == 1 and gpus <= GPUS_OF_A_NODE else 2 * m.nodes
     change = f"{gpus} GPUs" if nodes == 1 else f"{nodes} nodes of {gpus // nodes} GPUs"
+    if nodes > 1 and case.problem.rates.inter_node_bytes_per_second is None and m.nodes == 1:
+        change += f" that are joined at {ASSUMED_INTER_NODE_BYTES_PER_SECOND / 1e9:g} GB/s a GPU"
     if batch % gpus:
         batch *= 2
         change += f" and a batch of {batch}"

@@ -69,6 +69,8 @@ class Machine:
     """Between a GPU and its host: the slowest. ``None``: not known, or no GPU."""
     nvlink: float | None = None
     """Bytes per second that a GPU can send over NVLink, where it joins all GPUs of a node; else ``None``."""
+    inter_node_bytes_per_second: float | None = None
+    """That a GPU can send to other nodes while the others of its node do too; ``None``: nobody said, or one node."""
     numa_nodes: tuple[NumaNode, ...] = ()
     """Of this host; none where the system does not tell, or the machine is described."""
     disk: Disk | None = None

@@ -48,3 +48,7 @@ Nvme = Annotated[
         **DESCRIBED,
     ),
 ]
+Network = Annotated[
+    str | None,
+    typer.Option(metavar="RATE", help="What each GPU can send to other nodes, like 50GB/s.", **DESCRIBED),
+]

@@ -28,6 +28,7 @@ from memplan.options import (
     HostMemory,
     MachineName,
     MomentsOption,
+    Network,
     Nodes,
     Nvme,
     OptimizerOption,
@@ -74,6 +75,7 @@ def plan(
     gpu_memory: GpuMemory = None,
     host_memory: HostMemory = None,
     nvme: Nvme = None,
+    network: Network = None,
     calibration: Annotated[
         Path | None, typer.Option(help="Rates that `memplan calibrate` measured, here or elsewhere.", **DESCRIBED)
     ] = None,
@@ -91,7 +93,7 @@ def plan(
     html: Annotated[Path | None, typer.Option(help="Write a page with the timeline here.", **SHOWN)] = None,
 ) -> None:
     """What to do about it on this machine, or on one you describe."""
-    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme}
+    limits = {"gpu_memory": gpu_memory, "host_memory": host_memory, "nvme": nvme, "network": network}
     there = find_machine(machine, gpus=gpus, nodes=nodes, **limits)
     remark(there)
     if given is not None and (out / "ds_config.json").resolve() == given.resolve():

@@ -170,6 +170,9 @@ def problem_of(
     if not any(s.trainable_elements for s in shapes):
         raise PlanningError(f"{profile.model} has no parameter that is trained")
     trained_with = optimizer_of(profile, target, optimizer)
+    if machine.inter_node_bytes_per_second is not None:
+        # A calibration is of one node and knows nothing of it.
+        rates = replace(rates, inter_node_bytes_per_second=machine.inter_node_bytes_per_second)
     return Problem(
         profile=profile,
         shapes=shapes,

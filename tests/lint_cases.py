@@ -45,6 +45,10 @@ def adamw(**params):
     return {"optimizer": {"type": "AdamW", "params": params}}
 
 
+def fp16(**section):
+    return {"fp16": {"enabled": True, **section}}
+
+
 def schedule(name, **params):
     return {"scheduler": {"type": name, "params": params}}
 
@@ -333,6 +337,16 @@ BATCH = [
 ]
 
 PRECISION = [
+    Case("fp16.loss_scale_window", fp16(loss_scale_window=0), fp16(loss_scale_window=1), "range", refused=True),
+    Case(
+        "fp16.loss_scale_window",
+        fp16(loss_scale_window=-5),
+        fp16(loss_scale_window=-5, loss_scale=128),
+        "at least 1",
+        refused=True,
+    ),
+    Case("fp16.min_loss_scale", fp16(min_loss_scale=0), fp16(min_loss_scale=1), "at least 1", refused=True),
+    Case("fp16.hysteresis", fp16(hysteresis=0), fp16(hysteresis=1), "never falls"),
     Case(
         "bf16.enabled",
         {"fp16": {"enabled": True}, "bf16": {"enabled": True}},
@@ -403,6 +417,13 @@ PRECISION = [
 ]
 
 ZERO = [
+    Case(
+        "zero_optimization.sub_group_size",
+        stage(3, sub_group_size=0),
+        stage(3, sub_group_size=1e6),
+        "does not turn sub-groups off",
+        "warning",
+    ),
     Case("zero_optimization.legacy_stage1", stage(1, legacy_stage1=True), stage(1), "no older stage 1"),
     Case(
         "zero_optimization.allgather_bucket_size",
@@ -550,6 +571,18 @@ ZERO = [
 ]
 
 OFFLOAD = [
+    Case(
+        "aio.block_size",
+        {"aio": {"block_size": 100}} | optimizer("nvme", nvme_path="/x"),
+        {"aio": {"block_size": 100}} | optimizer("cpu"),
+        "no multiple of 512",
+    ),
+    Case(
+        "aio.block_size",
+        {"aio": {"block_size": 1000000}} | stage(3, offload_param={"device": "nvme", "nvme_path": "/x"}),
+        {"aio": {"block_size": 1048576}} | stage(3, offload_param={"device": "nvme", "nvme_path": "/x"}),
+        "direct I/O",
+    ),
     Case("zero_optimization.offload_optimizer.device", optimizer("cpu", 0), optimizer("cpu", 1), "at ZeRO stage 0"),
     Case(
         "zero_optimization.offload_optimizer.device",
@@ -711,6 +744,48 @@ OFFLOAD = [
 ]
 
 OPTIMIZERS = [
+    Case("optimizer.params.betas", adamw(betas=[0.9]), adamw(betas=[0.9, 0.95]), "first step"),
+    Case("optimizer.params.betas", adamw(betas=[0.9, 0.95, 0.9]), adamw(betas=[0.9, 0.95]), "not two numbers"),
+    Case("optimizer.params.betas", adamw(betas=[0.9, "0.95"]), adamw(betas=[0.9, 0.95]), "not two numbers"),
+    Case("optimizer.params.betas", adamw(betas=[0.9, 1.5]), adamw(betas=[0.9, 0.95]), "1.5 is out of range"),
+    Case("optimizer.params.betas", adamw(betas=[0.9, 1]), adamw(betas=[0, 0.95]), "less than 1"),
+    Case("optimizer.params.lr", adamw(lr=-1e-4), adamw(lr=1e-4), "at least 0"),
+    Case("optimizer.params.eps", adamw(eps=-1), adamw(eps=0), "at least 0"),
+    Case("optimizer.params.weight_decay", adamw(weight_decay=-0.1), adamw(weight_decay=0.1), "at least 0"),
+    Case(
+        "scheduler.params.warmup_min_lr",
+        schedule("WarmupLR", warmup_min_lr=1.0, warmup_max_lr=1e-4),
+        schedule("WarmupLR", warmup_min_lr=1e-5, warmup_max_lr=1e-4),
+        "above warmup_max_lr, 0.0001",
+        "warning",
+    ),
+    Case(
+        "scheduler.params.warmup_min_lr",
+        adamw(lr=1e-4) | schedule("WarmupLR", warmup_min_lr=1e-3),
+        adamw(lr=1e-2) | schedule("WarmupLR", warmup_min_lr=1e-3),
+        "above warmup_max_lr, 0.0001",
+        "warning",
+    ),
+    Case(
+        "scheduler.params.warmup_min_lr",
+        schedule("WarmupDecayLR", total_num_steps=2000, warmup_min_lr=0.01),
+        schedule("WarmupDecayLR", total_num_steps=2000, warmup_min_lr=0.0001),
+        "above warmup_max_lr, 0.001",
+        "warning",
+    ),
+    Case(
+        "scheduler.params.cycle_min_lr",
+        schedule("OneCycle", cycle_min_lr=0.1, cycle_max_lr=0.01),
+        schedule("OneCycle", cycle_min_lr=0.01, cycle_max_lr=0.1),
+        "falls where it is meant to rise",
+        "warning",
+    ),
+    Case(
+        "scheduler.params.warmup_max_lr",
+        schedule("WarmupLR", warmup_max_lr=-1e-4),
+        schedule("WarmupLR", warmup_max_lr=1e-4),
+        "at least 0",
+    ),
     Case("optimizer.type", {"optimizer": {"type": "OneBitAdam"}}, {"optimizer": {"type": "ADAMW"}}, "no longer there"),
     Case("optimizer.type", {"optimizer": {"type": "sgd"}}, {"optimizer": {"type": "SGD"}}, "no optimizer of DeepSpeed"),
     Case(

@@ -137,6 +137,28 @@ def test_gpus_that_share_no_batch_get_a_larger_one_and_are_compared_by_samples()
     assert "x the samples a second" in lever.sentence
 
 
+def test_nodes_that_are_not_there_yet_are_joined_at_a_rate_that_is_said():
+    profile = transformer(4, flops=10**10)
+    machine, rates = (
+        machine_of(1 << 30, 1 << 30, device="cuda", gpus=8),
+        replace(RATES, inter_node_bytes_per_second=None),
+    )
+    found = plan(profile, machine, rates, batch_size=8)
+    changes = [lever.change for lever in levers(profile, machine, rates, found)]
+    assert "2 nodes of 8 GPUs that are joined at 25 GB/s a GPU and a batch of 16" in changes
+
+
+def test_a_network_that_a_machine_says_is_doubled_with_the_other_links():
+    profile = transformer(4, batch_size=2)
+    machine = replace(machine_of(1 << 34, 1 << 34, device="cuda", gpus=16), nodes=2)
+    slow, fast = (replace(machine, inter_node_bytes_per_second=rate) for rate in (1e5, 2e5))
+    found = plan(profile, slow, RATES, batch_size=32)
+    said = {lever.change: lever for lever in levers(profile, slow, RATES, found)}
+    doubled = replace(RATES, collective=RATES.collective.scaled(2))
+    direct = plan(profile, fast, doubled, batch_size=32).prediction.step_seconds
+    assert said["links between the GPUs twice as fast"].step_seconds == pytest.approx(direct)
+
+
 def test_where_the_cpu_computes_it_is_the_cpu_that_would_help():
     profile = transformer(4, flops=10**10)
     machine = machine_of(1 << 30, 1 << 30)

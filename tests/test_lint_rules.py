@@ -85,6 +85,13 @@ def test_a_sound_configuration_has_no_findings():
     assert findings(config, EIGHT) == ()
 
 
+def test_a_file_with_elasticity_is_told_of_that_and_not_of_the_batch_sizes_that_it_once_chose():
+    config = {"elasticity": {"enabled": True, "max_train_batch_size": 2000, "micro_batch_sizes": [2, 4, 6]}}
+    (found,) = lint_document(parse_document(json.dumps(config)))
+    assert (found.path, found.severity) == ("elasticity", "error")
+    assert "train_micro_batch_size_per_gpu" in found.suggestion
+
+
 def test_duplicate_keys_are_refused_with_both_lines():
     (found,) = (f for f in lint_document(parse_document('{\n"fp16": {},\n"fp16": {}}')) if f.path == "fp16")
     assert (found.severity, found.line) == ("error", 3)

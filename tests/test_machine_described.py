@@ -55,6 +55,36 @@ def test_what_nobody_said_is_assumed_and_remarked_on():
     assert find_machine("a100", host_memory="1TiB", nvme="7GB/s:2TiB").remarks == ()
 
 
+def test_the_network_between_nodes_is_said_or_assumed_and_remarked_on():
+    two = {"gpus": 8, "nodes": 2, "host_memory": "1TiB"}
+    said, assumed = find_machine("h100", **two, network="50GB/s"), find_machine("h100", **two)
+    assert (said.inter_node_bytes_per_second, said.remarks) == (50e9, ())
+    assert assumed.inter_node_bytes_per_second is None
+    (remark,) = assumed.remarks
+    assert "25 GB/s a GPU are assumed" in remark and "--network" in remark
+    assert find_machine("h100", gpus=8, host_memory="1TiB").remarks == ()
+    described = describe(CPU, gpus=4, gpu_memory="24GiB", host_memory="64GiB", nodes=2, network="12.5GB/s")
+    assert (described.inter_node_bytes_per_second, described.remarks) == (12.5e9, ())
+
+
+def test_the_network_between_nodes_comes_from_a_machine_file_too(tmp_path):
+    path = tmp_path / "machine.json"
+    two = {"gpus": 8, "nodes": 2, "host_memory": "1TiB"}
+    path.write_text(json.dumps(find_machine("h100", **two, network="50GB/s").to_dict()))
+    machine = find_machine(str(path), nodes=4)
+    assert (machine.gpus, machine.inter_node_bytes_per_second, machine.remarks) == (32, 50e9, ())
+    assert find_machine(str(path), network="10GB/s").inter_node_bytes_per_second == 10e9
+    path.write_text(json.dumps(find_machine("h100", **two).to_dict()))
+    assert len(find_machine(str(path)).remarks) == 1, "said once, though the file says it already"
+    assert find_machine(str(path), network="10GB/s").remarks == ()
+
+
+@pytest.mark.parametrize("base", [CPU, GPU, replace(GPU, described=True)])
+def test_one_node_is_joined_to_none(base):
+    with pytest.raises(MachineError, match=r"--network 50GB/s joins several nodes, and this is one: .* by --nodes"):
+        describe(base, network="50GB/s")
+
+
 def test_the_host_link_of_a_superchip_is_chip_to_chip():
     machine = find_machine("gh200", host_memory="480GB")
     assert machine.link is not None and machine.link.bytes_per_second == 450e9
@@ -76,6 +106,9 @@ def test_less_than_the_whole_card_can_be_planned_with():
         ({"name": "h100", "gpu_memory": "0"}, "--gpu-memory is 0"),
         ({"name": "h100", "host_memory": "lots"}, "--host-memory is 'lots'"),
         ({"name": "h100", "nvme": "56Gb/s"}, "counts bits; write bytes: 7GB/s"),
+        ({"name": "h100", "network": "50GB/s"}, "joins several nodes, and this is one"),
+        ({"name": "h100", "nodes": 2, "network": "400Gb/s"}, "counts bits; write bytes: 50GB/s"),
+        ({"name": "h100", "nodes": 2, "network": "fast"}, "--network is 'fast'; write a rate"),
         ({"name": "h100", "nvme": "2TiB"}, "write DIR or DIR:SIZE"),
         ({"name": "h100", "nvme": "fast disk"}, "names no directory that is here"),
         ({"name": "h100", "nvme": "7GB/s:0"}, "the size in --nvme is 0"),

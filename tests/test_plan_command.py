@@ -214,6 +214,17 @@ def test_a_machine_without_gpus_or_nodes_is_refused(memplan: Command, saved: Pat
     assert f"{words[0]} is {words[1]}; it must be at least 1" in done.err
 
 
+def test_what_joins_the_nodes_is_said_by_an_option_or_remarked_on(memplan: Command, saved: Path) -> None:
+    one = ("--machine", "h100-80gb", "--host-memory", "64GiB")
+    refused = memplan("plan", saved, *one, "--network", "50GB/s")
+    assert refused.code == 2
+    assert "--network 50GB/s joins several nodes, and this is one" in refused.err
+    assumed = memplan("plan", saved, *one, "--nodes", 2, "-b", 8)
+    assert assumed.code == 0 and "25 GB/s a GPU are assumed" in assumed.err
+    said = memplan("plan", saved, *one, "--nodes", 2, "-b", 8, "--network", "50GB/s")
+    assert said.code == 0 and "assumed" not in said.err
+
+
 def test_a_batch_that_gpus_can_not_divide_is_refused(memplan: Command, saved: Path) -> None:
     done = memplan("plan", saved, *TWO_GPUS, "-b", 5)
     assert done.code == 2

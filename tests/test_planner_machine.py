@@ -224,6 +224,7 @@ FULL = replace(
     gpus=16,
     link=HostLink(5, 16),
     nvlink=450e9,
+    inter_node_bytes_per_second=50e9,
     numa_nodes=(NumaNode(0, (0, 1), 1 << 36, (0,)), NumaNode(1, (2, 3), None, ())),
     disk=Disk(Path("/swap"), 1 << 40, "xfs", False, False, True),
     nvme_dir=Path("/swap"),

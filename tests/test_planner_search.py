@@ -282,6 +282,21 @@ def test_runners_up_say_why_they_lost():
     assert any(RATES.source == reason for reason in found.reasons)
 
 
+@pytest.mark.parametrize("target", [Target.MEMPLAN, Target.DEEPSPEED])
+def test_the_network_that_a_machine_says_is_what_its_plans_are_priced_with(target):
+    profile = transformer(4, batch_size=2)
+    machine = replace(machine_of(1 << 34, 1 << 34, device="cuda", gpus=16), nodes=2)
+    unknown = replace(RATES, inter_node_bytes_per_second=None)
+
+    def seconds(network, rates):
+        there = replace(machine, inter_node_bytes_per_second=network)
+        return plan(profile, there, rates, batch_size=32, target=target).prediction.step_seconds
+
+    for rates in (RATES, unknown):
+        assert seconds(1e5, rates) > seconds(4e5, rates)
+    assert seconds(1e5, unknown) == seconds(1e5, RATES)
+
+
 def test_wishes_that_contradict_the_profile_are_refused():
     machine = machine_of(1 << 30, 1 << 30)
     with pytest.raises(PlanningError, match="batch size is 0"):

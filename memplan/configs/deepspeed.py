@@ -1,6 +1,7 @@
 """``ds_config.json`` from a plan: every key that matters written out, none left to a default.
 
-Keys and meanings are those of DeepSpeed 0.19.
+Keys and meanings are those of DeepSpeed 0.19. What it ignores, wholly or at this stage, or will drop is left out: such
+a key decides nothing, and ``memplan lint`` says so of it.
 """
 
 import sys
@@ -61,14 +62,14 @@ def ds_config(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             "partition_activations": False,
             "cpu_checkpointing": _host_checkpoints(plan),
             "contiguous_memory_optimization": False,
-            "number_checkpoints": len(plan.recompute) or None,
+            # Asked for with contiguous_memory_optimization only.
+            "number_checkpoints": None,
             "synchronize_checkpoint_boundary": False,
             "profile": False,
         },
         "zero_allow_untested_optimizer": False,
         # Any other optimizer would update offloaded state several times as slowly, and in silence.
         "zero_force_ds_cpu_optimizer": setup.optimizer is not Tier.GPU,
-        "disable_allgather": False,
         "dataloader_drop_last": False,
         "dump_state": False,
         "memory_breakdown": False,
@@ -89,14 +90,13 @@ def _zero(plan: Plan, setup: DeepSpeedSetup) -> dict[str, Any]:
         "reduce_scatter": True,
         "reduce_bucket_size": setup.reduce_elements,
         "use_multi_rank_bucket_allreduce": True,
-        "allgather_partitions": True,
-        "allgather_bucket_size": setup.gather_elements if stage < 3 else setup.reduce_elements,
         "round_robin_gradients": stage in (1, 2) and setup.optimizer is Tier.HOST,
         "load_from_fp32_weights": True,
-        "elastic_checkpoint": False,
         "ignore_unused_parameters": True,
         "parameter_alignment": False,
     }
+    if stage in (1, 2):
+        section["allgather_bucket_size"] = setup.gather_elements
     if stage > 0:
         section["offload_optimizer"] = _offload(plan, setup.optimizer, setup) | {
             "buffer_count": setup.optimizer_buffer_count,

@@ -16,8 +16,8 @@ def batch_sizes(view: View) -> Iterator[Finding]:
     if any(number is not None and number < 1 for number in (train, micro, steps)):
         return
     if train is None and micro is None:
-        # A value of the wrong type is another rule's.
-        if all(view.document.get(key) is None for key in (TRAIN, MICRO)):
+        # A value of the wrong type is another rule's, and elasticity, which once chose both, is an error with advice.
+        if "elasticity" not in view.document.root and all(view.document.get(key) is None for key in (TRAIN, MICRO)):
             at = STEPS if view.written(STEPS) else TRAIN
             yield view.say(
                 "error", at, f"neither {TRAIN} nor {MICRO} is there; DeepSpeed stops at start", f"write {MICRO}"

@@ -95,6 +95,9 @@ STATES = {"adam": 4, "adamw": 4, "lion": 3, "adagrad": 3}
 SWAPPED_BYTES = 1 << 20
 """Of a tensor, from which on DeepSpeed keeps it on NVMe; aio.block_size if that is more."""
 
+SECTOR_BYTES = 512
+"""What DeepSpeed itself aligns to."""
+
 
 def buffers(view: View) -> Iterator[Finding]:
     """Buffers between NVMe and the rest: how many, and how large."""
@@ -105,6 +108,20 @@ def buffers(view: View) -> Iterator[Finding]:
     if view.device("offload_param") == "nvme" and view.facts.parameter_elements:
         yield from _buffer_size(view, view.facts.parameter_elements)
         yield from _buffer_count(view, view.facts.parameter_elements)
+
+
+def requests(view: View) -> Iterator[Finding]:
+    """What DeepSpeed asks the disk for at a time. Its files are open with O_DIRECT, which takes whole sectors."""
+    on_disk = any(view.device(part) == "nvme" for part, _ in PARTS)
+    size = view.value("aio.block_size")
+    if on_disk and view.stage == 3 and size % SECTOR_BYTES:
+        yield view.say(
+            "error",
+            "aio.block_size",
+            f"{size} is no multiple of {SECTOR_BYTES}, and direct I/O takes nothing else; DeepSpeed stops when it "
+            "first reads or writes",
+            "block_size: 1048576",
+        )
 
 
 def _optimizer_buffers(view: View) -> Iterator[Finding]:

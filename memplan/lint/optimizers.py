@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from functools import cache, partial
+from typing import Any
 
 import torch
 
 from memplan.lint.document import KeyPath
 from memplan.lint.finding import Finding, Severity
+from memplan.lint.kinds import is_number, shown
 from memplan.lint.schema import Key, schema
 from memplan.lint.unknown import nearest_name
 from memplan.lint.values import value_findings
@@ -17,6 +19,8 @@ TESTED = frozenset({"adam", "adamw", "adagrad", "lion", "muon", "muadam", "muada
 ONE_BIT = frozenset({"onebitadam", "onebitlamb", "zerooneadam"})
 PINNABLE = frozenset({"adam", "adamw", "lion", "adagrad", "muon"})
 """Optimizers of which DeepSpeed has one for the CPU."""
+RISES = (("warmup_min_lr", "warmup_max_lr"), ("cycle_min_lr", "cycle_max_lr"))
+"""Where schedules begin to rise, and where they end."""
 
 
 @cache
@@ -30,7 +34,9 @@ def optimizer(view: View) -> Iterator[Finding]:
     """Its type, what it goes with, and its parameters."""
     section = view.document.section("optimizer")
     if not section:
-        if view.device("offload_optimizer") != "none" and view.value("zero_force_ds_cpu_optimizer"):
+        # Who wrote the key knows what it asks for.
+        forced = view.value("zero_force_ds_cpu_optimizer") and not view.written("zero_force_ds_cpu_optimizer")
+        if view.device("offload_optimizer") != "none" and forced:
             yield view.say(
                 "note",
                 f"{Z}.offload_optimizer.device",
@@ -123,8 +129,29 @@ def _parameters(view: View, name: str) -> Iterator[Finding]:
                 "error", f"optimizer.params.{key}", f"no parameter of {whose}; {stops}", near or "leave it out"
             )
     yield from _values(view, ("optimizer", "params"), known)
+    if "betas" in known:
+        yield from _betas(view, name, given.get("betas"))
     if given.get("amsgrad") is True and name in ("adam", "adamw", "lamb") and where != "torch":
         yield view.say("error", "optimizer.params.amsgrad", "true is not supported; DeepSpeed stops at start", "false")
+
+
+def _betas(view: View, name: str, betas: object) -> Iterator[Finding]:
+    """Two shares. Whoever has a third, or one alone, hears of it at the first step only."""
+    at = "optimizer.params.betas"
+    if not isinstance(betas, list):
+        return
+    if len(betas) != 2 or not all(is_number(beta) for beta in betas):
+        stops = "" if name == "muon" else "; DeepSpeed stops at the first step"
+        yield view.say(
+            "error",
+            at,
+            f"{shown(betas)} is not two numbers{stops}",
+            "betas: [0.9, 0.99]" if name == "lion" else "betas: [0.9, 0.999]",
+        )
+        return
+    for beta in betas:
+        if not 0 <= beta < 1:
+            yield view.say("error", at, f"{beta:g} is out of range: each must be at least 0 and less than 1")
 
 
 def scheduler(view: View) -> Iterator[Finding]:
@@ -163,6 +190,20 @@ def scheduler(view: View) -> Iterator[Finding]:
     if isinstance(total, int) and isinstance(warmup, int) and total < warmup:
         what = f"{total} is less than warmup_num_steps {warmup}: the warm-up is cut short"
         yield view.say("warning", "scheduler.params.total_num_steps", what)
+    yield from _backwards(view, given)
+
+
+def _backwards(view: View, given: dict[str, Any]) -> Iterator[Finding]:
+    """A rate that falls where it is meant to rise."""
+    for low, high in RISES:
+        top = given.get(high)
+        if high == "warmup_max_lr" and top is None:
+            # WarmupLR takes the optimizer's, the other schedule a figure of its own.
+            known = schema().schedulers.get(str(view.value("scheduler.type")), {}).get(high)
+            top = (known.default if known is not None else None) or view.document.get("optimizer", "params", "lr")
+        if is_number(given.get(low)) and is_number(top) and given[low] > top:
+            what = f"{given[low]:g} is above {high}, {top:g}: the learning rate falls where it is meant to rise"
+            yield view.say("warning", f"scheduler.params.{low}", what, f"swap {low} and {high}")
 
 
 def _values(view: View, home: KeyPath, known: Mapping[str, Key]) -> Iterator[Finding]:

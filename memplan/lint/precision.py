@@ -23,6 +23,7 @@ def precision(view: View) -> Iterator[Finding]:
     yield from _autocast(view, fp16 or bf16)
     yield from _types(view)
     yield from _masters(view)
+    yield from _loss_scale(view)
 
 
 def _autocast(view: View, narrow: bool) -> Iterator[Finding]:
@@ -94,3 +95,23 @@ def _masters(view: View) -> Iterator[Finding]:
                 "needs the optimizer on the CPU, with DeepSpeed's Adam; DeepSpeed stops at start",
                 "zero_optimization.offload_optimizer.device: cpu",
             )
+
+
+def _loss_scale(view: View) -> Iterator[Finding]:
+    """What a loss scale that moves can not do with; a fixed one reads none of these."""
+    fp16 = view.value("fp16.enabled") or view.is_auto("fp16.enabled")
+    if not fp16 or view.value("fp16.loss_scale") != 0:
+        return
+    for key in ("fp16.loss_scale_window", "fp16.min_loss_scale"):
+        if view.value(key) < 1:
+            yield view.say(
+                "error", key, f"{view.value(key)} is out of range: it must be at least 1; DeepSpeed stops at start"
+            )
+    if view.value("fp16.hysteresis") < 1:
+        yield view.say(
+            "error",
+            "fp16.hysteresis",
+            f"{view.value('fp16.hysteresis')} is never counted down to 1, so the loss scale never falls, and steps "
+            "that overflow at it are skipped for ever",
+            "hysteresis: 2",
+        )

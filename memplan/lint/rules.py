@@ -27,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     offload.devices,
     offload.paths,
     offload.buffers,
+    offload.requests,
     pinned.pinned_memory,
     optimizers.optimizer,
     optimizers.scheduler,

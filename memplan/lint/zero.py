@@ -23,6 +23,14 @@ def stages(view: View) -> Iterator[Finding]:
             f"{buckets} is odd; DeepSpeed stops at start, for its buffers are aligned to two elements",
             str(buckets + 1),
         )
+    if view.stage == 3 and view.value(f"{Z}.sub_group_size") < 2:
+        yield view.say(
+            "warning",
+            f"{Z}.sub_group_size",
+            f"{view.value(f'{Z}.sub_group_size')} does not turn sub-groups off: every parameter becomes one of its "
+            "own, updated, and on NVMe swapped, by itself",
+            "sub_group_size: 1e9, or leave it out",
+        )
     yield from _scaling(view)
     yield from _sums(view)
     yield from _norm(view)
