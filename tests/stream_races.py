@@ -7,14 +7,12 @@ clock of the later does not know of the earlier. Four things are stricter here, 
 
 - Accesses are ranges of bytes. The sanitizer compares where tensors begin, but a unit's weights come as one tensor and
   are used as a dozen views of it.
-- The host's memory of the tiers counts too, and the file below it: copies read it and write to it while the host, or a
-  disk, goes on.
+- The host's memory of the tiers counts too, and the file below it: copies use it while the host, or a disk, goes on.
 - A host thread has a clock of its own. What it has waited for lies behind what it does from then on, and behind what it
   tells others through jobs and futures. In the sanitizer any wait of any thread orders all streams: the update on the
   host waits for every gradient, which would hide most of what could be missing.
-- Memory that is freed goes to the stream that it was allocated on, which may use it at once for something else. So that
-  stream must know by then of what others did with it, but for those that the allocator was told of (``record_stream``).
-  The sanitizer forgets what is freed.
+- Memory that is freed may be used at once by the stream that it was allocated on. So that stream must know by then of
+  what others did with it, unless the allocator does (``record_stream``). The sanitizer forgets what is freed.
 """
 
 import sys
@@ -34,7 +32,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = str(Path(__file__).parent.parent)
-FRAMES = 3
 INSTRUMENTS = {__file__}
 """Files whose frames tell nothing about an access."""
 PAGE_BYTES = 4096
@@ -77,10 +74,9 @@ class Block(NamedTuple):
 
 
 class Races:
-    """What was found so far; told of streams and events as the gpu trace of torch tells of them.
+    """What was found so far. ``current_stream`` gives that of a thread.
 
-    ``current_stream`` gives that of a thread. Where streams are ``simulated`` the device's memory is what was not said
-    to be the host's.
+    Where streams are ``simulated`` the device's memory is what was not said to be the host's.
     """
 
     def __init__(self, current_stream: Callable[[], int], *, simulated: bool) -> None:
@@ -157,7 +153,7 @@ class Races:
             self._here.actor = TRAINING if trains else thread.name
         return self._here.actor
 
-    # Streams and events: the callbacks of torch.cuda._gpu_trace
+    # Streams, events and memory: the callbacks of torch.cuda._gpu_trace
 
     def recorded(self, event: int, stream: int) -> None:
         with self._lock:
@@ -215,8 +211,7 @@ class Races:
     def allocated(self, tensor: torch.Tensor) -> None:
         """It was made, and nothing was written to it."""
         with self._lock:
-            if self.on_device(tensor):
-                self._know(tensor.untyped_storage())
+            self._span(tensor)
 
     def label(self, memory: torch.Tensor, name: str) -> None:
         """What reports call it."""
@@ -352,8 +347,7 @@ class Watched(TorchDispatchMode):
         self._races = races
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **(kwargs := kwargs or {}))
         name = func._schema.name.removeprefix("aten::")
         if name == "record_stream":
             self._races.lent(args[0])
@@ -362,16 +356,17 @@ class Watched(TorchDispatchMode):
         elif self._races.sees and not func.is_view and name not in UNTOUCHED:
             reads, writes = _accesses(func._schema, args, kwargs, result)
             self._races.touched(reads, writes, name)
-            if self._is_waited_for(name, args, kwargs):
+            if self._waits(name, args, kwargs, result):
                 self._races.read_back()
         return result
 
-    def _is_waited_for(self, name: str, args: Any, kwargs: Any) -> bool:
-        """Whether the thread goes on only when the device has done it; a gpu trace tells of that as well."""
+    def _waits(self, name: str, args: Any, kwargs: Any, result: Any) -> bool:
+        """Whether the thread goes on only when the device has done it; the gpu trace tells of what was before it."""
         on_device = self._races.on_device
-        if name == "copy_":
-            blocks = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
-            return blocks and on_device(args[0]) != on_device(args[1])
+        if name in ("copy_", "_to_copy"):
+            other = args[1] if name == "copy_" else args[0]
+            goes_on = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+            return not goes_on and on_device(result) != on_device(other)
         return name == "_local_scalar_dense" and on_device(args[0])
 
 
@@ -397,7 +392,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 def place() -> str:
     """Who asks for it, as far as that is Python of this project."""
     found, frame = [], sys._getframe(1)
-    while frame is not None and len(found) < FRAMES:
+    while frame is not None and len(found) < 3:
         code = frame.f_code
         if code.co_filename.startswith(ROOT) and code.co_filename not in INSTRUMENTS:
             found.append(f"{code.co_filename[len(ROOT) + 1 :]}:{frame.f_lineno} {code.co_name}")

@@ -57,6 +57,10 @@ class HandingOnGPT(SkippingGPT):
         return super().run(tokens) + self.tail(self.wte(tokens)).mean()
 
 
+def nothing(_: Engine, __: torch.Tensor, ___: Path) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Case:
     """Some steps of training."""
@@ -67,7 +71,7 @@ class Case:
     max_norm: float | None = 0.05
     early: bool = False
     recompute: bool = False
-    between: Callable[[Engine, torch.Tensor, Path], None] = lambda *_: None
+    between: Callable[[Engine, torch.Tensor, Path], None] = nothing
     """Done before each step."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Of the plan."""

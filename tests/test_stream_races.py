@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.cuda._gpu_trace as gpu_trace
 
 from offload.arena import page_aligned
 from offload.store import Store
 from offload.streams import Done, Lane
 from tests.simulated_streams import simulate_streams
 from tests.stream_races import TRAINING, Races
-from tests.watched_engine import Waits, watch
+from tests.watched_engine import Waits, watch, watch_gpu
 
 CPU = torch.device("cpu")
 EVENT = 7
@@ -99,8 +100,8 @@ def test_a_thread_that_waited_has_what_it_does_next_behind_it() -> None:
         assert bool(script.races.found) == (waits is None)
 
 
-def in_a_thread(work: Callable[[], None]) -> None:
-    thread = threading.Thread(target=work, name="another")
+def in_a_thread(work: Callable[[], None], name: str = "another") -> None:
+    thread = threading.Thread(target=work, name=name)
     thread.start()
     thread.join()
 
@@ -142,6 +143,24 @@ def test_memory_is_not_freed_under_another_stream(how: str | None) -> None:
         script.races.lent(tensor)
     del tensor
     assert bool(script.races.found) == (how is None)
+
+
+def test_what_torch_tells_of_a_gpu_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch._C, "_activate_gpu_trace", lambda: None)
+    races, memory = watch_gpu(monkeypatch), page_aligned(4096)
+    races.on_host(memory, tier=True)
+    races.touched([], [memory], "write")  # by this thread, at once
+    gpu_trace.EventRecordCallbacks.fire_callbacks(EVENT, 1)
+    in_a_thread(lambda: gpu_trace.EventWaitCallbacks.fire_callbacks(EVENT, 2))
+    assert races.clock("stream 0x2") == {TRAINING: 1}
+    told = ("EventSynchronization", (EVENT,)), ("StreamSynchronization", (1,)), ("DeviceSynchronization", ())
+    for number, (kind, what) in enumerate(told):
+        hear = getattr(gpu_trace, f"{kind}Callbacks").fire_callbacks
+        in_a_thread(lambda hear=hear, what=what: hear(*what), f"thread {number}")
+        assert races.clock(f"thread {number}") == {TRAINING: 1}
+    gpu_trace.MemoryDeallocationCallbacks.fire_callbacks(memory.data_ptr())
+    assert not races.found
 
 
 @pytest.mark.parametrize("waits", [True, False])

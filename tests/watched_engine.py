@@ -10,6 +10,7 @@ import linecache
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ def _watch_threads(patch: pytest.MonkeyPatch, races: Races) -> None:
     def is_settled(done: Done) -> bool:
         """Whoever need not wait for it goes on as if he had."""
         if known := settled(done):
-            done._enqueued.exception() or done._host_part()
+            with suppress(Exception):
+                done._enqueued.result()
         return known
 
     def checked(done: Done) -> None:
