@@ -73,6 +73,7 @@ def plan_of(problem: Problem, candidate: Candidate, machine: Machine) -> Plan:
         buckets=candidate.buckets,
         prediction=predict(problem, candidate),
         gpu_update_share=problem.gpu_update_share if _state_on_host(candidate) else 0.0,
+        on_meta=problem.on_meta,
     )
 
 
@@ -104,7 +105,6 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     state, activations = int(family.tables.gpu_bytes(counts)), family.activations
     beside = family.beside_forward_bytes if _state_on_host(candidate) else 0
     host = family.host_bytes(counts)
-    attached = problem.attach_bytes(host)
     phases = {
         "gpu": {
             "attach": state,
@@ -114,7 +114,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
             },
             "step": state + family.update_bytes,
         },
-        "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},
+        "host": {"attach": family.attach_bytes(counts), **dict.fromkeys((*activations.phase_bytes, "step"), host)},
     }
     if activations.host_bytes:
         phases["host"]["checkpoints"] = activations.host_bytes * problem.gpus_per_node
@@ -127,7 +127,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
         bottleneck=max(busy, key=busy.__getitem__),
         lane_seconds=busy,
         gpu_upper_bytes=family.gpu_upper_bytes(counts),
-        host_upper_bytes=attached,
+        host_upper_bytes=family.host_upper_bytes(counts),
         step_seconds_range=(
             candidate.seconds * (1 - problem.rates.spread),
             candidate.seconds * (1 + problem.rates.spread),

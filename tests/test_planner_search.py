@@ -47,7 +47,7 @@ def brute_force(profile, machine, batch_size, rates):
                 counts
                 for counts in every_count(len(problem.shapes))
                 if search.gpu_upper_bytes(counts) <= machine.gpu_bytes
-                and t.host_bytes(counts) + search.activations.host_bytes <= machine.host_bytes // ranks
+                and search.host_upper_bytes(counts) <= machine.host_bytes
                 and t.nvme_bytes(counts) <= machine.nvme_bytes // ranks
             }
             in_memory = {(c.state, c.gradients, c.parameters) for c in fitting if not c.nvme_state}
@@ -125,7 +125,7 @@ def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer
     shapes = units_of(profile)
     held = footprint(shapes, found.placements, found.buckets, found.state_format, found.gpu_update_share)
     assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= found.prediction.gpu_upper_bytes <= machine.gpu_bytes
-    assert held.host_bytes == found.prediction.host_bytes <= machine.host_bytes
+    assert held.host_bytes == found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps == batch_size
     assert audit(found, shapes) == []
@@ -166,7 +166,7 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     except NothingFits:
         assume(False)
     assert found.prediction.gpu_peak_bytes <= machine.gpu_bytes
-    assert found.prediction.host_bytes <= machine.host_bytes
+    assert found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
     assert found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps * 4 == 8
     assert audit(found, units_of(profile)) == []
