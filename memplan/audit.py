@@ -40,7 +40,7 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     problems += [f"unit {s.name!r} of the model is not in the plan" for s in shapes if s.name not in placed]
     if problems:
         return problems
-    expected, more = plan.prediction, 0
+    expected, more, start = plan.prediction, 0, 0
     if plan.target is Target.MEMPLAN:
         ranks = [_rank(plan, known[p.unit], p) for p in plan.placements]
         of_node = plan.gpus // plan.nodes
@@ -55,13 +55,17 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
             )
         # What somebody added by hand, as slots of the update, is there beside all that was predicted.
         more = max(0, state - expected.phases.get("gpu", {}).get("attach", state))
+        # However models are built, the tiers fill while each process has a unit on its way.
+        start = of_node * (_host_bytes(plan, ranks) + _passing_bytes(ranks)) if plan.device == "cuda" else 0
     for tier, used, budget in (
         ("gpu", max(expected.gpu_peak_bytes, expected.gpu_upper_bytes) + more, plan.budget.gpu_bytes),
-        ("host", expected.host_bytes, plan.budget.host_bytes),
+        ("host", max(expected.host_bytes, expected.host_upper_bytes, start), plan.budget.host_bytes),
         ("nvme", expected.nvme_bytes, plan.budget.nvme_bytes),
     ):
         if used > budget:
-            problems.append(f"the {tier} tier holds {format_bytes(used)}, over its budget of {format_bytes(budget)}")
+            problems.append(
+                f"the {tier} tier holds up to {format_bytes(used)}, over its budget of {format_bytes(budget)}"
+            )
     return problems
 
 
@@ -88,6 +92,11 @@ def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
 def _checkpoint_bytes(plan: Plan) -> int:
     """Of the activations that wait on the host: what is left of the host's bytes beside the model's state."""
     return plan.prediction.phases.get("host", {}).get("checkpoints", 0) // (plan.gpus // plan.nodes)
+
+
+def _passing_bytes(ranks: Sequence[_Rank]) -> int:
+    """Of the largest unit on its way into the tiers: twice, in fp32."""
+    return 2 * 4 * max(r.whole_weights for r in ranks)
 
 
 def _differs(tier: str, counted: int, predicted: int) -> list[str]:

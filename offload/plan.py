@@ -232,6 +232,8 @@ class Plan:
     """What trains: its state is what the placements and the prediction count."""
     moments: MomentFormat = MomentFormat.FP32
     """How its moments are stored."""
+    on_meta: bool = False
+    """Whether the model is built without memory and made unit by unit: those of a node's processes have no room."""
     reasons: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
@@ -372,6 +374,8 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"{plan.gpus} gpus can not be divided evenly over {plan.nodes} nodes")
     if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes):
         raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
+    if not isinstance(plan.on_meta, bool):
+        raise PlanError(f"on_meta is {plan.on_meta!r}; it must be true or false")
     if plan.checkpoints is Tier.NVME:
         raise PlanError("checkpoints can not live on nvme; use gpu or host")
     if not isinstance(plan.gpu_update_share, int | float) or not 0 <= plan.gpu_update_share <= 1:

@@ -103,11 +103,12 @@ def test_another_stage_than_the_bytes_were_counted_for_is_found(stage):
 def test_what_is_over_its_budget_is_found(stage, tier):
     plan, problem = planned(stage, (4, 2, 0), Counts(4, 3, 2, 2))
     p = plan.prediction
-    holds = {Tier.GPU: max(p.gpu_peak_bytes, p.gpu_upper_bytes), Tier.HOST: p.host_bytes, Tier.NVME: p.nvme_bytes}
+    holds = {Tier.GPU: max(p.gpu_peak_bytes, p.gpu_upper_bytes), Tier.HOST: p.host_upper_bytes, Tier.NVME: p.nvme_bytes}
     key = f"{tier}_bytes"
     assert audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier]})), problem.shapes) == []
     (found,) = audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier] - 1})), problem.shapes)
-    assert found.startswith(f"the {tier} tier holds")
+    assert found.startswith(f"the {tier} tier holds up to")
+    assert p.host_upper_bytes > p.host_bytes, "the start takes more than what stays"
 
 
 def test_the_ring_of_a_shared_update_is_counted():
