@@ -51,9 +51,14 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     problems += [f"unit {s.name!r} of the model is not in the plan" for s in shapes if s.name not in placed]
     if problems:
         return problems
+    start = 0
     if plan.target is Target.MEMPLAN:
-        problems += _other_pass(plan) + _miscounted(plan, [_rank(plan, known[p.unit], p) for p in plan.placements])
-    return problems + _unfit(plan)
+        ranks = [_rank(plan, known[p.unit], p) for p in plan.placements]
+        problems += _other_pass(plan) + _miscounted(plan, ranks)
+        if plan.device == "cuda":
+            # However models are built, the tiers fill while each process has a unit on its way.
+            start = plan.gpus // plan.nodes * (_host_bytes(plan, ranks) + _passing_bytes(ranks))
+    return problems + _unfit(plan, start)
 
 
 def check_plan(plan: Plan, model: nn.Module) -> None:
@@ -119,8 +124,8 @@ def _made_for(plan: Plan) -> MadeFor:
     )
 
 
-def _unfit(plan: Plan) -> list[str]:
-    """The most to expect is no less than what is expected, and within the budget."""
+def _unfit(plan: Plan, start_bytes: int) -> list[str]:
+    """The most to expect is no less than what is expected, and within the budget; so is a node's host at the start."""
     p, budget = plan.prediction, plan.budget
     problems = []
     for key, least in (("gpu_upper_bytes", p.gpu_peak_bytes), ("host_upper_bytes", p.host_bytes)):
@@ -128,7 +133,7 @@ def _unfit(plan: Plan) -> list[str]:
             problems.append(f"prediction.{key} is {upper}, below the {least} that are expected: write at least that")
     for tier, used, allowed in (
         ("gpu", max(p.gpu_peak_bytes, p.gpu_upper_bytes), budget.gpu_bytes),
-        ("host", max(p.host_bytes, p.host_upper_bytes), budget.host_bytes),
+        ("host", max(p.host_bytes, p.host_upper_bytes, start_bytes), budget.host_bytes),
         ("nvme", p.nvme_bytes, budget.nvme_bytes),
     ):
         if used > allowed:
@@ -156,6 +161,11 @@ def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
         whole_weights=trained + frozen,
         whole_trained=trained,
     )
+
+
+def _passing_bytes(ranks: Sequence[_Rank]) -> int:
+    """Of the largest unit on its way into the tiers: twice, in fp32."""
+    return 2 * 4 * max(r.whole_weights for r in ranks)
 
 
 def _differs(tier: str, counted: int, predicted: int) -> list[str]:

@@ -173,7 +173,9 @@ class FamilySearch:
         self.update_bytes = update_scratch_bytes(problem)
         # The ranks of a node share what its memory and its disk have.
         ranks = problem.gpus_per_node
-        self.host_budget = problem.budget.host_bytes // ranks - self.activations.host_bytes
+        # What the start needs beside the tiers is gone before the first inputs of blocks wait on the host.
+        beside = max(self.activations.host_bytes, problem.beside_tiers_bytes)
+        self.host_budget = problem.budget.host_bytes // ranks - beside
         self.nvme_budget = problem.budget.nvme_bytes // ranks
         cpu = problem.device == "cpu"
         self.price: Price = cpu_step_seconds if cpu else step_seconds
@@ -250,6 +252,14 @@ class FamilySearch:
     def host_bytes(self, counts: Counts) -> int:
         """Of one node."""
         return (int(self.tables.host_bytes(counts)) + self.activations.host_bytes) * self.problem.gpus_per_node
+
+    def attach_bytes(self, counts: Counts) -> int:
+        """Of one node's host, the most until the tiers are full."""
+        return self.problem.attach_bytes(int(self.tables.host_bytes(counts))) * self.problem.gpus_per_node
+
+    def host_upper_bytes(self, counts: Counts) -> int:
+        """Of one node, the most from the start on: what decides whether a candidate fits."""
+        return max(self.host_bytes(counts), self.attach_bytes(counts))
 
     def nvme_bytes(self, counts: Counts) -> int:
         """Of one node."""

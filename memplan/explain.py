@@ -34,7 +34,7 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
             + (f", and the weights of {best.counts.nvme_parameters}." if best.counts.nvme_parameters else ".")
         )
     said += _update_reason(problem, best)
-    said += host_reason(problem.gpus_per_node, expected.host_bytes, expected.host_upper_bytes)
+    said += _start_reason(problem, expected)
     said += [step_reason(best.seconds, expected.lane_seconds), problem.rates.source]
     if best.counts.nvme_state and machine.disk is not None and machine.disk.trouble:
         read, written = problem.rates.nvme_read_bytes_per_second, problem.rates.nvme_write_bytes_per_second
@@ -43,12 +43,6 @@ def reasons_for(problem: Problem, best: Candidate, expected: Prediction, machine
         said.append(
             f"{format_bytes(expected.pinned_bytes)} of host memory will be pinned, over this user's memory-lock limit "
             f"of {format_bytes(machine.memlock_bytes)}; if pinning is refused, raise it (ulimit -l unlimited)."
-        )
-    if problem.device == "cuda" and problem.built_bytes > problem.budget.host_bytes:
-        said.append(
-            f"The model as it is built in fp32 takes {format_bytes(problem.built_bytes)} of a node's memory, over the "
-            f"{format_bytes(problem.budget.host_bytes)} that training may hold there: under memplan.on_meta(), where "
-            "memplan train builds it, it is made unit by unit."
         )
     trained_with = problem.form.optimizer
     if profiled_optimizer(problem.profile) is not trained_with:
@@ -111,15 +105,25 @@ def _placement_reason(problem: Problem, best: Candidate, search: FamilySearch) -
     )
 
 
-def host_reason(gpus_per_node: int, host_bytes: int, most_bytes: int) -> list[str]:
-    """Why the host needs more for a while than the plan keeps there."""
-    if most_bytes <= host_bytes:
-        return []
-    each = "the model is" if gpus_per_node == 1 else f"each of {gpus_per_node} processes has the model"
-    return [
-        f"At the start the host holds up to {format_bytes(most_bytes)}, while {each} built and taken into the tiers; "
-        f"then {format_bytes(host_bytes)}."
-    ]
+def _start_reason(problem: Problem, expected: Prediction) -> list[str]:
+    """Why the host needs more for a while than the plan keeps there, and why a model is not built whole."""
+    said, processes = [], problem.gpus_per_node
+    if problem.on_meta and problem.device == "cuda":
+        built = format_bytes(processes * problem.start.model_bytes)
+        which = "The model takes" if processes == 1 else f"The models of {processes} processes take"
+        said.append(
+            f"{which} {built} of a node's memory as they are built in fp32, which with a unit on its way is over the "
+            f"{format_bytes(problem.budget.host_bytes)} that training may hold there: build them under "
+            "memplan.on_meta(), as memplan train does, and they are made unit by unit."
+        )
+    if expected.host_upper_bytes > expected.host_bytes:
+        how = "made unit by unit" if problem.on_meta else "built and taken into the tiers"
+        each = "the model is" if processes == 1 else f"each of {processes} processes has its model"
+        said.append(
+            f"At the start the host holds up to {format_bytes(expected.host_upper_bytes)}, while {each} {how}; "
+            f"then {format_bytes(expected.host_bytes)}."
+        )
+    return said
 
 
 def _update_reason(problem: Problem, best: Candidate) -> list[str]:

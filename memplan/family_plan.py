@@ -15,6 +15,7 @@ def family_plan(
     buckets: Buckets,
     prediction: Prediction,
     gpu_update_share: float = 0.0,
+    on_meta: bool = False,
 ) -> Plan:
     """The plan of a family with these placements; ``reasons`` and ``alternatives`` are left to whoever searched."""
     way, sharding = family.way, family.sharding
@@ -42,4 +43,5 @@ def family_plan(
         gpu_update_share=gpu_update_share,
         optimizer=problem.form.optimizer,
         moments=problem.form.moments,
+        on_meta=on_meta,
     )

@@ -239,6 +239,16 @@ def were_restarted(place: Place) -> bool:
     return told.item() > 0
 
 
+def all_agree(here: bool) -> bool:
+    """Whether it is so for every process; none goes on before all have said."""
+    if (dog := watchdog.current()) is None:
+        return here
+    told = torch.tensor(int(here))
+    with dog.inside("start", "whether models have room"):
+        dist.all_reduce(told, dist.ReduceOp.MIN, group=_group())
+    return bool(told.item())
+
+
 def together(loss: float, stop: bool) -> tuple[float, bool]:
     """The mean of what all processes have of a loss, and whether any of them wants to stop."""
     if (dog := watchdog.current()) is None:

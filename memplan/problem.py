@@ -12,15 +12,15 @@ from memplan.passes import PassSeconds, pass_seconds
 from memplan.rates import Rates
 from memplan.sharding import Sharding
 from memplan.shared_update import shared_update
+from memplan.start import StartBytes, have_room, room_bytes
 from memplan.units import owner
 from memplan.work import StepWork
 from offload.plan import Buckets, Budget, OptimizerKind, Precision, StateFormat, Target, Tier
 from offload.residency import UnitShape
+from offload.shards import Shards
 from profiler.profile import ModelProfile
 
 T = TypeVar("T")
-BUILT_BYTES = 4
-"""Of one parameter until the model is taken over: models are built in fp32."""
 
 
 def profiled_optimizer(profile: ModelProfile) -> OptimizerKind | None:
@@ -69,23 +69,27 @@ class Problem:
         """They share a node's memory and disk."""
         return self.gpus // self.nodes
 
+    @cached_property
+    def start(self) -> StartBytes:
+        """Host bytes of one process at the start, its units padded as far as any sharding does."""
+        padded = [shape.padded(Shards(3, self.gpus)) for shape in self.shapes]
+        return StartBytes.of(self.profile.parameter_elements, padded)
+
     @property
-    def built_bytes(self) -> int:
-        """Of a node's memory, with the model of each of its ranks as it was built."""
-        return self.profile.parameter_elements * BUILT_BYTES * self.gpus_per_node
+    def on_meta(self) -> bool:
+        """Whether models are built without memory, for those of a node have no room: [Note: the start]."""
+        room = room_bytes(self.budget, self.device, self.gpus_per_node)
+        return not have_room(self.gpus_per_node, self.start.model_bytes, self.start.passing_bytes, room)
 
-    def attach_bytes(self, host_bytes: int) -> int:
-        """The most of a node's memory while models are taken over into ``host_bytes`` of tiers.
+    @property
+    def beside_tiers_bytes(self) -> int:
+        """Of the host, what each process needs at the start beside full tiers."""
+        # Where the CPU computes, the GPU tier is of the same memory and has no activations yet: that is the room.
+        return self.start.beside_bytes(on_meta=self.on_meta) if self.device == "cuda" else 0
 
-        A model that the host tier could not hold as it is built is made unit by unit: beside the tiers there are the
-        root unit, and the largest one twice.
-        """
-        if self.device != "cuda":
-            return host_bytes
-        if self.built_bytes <= self.budget.host_bytes:
-            return max(host_bytes, self.built_bytes)
-        elements = {shape.name: shape.elements for shape in self.shapes}
-        return host_bytes + (elements.get("", 0) + 2 * max(elements.values())) * BUILT_BYTES * self.gpus_per_node
+    def attach_bytes(self, tiers_bytes: int) -> int:
+        """The most that one process has on the host until its tiers, of so many bytes there, are full."""
+        return self.start.most_bytes(tiers_bytes, on_meta=self.on_meta) if self.device == "cuda" else tiers_bytes
 
     @cached_property
     def chain(self) -> list[UnitShape]:

@@ -74,6 +74,7 @@ def plan_of(problem: Problem, candidate: Candidate, machine: Machine) -> Plan:
         buckets=candidate.buckets,
         prediction=predict(problem, candidate),
         gpu_update_share=problem.gpu_update_share if _state_on_host(candidate) else 0.0,
+        on_meta=problem.on_meta,
     )
 
 
@@ -105,7 +106,6 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
     state, activations = int(family.tables.gpu_bytes(counts)), family.activations
     beside = family.beside_forward_bytes if _state_on_host(candidate) else 0
     host = family.host_bytes(counts)
-    attached = problem.attach_bytes(host)
     phases = {
         "gpu": {
             "attach": state,
@@ -115,7 +115,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
             },
             "step": state + family.update_bytes,
         },
-        "host": {"attach": attached, **dict.fromkeys((*activations.phase_bytes, "step"), host)},
+        "host": {"attach": family.attach_bytes(counts), **dict.fromkeys((*activations.phase_bytes, "step"), host)},
     }
     if activations.host_bytes:
         phases["host"]["checkpoints"] = activations.host_bytes * problem.gpus_per_node
@@ -128,7 +128,7 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
         bottleneck=max(busy, key=busy.__getitem__),
         lane_seconds=busy,
         gpu_upper_bytes=family.gpu_upper_bytes(counts),
-        host_upper_bytes=attached,
+        host_upper_bytes=family.host_upper_bytes(counts),
         step_seconds_range=(
             candidate.seconds * (1 - problem.rates.spread),
             candidate.seconds * (1 + problem.rates.spread),
@@ -255,10 +255,18 @@ def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
     def option(tier: Tier, need: int) -> str:
         return OPTIONS[tier].format(_size_text(need + context.get(tier, 0)))
 
+    wanted, start = problem, None
+    if problem.attach_bytes(0) * problem.gpus_per_node > problem.budget.host_bytes:
+        # The host has no room for the start, whatever the other tiers have.
+        start = need_of(problem.with_budget(Tier.GPU, 1 << 60), Tier.HOST)
     needs = {tier: need for tier in Tier if (need := need_of(problem, tier)) is not None}
+    if not needs and start is not None:  # and with that room the GPU is too small as well
+        wanted = problem.with_budget(Tier.HOST, start)
+        needs = {tier: need for tier in Tier if (need := need_of(wanted, tier)) is not None}
+    more = "" if wanted is problem else f" {option(Tier.HOST, wanted.budget.host_bytes)}"
     short = {tier: need - getattr(problem.budget, f"{tier.value}_bytes") for tier, need in needs.items()}
     tiers = sorted(needs, key=lambda tier: short[tier])
-    changes = [option(tier, needs[tier]) for tier in tiers]
+    changes = [option(tier, needs[tier]) + more for tier in tiers]
     if tiers == [Tier.GPU]:
         # No other tier helps alone, but a larger host tier may make a smaller GPU do.
         gpu = need_of(problem.with_budget(Tier.HOST, 1 << 60), Tier.GPU)
@@ -266,14 +274,19 @@ def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
             host = need_of(problem.with_budget(Tier.GPU, gpu), Tier.HOST)
             if host is not None:
                 changes.append(f"{option(Tier.GPU, gpu)} {option(Tier.HOST, host)}")
-    levers = "everything offloaded that has room elsewhere"
+    named, shortage = tiers[0], short[tiers[0]]
+    why = "even with everything offloaded that has room elsewhere"
     if any(p.recompute for p in problem.profile.activations):
-        levers += ", recompute"
+        why += ", recompute"
+    why += " and micro-batch 1"
+    if start is not None and needs.get(Tier.HOST, start) == start:
+        named, shortage = Tier.HOST, start - problem.budget.host_bytes
+        why = "at the start, when every process has a unit of its model on the way into the tiers"
     return NothingFits(
-        f"Nothing fits: the {tiers[0].value} tier is short {format_bytes(short[tiers[0]])} even with {levers} and "
-        f"micro-batch 1; smallest change: {' or '.join(changes)}{_offer(problem)}",
-        tiers[0].value,
-        short[tiers[0]],
+        f"Nothing fits: the {named.value} tier is short {format_bytes(shortage)} {why}; "
+        f"smallest change: {' or '.join(changes)}{_offer(wanted)}",
+        named.value,
+        shortage,
         tuple(changes),
     )
 

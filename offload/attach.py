@@ -10,9 +10,10 @@ from offload.arena import Arena
 from offload.dtensors import local_of
 from offload.errors import OffloadError
 from offload.initialise import Initialiser
-from offload.plan import Plan, Tier
+from offload.plan import Plan
 from offload.ranks import Ranks
-from offload.residency import Footprint
+from offload.residency import Footprint, host_bytes_of_unit
+from offload.shards import Shards
 from offload.state import UnitState, allocate
 from offload.store import Store
 from offload.unit import Unit
@@ -75,11 +76,15 @@ def in_turn(
 ) -> Iterator[Unit]:
     """The units, each when the model has its parameters with their first values: its own, those of files, or new ones.
 
-    Units that leave host memory come first, those that take more of it last: so the host never holds more than the
-    model before, or all of the tiers after. Those on meta take none before, and are made in the model's order. When
-    all have come, nothing of the model is on meta.
+    Units that free host memory come first, those that take more of it last: so beside the one on its way the host never
+    holds more than the model before, or all of the tiers after. Those on meta take none before, and are made in the
+    model's order. When all have come, nothing of the model is on meta.
     """
-    by_room = sorted(units, key=lambda u: u.placement.optimizer is Tier.HOST)
+    shards = Shards.of(plan)
+    by_room = sorted(
+        units,
+        key=lambda u: host_bytes_of_unit(u.shape, u.placement, plan.state_format, shards) - host_bytes_of([u]),
+    )
     workplace = _workplace(units, plan, device, needed)
     made = Initialiser(model, workplace)
     if weights is not None:

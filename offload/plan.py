@@ -257,6 +257,8 @@ class Plan:
     """What trains: its state is what the placements and the prediction count."""
     moments: MomentFormat = MomentFormat.FP32
     """How its moments are stored."""
+    on_meta: bool = False
+    """Whether the model is built without memory and made unit by unit: those of a node's processes have no room."""
     reasons: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
 
@@ -313,8 +315,6 @@ class Plan:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
         """The inverse of ``to_dict``; unknown keys are refused."""
-        if not isinstance(data, dict):
-            raise PlanError("it holds no object; memplan plan writes a plan")
         for part in ("parameter_shapes", "buckets", "budget", "prediction"):
             if part in data and not isinstance(data[part], dict):
                 raise PlanError(f"{part} is {data[part]!r}; it must be an object")
@@ -350,14 +350,8 @@ def _placement(data: dict[str, str]) -> Placement:
 def _prediction(data: dict[str, Any]) -> Prediction:
     between, made_for = data.get("step_seconds_range"), data.get("made_for")
     if made_for is not None:
-        made_for = MadeFor(
-            **{
-                **made_for,
-                "precision": Precision(made_for["precision"]),
-                "recompute": tuple(made_for["recompute"]),
-                "checkpoints": Tier(made_for["checkpoints"]),
-            }
-        )
+        kinds = {"precision": Precision, "recompute": tuple, "checkpoints": Tier}
+        made_for = MadeFor(**{**made_for, **{name: kind(made_for[name]) for name, kind in kinds.items()}})
     between = tuple(between) if isinstance(between, list) else between
     return Prediction(**{**data, "step_seconds_range": between, "made_for": made_for})
 
@@ -394,5 +388,7 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"{plan.gpus} gpus can not be divided evenly over {plan.nodes} nodes")
     if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes):
         raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
+    if not isinstance(plan.on_meta, bool):
+        raise PlanError(f"on_meta is {plan.on_meta!r}; it must be true or false")
     if plan.checkpoints is Tier.NVME:
         raise PlanError("checkpoints can not live on nvme; use gpu or host")

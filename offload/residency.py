@@ -179,6 +179,19 @@ def streamed_bytes(placements: Sequence[Placement], buckets: Buckets, form: Stat
     return buckets.update_slots * streamed_slot_bytes(buckets.update_elements, form)
 
 
+def host_bytes_of_unit(shape: UnitShape, p: Placement, form: StateFormat, shards: Shards = ALONE) -> int:
+    """Of a rank's host tier: what stays of a unit there; staging is not of one unit."""
+    w = form.precision.weight_bytes
+    state = shards.state(shape.trainable_elements)
+    parts = (
+        (p.parameters is Tier.HOST, shards.weights(shape.elements, p.parameters) * w),
+        (mirrored(p), state * w),
+        (p.gradients is Tier.HOST, shards.gradients(shape.trainable_elements) * w),
+        (p.optimizer is Tier.HOST, state_bytes(state, form)),
+    )
+    return sum(aligned(size, BLOCK_BYTES) for there, size in parts if there)
+
+
 def checkpoint_host_bytes(blocks: int, input_bytes: int) -> int:
     """Host bytes of the inputs of so many recomputed blocks, each of ``input_bytes`` and a piece of its own."""
     return blocks * aligned(input_bytes, BLOCK_BYTES)
@@ -205,10 +218,7 @@ def footprint(
         gpu += weights * w if p.parameters is Tier.GPU else 0
         gpu += gradients * w if p.gradients is Tier.GPU else 0
         gpu += state_bytes(state, form) if p.optimizer is Tier.GPU else 0
-        host += aligned(weights * w, BLOCK_BYTES) if p.parameters is Tier.HOST else 0
-        host += aligned(state * w, BLOCK_BYTES) if mirrored(p) else 0
-        host += aligned(gradients * w, BLOCK_BYTES) if p.gradients is Tier.HOST else 0
-        host += aligned(state_bytes(state, form), BLOCK_BYTES) if p.optimizer is Tier.HOST else 0
+        host += host_bytes_of_unit(s, p, form, shards)
         if p.optimizer is Tier.NVME:
             spans = chunks(state, buckets.update_elements)
             nvme += sum(aligned(state_bytes(b - a, form), BLOCK_BYTES) for a, b in spans)

@@ -1,10 +1,13 @@
-"""Run as a process of its own: the host memory that taking a model over takes beside its tiers, by case, as JSON.
+"""Run as a process of its own: the host memory that taking a model over takes, by case, as JSON.
 
-python -m tests.measured_take_over FOLDER [WEIGHTS]
+That is, beside its tiers, or where it was built whole beside the larger of model and tiers.
+
+python -m tests.measured_take_over FOLDER [WEIGHTS | whole]
 """
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +43,13 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def beside_bytes(tiers: tuple[Tier, Tier, Tier], precision: Precision, folder: Path, weights: Path | None) -> int:
-    """The most that was held while the engine was made, less the tiers."""
-    with on_meta():
+def beside_bytes(
+    tiers: tuple[Tier, Tier, Tier], precision: Precision, folder: Path, weights: Path | None, *, whole: bool
+) -> int:
+    """The most that was held while the engine was made, less the tiers or the model."""
+    forget_peak()
+    before = resident_bytes("VmRSS")
+    with nullcontext() if whole else on_meta():
         network = model()
     placements = (Placement("", *RESIDENT), *(Placement(f"h.{i}", *tiers) for i in range(BLOCKS)))
     plan = replace(
@@ -53,20 +60,20 @@ def beside_bytes(tiers: tuple[Tier, Tier, Tier], precision: Precision, folder: P
     )
     shapes = [unit.shape for unit in partition(network, placements)]
     held = footprint(shapes, placements, plan.buckets, plan.state_format)
-    forget_peak()
-    before = resident_bytes("VmRSS")
     engine = Engine(network, plan, weights=weights)
     most = resident_bytes("VmHWM")
     engine.close()
-    return most - before - held.gpu_bytes - held.host_bytes
+    built = sum(p.nbytes for p in network.parameters()) if whole else 0
+    return most - before - max(built, held.gpu_bytes + held.host_bytes)
 
 
 def main() -> None:
     """One figure a case; the first run of each kind warms up."""
-    folder, weights = Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None
-    beside_bytes(CASES["nvme"], Precision.BF16, folder, weights)
+    folder, word = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None
+    weights, whole = Path(word) if word not in (None, "whole") else None, word == "whole"
+    beside_bytes(CASES["nvme"], Precision.BF16, folder, weights, whole=whole)
     found = {
-        f"{name} {precision}": beside_bytes(tiers, precision, folder, weights)
+        f"{name} {precision}": beside_bytes(tiers, precision, folder, weights, whole=whole)
         for name, tiers in CASES.items()
         for precision in (Precision.FP32, Precision.BF16)
     }

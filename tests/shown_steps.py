@@ -17,7 +17,8 @@ def shown_step(device: str = "cuda", gpus: int = 1, target: Target = Target.MEMP
     if target is Target.MEMPLAN:
         profile = transformer(6, block_elements=200_000, batch_size=2)
         gpu_bytes = (MARGIN if device == "cuda" else 1 << 20) + (9_000_000 if gpus == 1 else 14_000_000)
-        machine = machine_of(gpu_bytes, 9_000_000 * gpus, 1 << 30, device=device, gpus=gpus)
+        host_bytes = 9_000_000 + (2 * 4 * 200_064 if device == "cuda" else 0)  # a block on its way at the start
+        machine = machine_of(gpu_bytes, host_bytes * gpus, 1 << 30, device=device, gpus=gpus)
     else:
         profile = transformer(6, block_elements=50_000_000, batch_size=2)
         machine = machine_of(2_500_000_000, 1 << 36, device=device, gpus=gpus)

@@ -141,10 +141,12 @@ def cases(draw: st.DrawFn, gpus: int = 1, most_blocks: int = 6) -> tuple[ModelPr
     profile = draw(transformers(most_blocks))
     device = "cpu" if gpus == 1 and draw(st.booleans()) else "cuda"
     state = profile.parameter_elements * (14 if profile.precision == "bf16" else 16)
+    # Of the host, what the start takes beside the tiers; without it nothing fits a GPU.
+    start = 13 * gpus * max(p.elements for p in profile.parameters) * draw(st.sampled_from([0, 1, 1, 1]))
     least = min(p.reserved_bytes for p in profile.activations)
     machine = machine_of(
         FIXED_MARGIN_BYTES[device] + int(least * draw(st.floats(1.0, 4.0))) + int(state * draw(st.floats(0.1, 1.1))),
-        draw(st.one_of(st.just(0), st.floats(0.0, 2.0).map(lambda share: int(share * state)))),
+        start + draw(st.one_of(st.just(0), st.floats(0.0, 2.0).map(lambda share: int(share * state)))),
         draw(st.one_of(st.just(0), st.floats(0.0, 1.5).map(lambda share: int(share * state)))),
         device=device,
         gpus=gpus,

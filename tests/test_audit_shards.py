@@ -110,7 +110,8 @@ def test_what_is_over_its_budget_is_found(stage, tier):
     key = f"{tier}_bytes"
     assert audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier]})), problem.shapes) == []
     (found,) = audit(replace(plan, budget=replace(plan.budget, **{key: holds[tier] - 1})), problem.shapes)
-    assert found.startswith(f"the {tier} tier holds")
+    assert found.startswith(f"the {tier} tier holds up to")
+    assert p.host_upper_bytes > p.host_bytes, "the start takes more than what stays"
 
 
 def test_the_ring_of_a_shared_update_is_counted():

@@ -10,12 +10,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from memplan.first_values import room_bytes, start_of, whole_bytes
+from memplan.first_values import has_room, start_of, whole_bytes
 from memplan.problem import Problem
+from memplan.start import StartBytes, room_bytes
 from memplan.train import TrainingOptions, train
 from offload.errors import WeightsError
 from offload.plan import Budget, Plan, Precision, Tier
 from offload.residency import UnitShape
+from offload.shards import Shards
 from profiler import load_source
 from profiler.contract import ModelSource
 from tests.plans import counted
@@ -92,11 +94,37 @@ def test_a_model_that_the_host_has_no_room_for_is_built_without_memory_where_it_
     assert whole_bytes(plan) == (64 + 8 + 8 + 8) * 4
     assert start_of(source, plan, resume=False).remark is None
     small = plan_for_source(source, whole_bytes(plan) - 1)
-    assert room_bytes(small) == whole_bytes(plan) - 1
+    assert room_bytes(small.budget, small.device, processes=1) == whole_bytes(plan) - 1
     start = start_of(source, small, resume=False)
     assert start.model[0].weight.is_meta is not reads
-    assert (start.remark is None) is reads
-    assert reads or "352 B in fp32, is too large for the host" in start.remark
+    assert "the model, 352 B in fp32, is too large for the host: " in start.remark
+    assert ("it is built there all the same, for its code reads numbers" in start.remark) is reads
+    assert ("it is made unit by unit" in start.remark) is not reads
+
+
+def test_room_is_needed_for_the_model_of_every_process_of_a_node(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL_FILE.format(reads=False))
+    source = load_source(tmp_path / "net.py")
+    room = Budget(0, 8 * (64 + 8 + 8 + 8) * 4, 0)
+    plan = replace(plan_for_source(source), device="cuda", gpus=8, budget=room)
+    assert has_room(plan)
+    assert has_room(replace(plan, gpus=16, nodes=2))
+    short = replace(plan, budget=replace(room, host_bytes=room.host_bytes - 1))
+    assert not has_room(short)
+    start = start_of(source, short, resume=False)
+    assert start.model[0].weight.is_meta
+    assert start.remark == (
+        "the model of each of 8 processes, 352 B in fp32, is too large for the host: it is made unit by unit"
+    )
+    assert not has_room(replace(plan, gpus=16))
+    assert has_room(replace(plan, gpus=16, device="cpu", budget=replace(room, gpu_bytes=room.host_bytes // 16)))
+
+
+def test_a_model_is_built_on_meta_where_the_plan_says_so(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL_FILE.format(reads=False))
+    source = load_source(tmp_path / "net.py")
+    start = start_of(source, replace(plan_for_source(source), on_meta=True), resume=False)
+    assert start.model[0].weight.is_meta
 
 
 def trained(folder: Path, out: Path) -> str:
@@ -132,13 +160,26 @@ def test_a_folder_of_other_weights_is_a_sentence_that_names_the_way_around(tmp_p
         trained(folder, tmp_path / "run")
 
 
-def test_what_taking_over_takes_is_counted_unit_by_unit_where_the_host_can_not_hold_the_model() -> None:
+def test_what_taking_over_takes_is_counted_unit_by_unit_where_the_host_can_not_hold_the_models() -> None:
     shapes = (UnitShape.of("", [64]), UnitShape.of("a", [1 << 20]), UnitShape.of("b", [1 << 18]))
     elements = sum(shape.elements for shape in shapes)
-    profile = SimpleNamespace(parameter_elements=elements)
-    problem = Problem(profile, shapes, "cuda", 1, 1, Budget(0, 4 * elements, 0), None, Precision.BF16, 1)
-    assert problem.attach_bytes(100) == 4 * elements
-    assert problem.attach_bytes(5 * elements) == 5 * elements
-    smaller = problem.with_budget(Tier.HOST, 4 * elements - 1)
-    assert smaller.attach_bytes(100) == 100 + 4 * (64 + (2 << 20))
-    assert replace(smaller, device="cpu").attach_bytes(100) == 100
+    model, largest = 4 * elements, 4 << 20
+    for processes in (1, 8):
+        room = processes * (model + 2 * largest)
+        budget, profile = Budget(0, room, 0), SimpleNamespace(parameter_elements=elements)
+        problem = Problem(profile, shapes, "cuda", processes, 1, budget, None, Precision.BF16, 1)
+        assert not problem.on_meta
+        assert problem.attach_bytes(100) == model + 2 * largest
+        assert problem.attach_bytes(2 * model) == 2 * model + 2 * largest
+        smaller = problem.with_budget(Tier.HOST, room - 1)
+        root = 4 * shapes[0].padded(Shards(3, processes)).elements
+        assert smaller.on_meta
+        assert smaller.attach_bytes(100) == 100 + root + 2 * largest
+        assert replace(smaller, device="cpu").attach_bytes(100) == 100
+
+
+def test_a_root_unit_that_is_the_largest_is_made_once_and_on_its_way_once() -> None:
+    start = StartBytes.of(1000, (UnitShape.of("", [640]), UnitShape.of("a", [64])))
+    assert (start.model_bytes, start.passing_bytes, start.made_bytes) == (4000, 2 * 4 * 640, 2 * 4 * 640)
+    alike = StartBytes.of(1000, (UnitShape.of("", [640]), UnitShape.of("a", [640])))
+    assert alike.made_bytes == 3 * 4 * 640

@@ -47,7 +47,7 @@ def brute_force(profile, machine, batch_size, rates):
                 counts
                 for counts in every_count(len(problem.shapes))
                 if search.gpu_upper_bytes(counts) <= machine.gpu_bytes
-                and t.host_bytes(counts) + search.activations.host_bytes <= machine.host_bytes // ranks
+                and search.host_upper_bytes(counts) <= machine.host_bytes
                 and t.nvme_bytes(counts) <= machine.nvme_bytes // ranks
             }
             in_memory = {(c.state, c.gradients, c.parameters) for c in fitting if not c.nvme_state}
@@ -125,7 +125,7 @@ def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer
     shapes = units_of(profile)
     held = footprint(shapes, found.placements, found.buckets, found.state_format, found.gpu_update_share)
     assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= found.prediction.gpu_upper_bytes <= machine.gpu_bytes
-    assert held.host_bytes == found.prediction.host_bytes <= machine.host_bytes
+    assert held.host_bytes == found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps == batch_size
     assert audit(found, shapes) == []
@@ -166,7 +166,7 @@ def test_plans_for_several_gpus_keep_every_rank_inside_its_share(case):
     except NothingFits:
         assume(False)
     assert found.prediction.gpu_peak_bytes <= machine.gpu_bytes
-    assert found.prediction.host_bytes <= machine.host_bytes
+    assert found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
     assert found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps * 4 == 8
     assert audit(found, units_of(profile)) == []
@@ -292,6 +292,43 @@ def test_wishes_that_contradict_the_profile_are_refused():
         plan(transformer(2), machine, RATES, batch_size=6, precision=Precision.BF16)
     with pytest.raises(PlanningError, match="activations"):
         plan(replace(transformer(2), activations=()), machine, RATES, batch_size=6)
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_host_that_holds_the_tiers_but_not_the_start_is_no_host_that_fits(gpus):
+    """The largest unit is on its way into the tiers in every process."""
+    profile = transformer(6, 3_000_000, embedding=0, precision="bf16", flops=10**9)
+
+    def planned(host: int) -> Plan:
+        return plan(profile, machine_of(400_000_000, host, device="cuda", gpus=gpus), SHARED_RATES, batch_size=8)
+
+    problem = problem_of(profile, machine_of(400_000_000, 0, device="cuda", gpus=gpus), SHARED_RATES, 8, None)
+    least = smallest_budget(problem, Tier.HOST)
+    assert planned(least).prediction.host_bytes < least
+    with pytest.raises(NothingFits):
+        planned(least - (1 << 20))
+    seen = set()
+    for share in range(100, 500, 20):
+        found = planned(least * share // 100)
+        assert found.prediction.host_upper_bytes <= found.budget.host_bytes
+        models = gpus * 4 * profile.parameter_elements
+        assert found.on_meta or models <= found.prediction.host_upper_bytes
+        seen.add(found.on_meta)
+    assert seen == ({True, False} if gpus > 1 else {False})
+
+
+def test_what_the_start_needs_of_the_host_is_named_even_where_the_gpu_is_too_small_as_well():
+    profile = transformer(4, 300_000, activation=5_000_000)
+    for gpu in (10**10, 2_000_000):
+        with pytest.raises(NothingFits) as caught:
+            plan(profile, machine_of(gpu, 1_000, device="cuda"), RATES, batch_size=4)
+        assert caught.value.tier == "host"
+        assert "is short 2.29 MiB at the start, when every process has a unit of its model on the way" in str(
+            caught.value
+        )
+        words = [change.split()[::2] for change in caught.value.changes]
+        both = [["--gpu-memory", "--host-memory"]]
+        assert words[:1] == ([["--host-memory"]] if gpu == 10**10 else both)
 
 
 def test_nothing_fits_names_the_tier_the_shortage_and_the_change():

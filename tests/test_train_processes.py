@@ -41,6 +41,23 @@ def steps(run_dir: Path, name: str = "events.jsonl") -> list[dict]:
     return [event for event in events if event["event"] == "step"]
 
 
+def test_processes_whose_models_have_no_room_together_build_them_on_meta_and_train_the_same(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(MODEL)
+    whole = run(tmp_path, "--nproc", "2", "-b", "8", "--steps", "2", "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    plan = json.loads((tmp_path / "whole" / "plan.json").read_text())
+    assert plan["on_meta"] is False
+    (tmp_path / "meta.json").write_text(json.dumps({**plan, "on_meta": True}))
+    meta = run(tmp_path, "--nproc", "2", "--plan", "meta.json", "--steps", "2", "--out", "meta")
+    assert meta.returncode == 0, meta.stderr
+    said = " ".join(meta.stdout.split())
+    assert (
+        "the model of each of 2 processes, 1.64 KiB in fp32, is too large for the host: it is made unit by unit" in said
+    )
+    losses = [[s["loss"] for s in steps(tmp_path / name)] for name in ("whole", "meta")]
+    assert losses[0] == losses[1]
+
+
 def test_two_processes_train_as_one_and_resume_as_one_more(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(MODEL)
     two = run(tmp_path, "--nproc", "2", "-b", "8", "--steps", "3", "--out", "two")
