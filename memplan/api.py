@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader, Dataset
 
-from memplan.audit import audit
+from memplan.audit import audit, check_plan
 from memplan.errors import PlanningError
 from memplan.machine import Machine, detect
 from memplan.quick_rates import rates_of
@@ -118,10 +118,11 @@ def initialize(
     dataloader, made where ``training_data`` is given, yields shuffled micro-batches of the plan's size.
     ``grad_scaler`` has the rules of fp16's loss scale, by default torch's; ``update_in_backward`` is described at
     ``Engine``. For a model that ``parallelize_module`` divided, ``mesh`` is the 2-D mesh that its axis belongs to; the
-    plan's ``gpus`` are the ranks of the other axis, that of the data.
+    plan's ``gpus`` are the ranks of the other axis, that of the data. Raises PlanError for a plan that does not add up.
     """
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
+    check_plan(plan, model)
     files = Path(weights) if weights is not None else None
     engine = Engine(
         model,

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 from itertools import groupby
 from math import ceil
 
+from torch import nn
+
 from memplan.formatting import format_bytes
-from offload.plan import Placement, Plan, Precision, Target, Tier
+from offload.errors import PlanError
+from offload.plan import MadeFor, Placement, Plan, Precision, Target, Tier
 from offload.residency import UnitShape
+from offload.unit import check_model, partition
 
 PAGE = 4096
+PASS = ("device", "precision", "micro_batch_size", "recompute", "checkpoints", "loss_chunks")
+"""What activations follow from, by its names in a plan and in what its prediction was made for."""
+UNAUDITED = (
+    "the plan does not say what its prediction was made for, so its activations could not be audited; memplan plan "
+    "makes plans that do"
+)
+"""Of a plan without ``made_for``."""
 
 
 @dataclass(frozen=True)
@@ -40,31 +51,94 @@ def audit(plan: Plan, shapes: Sequence[UnitShape]) -> list[str]:
     problems += [f"unit {s.name!r} of the model is not in the plan" for s in shapes if s.name not in placed]
     if problems:
         return problems
-    expected, more, start = plan.prediction, 0, 0
+    start = 0
     if plan.target is Target.MEMPLAN:
         ranks = [_rank(plan, known[p.unit], p) for p in plan.placements]
-        of_node = plan.gpus // plan.nodes
-        host = of_node * (_host_bytes(plan, ranks) + _checkpoint_bytes(plan))
-        problems += _differs("host", host, expected.host_bytes)
-        problems += _differs("nvme", of_node * _nvme_bytes(plan, ranks), expected.nvme_bytes)
-        state = _gpu_state_bytes(plan, ranks)
-        if state > expected.gpu_peak_bytes:
+        problems += _other_pass(plan) + _miscounted(plan, ranks)
+        if plan.device == "cuda":
+            # However models are built, the tiers fill while each process has a unit on its way.
+            start = plan.gpus // plan.nodes * (_host_bytes(plan, ranks) + _passing_bytes(ranks))
+    return problems + _unfit(plan, start)
+
+
+def check_plan(plan: Plan, model: nn.Module) -> None:
+    """Raise PlanError for a plan of another model, or one that does not add up."""
+    check_model(plan, model)
+    shapes = []
+    for unit in partition(model, plan.placements):
+        # Plans count whole tensors, also where tensor parallelism divides them.
+        sizes: dict[bool, list[int]] = {True: [], False: []}
+        for field in unit.fields:
+            sizes[field.trainable].append(field.whole_shape.numel())
+        shapes.append(UnitShape.of(unit.name, sizes[True], sizes[False]))
+    if problems := audit(plan, shapes):
+        raise PlanError(f"the plan does not add up: {problems[0]}; or make it again with memplan plan")
+
+
+def _other_pass(plan: Plan) -> list[str]:
+    """Activations are not in the placements: they are as predicted only for what the prediction was made for."""
+    made = plan.prediction.made_for
+    for key in PASS if made is not None else ():
+        now, then = getattr(plan, key), getattr(made, key)
+        if now != then:
+            if key == "recompute":
+                others = "other ones" if len(now) == len(then) else len(then)
+                now, then = f"of {len(now)} modules", f"that of {others}"
+            return [
+                f"{key} is {now}, but the prediction was made for {then}, and what a step holds follows from that: "
+                "change it back"
+            ]
+    return []
+
+
+def _miscounted(plan: Plan, ranks: Sequence[_Rank]) -> list[str]:
+    """Predictions that are not what the placements add up to, with the activations that were predicted beside them."""
+    expected, made = plan.prediction, _made_for(plan)
+    of_node = plan.gpus // plan.nodes
+    host = of_node * (_host_bytes(plan, ranks) + made.checkpoint_bytes)
+    problems = _differs("host", host, expected.host_bytes)
+    problems += _differs("nvme", of_node * _nvme_bytes(plan, ranks), expected.nvme_bytes)
+    state = _gpu_state_bytes(plan, ranks)
+    for key, beside in (("gpu_peak_bytes", made.activation_bytes), ("gpu_upper_bytes", made.activation_upper_bytes)):
+        if (predicted := getattr(expected, key)) < state + beside:
             problems.append(
-                f"model state on the gpu takes {format_bytes(state)}, more than the predicted peak of "
-                f"{format_bytes(expected.gpu_peak_bytes)}"
+                f"prediction.{key} is {predicted}, but model state on the gpu takes {state} bytes and activations "
+                f"{beside}: if you changed the plan by hand, write {state + beside} there"
             )
-        # What somebody added by hand, as slots of the update, is there beside all that was predicted.
-        more = max(0, state - expected.phases.get("gpu", {}).get("attach", state))
-        # However models are built, the tiers fill while each process has a unit on its way.
-        start = of_node * (_host_bytes(plan, ranks) + _passing_bytes(ranks)) if plan.device == "cuda" else 0
-    for tier, used, budget in (
-        ("gpu", max(expected.gpu_peak_bytes, expected.gpu_upper_bytes) + more, plan.budget.gpu_bytes),
-        ("host", max(expected.host_bytes, expected.host_upper_bytes, start), plan.budget.host_bytes),
-        ("nvme", expected.nvme_bytes, plan.budget.nvme_bytes),
+    return problems
+
+
+def _made_for(plan: Plan) -> MadeFor:
+    """What the prediction says of activations: plans of before that was kept say it by their phases, if at all."""
+    p = plan.prediction
+    if p.made_for is not None:
+        return p.made_for
+    attach = p.phases.get("gpu", {}).get("attach")
+    peak, upper = (0 if attach is None else max(0, size - attach) for size in (p.gpu_peak_bytes, p.gpu_upper_bytes))
+    checkpoints = p.phases.get("host", {}).get("checkpoints", 0) // (plan.gpus // plan.nodes)
+    return MadeFor(
+        **{key: getattr(plan, key) for key in PASS},
+        activation_bytes=peak,
+        activation_upper_bytes=upper,
+        checkpoint_bytes=checkpoints,
+    )
+
+
+def _unfit(plan: Plan, start_bytes: int) -> list[str]:
+    """The most to expect is no less than what is expected, and within the budget; so is a node's host at the start."""
+    p, budget = plan.prediction, plan.budget
+    problems = []
+    for key, least in (("gpu_upper_bytes", p.gpu_peak_bytes), ("host_upper_bytes", p.host_bytes)):
+        if (upper := getattr(p, key)) < least:
+            problems.append(f"prediction.{key} is {upper}, below the {least} that are expected: write at least that")
+    for tier, used, allowed in (
+        ("gpu", max(p.gpu_peak_bytes, p.gpu_upper_bytes), budget.gpu_bytes),
+        ("host", max(p.host_bytes, p.host_upper_bytes, start_bytes), budget.host_bytes),
+        ("nvme", p.nvme_bytes, budget.nvme_bytes),
     ):
-        if used > budget:
+        if used > allowed:
             problems.append(
-                f"the {tier} tier holds up to {format_bytes(used)}, over its budget of {format_bytes(budget)}"
+                f"the {tier} tier holds up to {format_bytes(used)}, over its budget of {format_bytes(allowed)}"
             )
     return problems
 
@@ -87,11 +161,6 @@ def _rank(plan: Plan, shape: UnitShape, placement: Placement) -> _Rank:
         whole_weights=trained + frozen,
         whole_trained=trained,
     )
-
-
-def _checkpoint_bytes(plan: Plan) -> int:
-    """Of the activations that wait on the host: what is left of the host's bytes beside the model's state."""
-    return plan.prediction.phases.get("host", {}).get("checkpoints", 0) // (plan.gpus // plan.nodes)
 
 
 def _passing_bytes(ranks: Sequence[_Rank]) -> int:

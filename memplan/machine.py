@@ -21,6 +21,7 @@ import torch
 
 from memplan.disks import Disk, Mounts, inspect
 from memplan.errors import MachineError
+from memplan.file_rules import DISK, LINK, MACHINE, NUMA_NODE, check_values
 from memplan.formatting import format_bytes
 from memplan.gpus import Gpu, HostLink, all_joined, find_gpus
 from memplan.host import ROOT, HostMemory, NumaNode, host_memory, memlock_bytes, numa_nodes, usable_cores
@@ -109,11 +110,9 @@ class Machine:
                 f"{source} is a machine file from another version: {data['schema']}, and this version reads {SCHEMA}; "
                 "write it again with this one's memplan calibrate"
             )
-        try:
-            machine = _from_fields({name: value for name, value in data.items() if name != "schema"})
-            assert machine.nodes >= 1 and machine.gpus >= 1 and machine.gpus % machine.nodes == 0
-        except (TypeError, ValueError, KeyError, AssertionError) as error:
-            raise MachineError(f"{source} was changed so that it describes no machine any more: {error}") from error
+        machine = _from_fields({name: value for name, value in data.items() if name != "schema"}, source)
+        if machine.gpus % machine.nodes:
+            raise MachineError(f"{source}: gpus is {machine.gpus}; it must be a multiple of nodes, {machine.nodes}")
         return machine
 
 
@@ -260,16 +259,26 @@ def _without_host_memory(machine: Machine, size: int, directory: Path) -> Machin
     return replace(machine, host_bytes=host, gpu_bytes=total - size - host)
 
 
-def _from_fields(fields: dict[str, Any]) -> Machine:
-    link, disk, directory = fields.get("link"), fields.get("disk"), fields.get("nvme_dir")
-    nodes = (NumaNode(n["index"], tuple(n["cores"]), n["memory_bytes"], tuple(n["gpus"])) for n in fields["numa_nodes"])
+def _from_fields(data: dict[str, Any], source: str) -> Machine:
+    """What a file says, each value of its kind; raises MachineError."""
+    check_values(data, MACHINE, Machine, source)
+    link, disk, directory = data.get("link"), data.get("disk"), data.get("nvme_dir")
+    nodes = data.get("numa_nodes", ())
+    if link is not None:
+        check_values(link, LINK, HostLink, source, "link.")
+    if disk is not None:
+        check_values(disk, DISK, Disk, source, "disk.")
+    for i, node in enumerate(nodes):
+        check_values(node, NUMA_NODE, NumaNode, source, f"numa_nodes.{i}.")
     return Machine(
         **{
-            **fields,
+            **data,
             "nvme_dir": None if directory is None else Path(directory),
             "link": None if link is None else HostLink(**link),
             "disk": None if disk is None else Disk(**{**disk, "directory": Path(disk["directory"])}),
-            "numa_nodes": tuple(nodes),
-            "remarks": tuple(fields["remarks"]),
+            "numa_nodes": tuple(
+                NumaNode(n["index"], tuple(n["cores"]), n["memory_bytes"], tuple(n["gpus"])) for n in nodes
+            ),
+            "remarks": tuple(data.get("remarks", ())),
         }
     )

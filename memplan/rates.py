@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import MachineError
+from memplan.file_rules import RATES, check_values
+from offload.figures import POSITIVE
 from offload.plan import Precision
 from profiler.calibration import Calibration
 
@@ -30,7 +32,7 @@ class Curve:
         """Raises ValueError for sizes that do not ascend, or rates that are not positive and one a size."""
         sizes, rates = self.sizes_bytes, self.bytes_per_second
         ascending = all(a < b for a, b in pairwise((0, *sizes)))
-        if not sizes or len(sizes) != len(rates) or not ascending or min(rates) <= 0:
+        if not sizes or len(sizes) != len(rates) or not ascending or not all(map(POSITIVE.holds, rates)):
             raise ValueError(f"a curve of sizes {sizes} and rates {rates} is none")
 
     @classmethod
@@ -122,23 +124,28 @@ class Rates:
     def load(cls, path: Path) -> "Rates":
         """Read what ``save`` wrote; raises MachineError for a file that this version can not read."""
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(json.loads(path.read_text()), str(path))
+        except MachineError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MachineError(
                 f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
             ) from error
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Rates":
-        """The inverse of ``save``'s JSON."""
+    def from_dict(cls, data: dict[str, Any], source: str = "the calibration") -> "Rates":
+        """The inverse of ``save``'s JSON; raises MachineError, naming ``source``, for values that can not be."""
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
         own = {name: value for name, value in data.items() if name != "schema"}
+        check_values(own, RATES, cls, source)
         for name in ("host_to_device", "device_to_host", "collective"):
+            check_values(own[name], {}, Curve, source, f"{name}.")
             own[name] = Curve(*(tuple(own[name][part]) for part in ("sizes_bytes", "bytes_per_second")))
         for name in ("compute_flops_per_second", "cpu_update_seconds", "gpu_update_seconds", "streamed_update_seconds"):
             own[name] = {Precision(key): value for key, value in own[name].items()}
-        own["kernels"] = Calibration.from_dict(own["kernels"]) if own["kernels"] is not None else None
-        own["tables"] = {name: tuple(tuple(row) for row in rows) for name, rows in own["tables"].items()}
-        own["skipped"] = tuple(own["skipped"])
+        kernels = own.get("kernels")
+        own["kernels"] = Calibration.from_dict(kernels) if kernels is not None else None
+        own["tables"] = {name: tuple(tuple(row) for row in rows) for name, rows in own.get("tables", {}).items()}
+        own["skipped"] = tuple(own.get("skipped", ()))
         return cls(**own)

@@ -18,6 +18,7 @@ from memplan.units import units_of
 from offload.plan import (
     Buckets,
     Budget,
+    MadeFor,
     MomentFormat,
     OptimizerKind,
     Plan,
@@ -133,6 +134,23 @@ def predict(problem: Problem, candidate: Candidate) -> Prediction:
             candidate.seconds * (1 + problem.rates.spread),
         ),
         phases=phases,
+        made_for=_made_for(problem, candidate, state),
+    )
+
+
+def _made_for(problem: Problem, candidate: Candidate, state_bytes: int) -> MadeFor:
+    """What a prediction holds for: what activations follow from, and what they take beside the model's state."""
+    way, family = candidate.family.way, FamilySearch(problem, candidate.family, candidate.buckets)
+    return MadeFor(
+        device=problem.device,
+        precision=problem.precision,
+        micro_batch_size=way.micro_batch_size,
+        recompute=problem.profile.blocks[: way.recomputed_blocks],
+        checkpoints=way.checkpoints,
+        loss_chunks=way.loss_chunks,
+        activation_bytes=family.gpu_peak_bytes(candidate.counts) - state_bytes,
+        activation_upper_bytes=family.gpu_upper_bytes(candidate.counts) - state_bytes,
+        checkpoint_bytes=family.activations.host_bytes,
     )
 
 

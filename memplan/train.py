@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch.utils._pytree import tree_leaves
 
-from memplan.audit import audit
+from memplan.audit import UNAUDITED, check_plan
 from memplan.errors import MemplanError, RunDirectoryError, TrainingFailed
 from memplan.export import keep_config
 from memplan.first_values import Start, start_of
@@ -27,12 +27,11 @@ from memplan.progress import INTERRUPTED, Progress
 from memplan.saving import RunCheckpoints, to_resume
 from offload import checkpoint, restore, watchdog
 from offload.engine import Engine
-from offload.errors import CheckpointError, OffloadError, PlanError, WeightsError
+from offload.errors import CheckpointError, OffloadError, WeightsError
 from offload.events import EventLog
 from offload.hyperparameters import default_optimizer
 from offload.plan import Plan, Precision
 from offload.store import check_directory
-from offload.unit import check_model, partition
 from profiler.blame import user_traceback
 from profiler.contract import ModelSource, call_model
 from profiler.errors import ProfilerError, SourceError
@@ -105,6 +104,8 @@ def train(
         start = start_of(source, plan, resume=options.resume)
         if start.remark:
             console.print(start.remark, soft_wrap=True, highlight=False, markup=False)
+        if plan.prediction.made_for is None:
+            console.print(UNAUDITED, soft_wrap=True, highlight=False, markup=False)
         run = _Run(source, start, plan, run_dir, options, events, place)
         if place.speaks:  # only now: a plan that is refused must not take the place of the run's own
             keep_config(source, start.model, run_dir)
@@ -152,9 +153,7 @@ class _Run:
         model = start.model
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
-        check_model(plan, model)
-        if problems := audit(plan, [unit.shape for unit in partition(model, plan.placements)]):
-            raise PlanError(f"the plan does not add up: {problems[0]}; or make it again with memplan plan")
+        check_plan(plan, model)
         optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
         max_norm = options.max_grad_norm
         try:

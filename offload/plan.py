@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import PlanError
+from offload.plan_rules import first_wrong
 
 SCHEMA = "memplan.plan/2"
 
@@ -143,6 +144,28 @@ class Buckets:
 
 
 @dataclass(frozen=True)
+class MadeFor:
+    """What a prediction was made for, and what that holds beside the model's state.
+
+    Model state can be counted again from the placements, activations can not: with other values of these they are
+    others, so a plan whose own differ is refused where it is audited.
+    """
+
+    device: str
+    precision: Precision
+    micro_batch_size: int
+    recompute: tuple[str, ...]
+    checkpoints: Tier
+    loss_chunks: int
+    activation_bytes: int
+    """Of ``gpu_peak_bytes``."""
+    activation_upper_bytes: int
+    """Of ``gpu_upper_bytes``."""
+    checkpoint_bytes: int
+    """Inputs of recomputed modules in host memory, of one rank."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the planner expects of the plan. Unknown is ``None``."""
 
@@ -166,6 +189,8 @@ class Prediction:
     """Between which the seconds of a step are expected."""
     phases: dict[str, dict[str, int]] = field(default_factory=dict)
     """Peak bytes by tier and phase: {"gpu": {"forward": ...}, "host": {...}}."""
+    made_for: MadeFor | None = None
+    """``None`` in plans of before it was kept, in those written by hand, and in other engines'."""
 
 
 @dataclass(frozen=True)
@@ -284,12 +309,15 @@ class Plan:
             raise PlanError(f"{path}: {error}") from error
         except FileNotFoundError as error:
             raise PlanError(f"{path} does not exist; memplan plan writes one") from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path} is not a plan that this version can read: {error}") from error
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Plan":
         """The inverse of ``to_dict``; unknown keys are refused."""
+        for part in ("parameter_shapes", "buckets", "budget", "prediction"):
+            if part in data and not isinstance(data[part], dict):
+                raise PlanError(f"{part} is {data[part]!r}; it must be an object")
         fields = dict(data)
         schema = fields.pop("schema", None)
         if schema != SCHEMA:
@@ -320,11 +348,17 @@ def _placement(data: dict[str, str]) -> Placement:
 
 
 def _prediction(data: dict[str, Any]) -> Prediction:
-    between = data.get("step_seconds_range")
-    return Prediction(**{**data, "step_seconds_range": tuple(between) if between else None})
+    between, made_for = data.get("step_seconds_range"), data.get("made_for")
+    if made_for is not None:
+        kinds = {"precision": Precision, "recompute": tuple, "checkpoints": Tier}
+        made_for = MadeFor(**{**made_for, **{name: kind(made_for[name]) for name, kind in kinds.items()}})
+    between = tuple(between) if isinstance(between, list) else between
+    return Prediction(**{**data, "step_seconds_range": between, "made_for": made_for})
 
 
 def _check(plan: Plan) -> None:
+    if said := first_wrong(plan):
+        raise PlanError(said)
     names = [p.unit for p in plan.placements]
     if len(set(names)) != len(names):
         raise PlanError(f"a unit is placed twice: {sorted(n for n in set(names) if names.count(n) > 1)}")
@@ -345,31 +379,11 @@ def _check(plan: Plan) -> None:
             raise PlanError(f"unit {name}: gradients on {p.gradients} but the update is on gpu; put them there too")
     if plan.uses(Tier.NVME) and not plan.nvme_dir:
         raise PlanError("a unit lives on nvme but the plan names no nvme_dir")
-    for key, value in (
-        ("gpus", plan.gpus),
-        ("nodes", plan.nodes),
-        ("loss_chunks", plan.loss_chunks),
-        ("micro_batch_size", plan.micro_batch_size),
-        ("gradient_accumulation_steps", plan.gradient_accumulation_steps),
-        ("buckets.update_elements", plan.buckets.update_elements),
-        ("buckets.io_bytes", plan.buckets.io_bytes),
-        ("buckets.update_slots", plan.buckets.update_slots),
-    ):
-        if not isinstance(value, int):
-            raise PlanError(f"{key} is {value!r}; it must be a whole number")
-        if value < 1:
-            raise PlanError(f"{key} is {value}; it must be at least 1")
-    if plan.buckets.update_slots < 3:
-        raise PlanError(f"buckets.update_slots is {plan.buckets.update_slots}; an update needs at least 3")
     if plan.moments is MomentFormat.EIGHT_BIT and plan.buckets.update_elements % MOMENT_BLOCK_ELEMENTS:
         raise PlanError(
             f"buckets.update_elements is {plan.buckets.update_elements}; with moments in 8 bits it must be a multiple "
             f"of {MOMENT_BLOCK_ELEMENTS}, so that no block of them is cut"
         )
-    if plan.buckets.prefetch_units < 0:
-        raise PlanError(f"buckets.prefetch_units is {plan.buckets.prefetch_units}; it must be at least 0")
-    if plan.zero_stage not in range(4):
-        raise PlanError(f"zero_stage is {plan.zero_stage}; it must be 0, 1, 2 or 3")
     if plan.gpus % plan.nodes:
         raise PlanError(f"{plan.gpus} gpus can not be divided evenly over {plan.nodes} nodes")
     if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes):
@@ -378,5 +392,3 @@ def _check(plan: Plan) -> None:
         raise PlanError(f"on_meta is {plan.on_meta!r}; it must be true or false")
     if plan.checkpoints is Tier.NVME:
         raise PlanError("checkpoints can not live on nvme; use gpu or host")
-    if not isinstance(plan.gpu_update_share, int | float) or not 0 <= plan.gpu_update_share <= 1:
-        raise PlanError(f"gpu_update_share is {plan.gpu_update_share!r}; it must be between 0 and 1")

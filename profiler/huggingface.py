@@ -105,7 +105,14 @@ class HuggingFaceSource(ModelSource):
 
     def example_batch(self, batch_size: int) -> dict[str, Any]:
         """Random inputs, with labels where the class takes them, of the sizes in the configuration."""
-        return self._batches.make(batch_size)
+        try:
+            return self._batches.make(batch_size)
+        except (RuntimeError, MemoryError) as error:  # its tensors are real, and must fit into this machine's memory
+            reason = str(error).strip().rpartition("] ")[2] or type(error).__name__
+            raise SourceError(
+                f"a batch of {batch_size} samples for {self._class.__name__} can not be made here ({reason}); name "
+                "fewer"
+            ) from error
 
     def forward(self, model: nn.Module, batch: Any) -> torch.Tensor:
         """Run the model on a batch; returns the loss."""

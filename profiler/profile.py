@@ -13,6 +13,7 @@ from typing import Any
 
 from profiler.errors import ProfileError
 from profiler.events import PHASES
+from profiler.mistyped import mistyped
 
 SCHEMA = "memplan.profile/3"
 
@@ -301,7 +302,7 @@ class ModelProfile:
         """Read ``profile.json``; raises ProfileError when the file is not one."""
         try:
             return cls.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProfileError(f"{path} is not a profile that this version can read: {error}") from error
 
     @classmethod
@@ -319,7 +320,10 @@ class ModelProfile:
         )
         own["peaks"], own["first_peaks"] = PhasePeaks(**data["peaks"]), PhasePeaks(**data["first_peaks"])
         own["blocks"], own["assumptions"] = tuple(data["blocks"]), tuple(data["assumptions"])
-        return cls(**own)
+        read = cls(**own)
+        if said := mistyped(read, cls, ""):
+            raise ValueError(said)
+        return read
 
 
 def _point(row: dict[str, Any]) -> ActivationPoint:

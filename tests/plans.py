@@ -61,4 +61,5 @@ def counted(plan: Plan, model: nn.Module) -> Plan:
     shapes = [unit.shape for unit in partition(model, plan.placements, shards)]
     held = footprint(shapes, plan.placements, plan.buckets, plan.state_format, plan.gpu_update_share, shards)
     host_bytes, nvme_bytes = plan.gpus * held.host_bytes, plan.gpus * held.nvme_bytes
-    return replace(plan, prediction=Prediction(held.gpu_bytes, host_bytes, host_bytes, nvme_bytes, None, None))
+    most = {"gpu_upper_bytes": held.gpu_bytes, "host_upper_bytes": host_bytes}
+    return replace(plan, prediction=Prediction(held.gpu_bytes, host_bytes, host_bytes, nvme_bytes, None, None, **most))

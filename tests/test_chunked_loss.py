@@ -288,7 +288,7 @@ def test_a_plan_in_chunks_reaches_the_training_loop(tmp_path: Path) -> None:
     for chunks in (1, 4):
         torch.manual_seed(0)
         plan = replace(llama_plan(source.build(), (RESIDENT,), tmp_path), loss_chunks=chunks, micro_batch_size=2)
-        plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30))
+        plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30, gpu_upper_bytes=1 << 30))
         options = TrainingOptions(2, 1e-2, 1.0, 0, resume=False, dashboard=False)
         run_dir = tmp_path / str(chunks)
         prepare_run(run_dir, resume=False)

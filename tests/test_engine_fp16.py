@@ -278,7 +278,7 @@ def test_a_run_goes_on_after_a_bad_batch_and_counts_the_skipped_step(tmp_path: P
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     plan = replace(plan_for(GPT(), (RESIDENT,), None, Precision.FP16), parameter_shapes=shapes)
     plan = replace(plan, placements=plan.placements[:1])
-    plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30))
+    plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30, gpu_upper_bytes=1 << 30))
     prepare_run(tmp_path / "run", resume=False)
     options = TrainingOptions(4, 1e-2, 1.0, 0, resume=False, dashboard=False)
     assert train(source, plan, tmp_path / "run", options, Console(file=io.StringIO())) == 0

@@ -101,7 +101,7 @@ def test_a_run_counts_them_in_its_events_and_says_so_once(tmp_path: Path) -> Non
         plan_for(GPT(), (RESIDENT,)), parameter_shapes={n: tuple(p.shape) for n, p in model.named_parameters()}
     )
     plan = replace(plan, placements=plan.placements[:1])
-    plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30))
+    plan = replace(plan, prediction=replace(plan.prediction, gpu_peak_bytes=1 << 30, gpu_upper_bytes=1 << 30))
     prepare_run(tmp_path / "run", resume=False)
     console = Console(file=io.StringIO(), width=200)
     options = TrainingOptions(4, 1e-2, 1.0, 0, resume=False, dashboard=False)

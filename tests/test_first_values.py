@@ -16,11 +16,11 @@ from memplan.start import StartBytes, room_bytes
 from memplan.train import TrainingOptions, train
 from offload.errors import WeightsError
 from offload.plan import Budget, Plan, Precision, Tier
-from offload.residency import UnitShape, footprint
+from offload.residency import UnitShape
 from offload.shards import Shards
-from offload.unit import partition
 from profiler import load_source
 from profiler.contract import ModelSource
+from tests.plans import counted
 from tests.test_engine_odd_models import AWAY, plan_of
 from tests.test_profiler_huggingface import MODELS
 
@@ -55,10 +55,8 @@ def plan_for_source(source: ModelSource, budget_bytes: int = 1 << 40) -> Plan:
     model = source.build()
     units = {n: AWAY for n, _ in model.named_modules() if n.startswith("model.layers.") and n.count(".") == 2}
     plan = replace(plan_of(model, units), micro_batch_size=2)
-    shapes = [unit.shape for unit in partition(model, plan.placements)]
-    held = footprint(shapes, plan.placements, plan.buckets, plan.state_format)
-    prediction = replace(plan.prediction, gpu_peak_bytes=held.gpu_bytes, host_bytes=held.host_bytes)
-    return replace(plan, budget=Budget(budget_bytes // 2, budget_bytes - budget_bytes // 2, 0), prediction=prediction)
+    plan = replace(plan, budget=Budget(budget_bytes // 2, budget_bytes - budget_bytes // 2, 0))
+    return counted(plan, model)
 
 
 def test_a_folder_with_weights_is_started_from_and_its_configuration_alone_is_random(tmp_path: Path) -> None:

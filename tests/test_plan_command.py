@@ -56,7 +56,7 @@ def memplan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 @pytest.fixture
 def rates(tmp_path: Path) -> Path:
     path = tmp_path / "rates.json"
-    RATES.save(path)
+    replace(RATES, device_bytes_per_second=1e12).save(path)
     return path
 
 

@@ -150,6 +150,14 @@ def test_a_directory_that_holds_a_configuration_is_named_after_itself(write, tmp
     assert any("names no class: LlamaForCausalLM is taken" in s for s in source.assumptions)
 
 
+def test_a_batch_that_memory_has_no_room_for_is_a_sentence(write):
+    source = load_source(write(model_type="llama", **GROUPED))
+    with pytest.raises(
+        SourceError, match=r"a batch of 1000000000000 samples for LlamaForCausalLM can not be made here"
+    ):
+        source.example_batch(10**12)
+
+
 def test_lengths_are_the_configurations_up_to_a_limit_and_those_asked_for(write):
     long = {**GROUPED, "max_position_embeddings": 1 << 17}
     assert load_source(write(model_type="llama", **long)).example_batch(1)["input_ids"].shape == (1, 2048)

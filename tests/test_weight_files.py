@@ -16,7 +16,7 @@ from offload.on_meta import on_meta
 from offload.plan import Precision
 from offload.weight_files import INDEX, WHOLE
 from tests.models import GPT, TiedGPT, batches
-from tests.plans import EVERY_TIER, RESIDENT, plan_for
+from tests.plans import EVERY_TIER, RESIDENT, counted, plan_for
 from tests.test_engine_odd_models import AWAY, plan_of
 
 
@@ -74,7 +74,7 @@ def test_training_goes_on_from_them(tmp_path: Path) -> None:
     save_file(saved(source), tmp_path / WHOLE)
     losses = []
     for model, weights in ((source, None), (on_meta_model(GPT), tmp_path)):
-        engine, *_ = memplan.initialize(model, plan_for(model, EVERY_TIER, tmp_path), weights=weights)
+        engine, *_ = memplan.initialize(model, counted(plan_for(model, EVERY_TIER, tmp_path), model), weights=weights)
         losses.append([])
         for tokens in batches(3):
             loss = engine(tokens)
