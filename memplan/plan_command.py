@@ -1,8 +1,9 @@
 """``memplan plan``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -59,6 +60,8 @@ class Planned:
     profile: ModelProfile
     machine: Machine
     rates: Rates
+    config: Mapping[str, Any] | None = None
+    """DeepSpeed's, where it is one that a person has, with what the plan decides put in its place."""
 
 
 def plan(
@@ -195,23 +198,22 @@ def _judged(
     precision: Precision | None,
 ) -> tuple[Verdict, Planned]:
     """What is to be said of a configuration, and the better one as a plan."""
-    for option, wish in (("--batch-size", batch_size), ("--precision", precision)):
-        if wish is not None:
-            raise PlanningError(f"{option} is in the configuration already; leave it out beside --from")
-    size = config.batch_size(machine)
+    profiled = Precision(source.precision) if isinstance(source, ModelProfile) else None
+    config = config.for_training(machine.gpus, batch_size, precision, profiled)
+    size = config.batch_size(machine.gpus)
     check_wishes(machine, size, Target.DEEPSPEED)
     rates = rates or rates_of(machine, config.precision)
     if isinstance(source, ModelSource):
         source = profile_for(source, machine, rates, size, config.precision)
     verdict = judge(source, machine, rates, config)
-    return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates)
+    return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates, verdict.config)
 
 
 def _write(found: Planned, out: Path) -> None:
     """plan.json, and what the engines read."""
     found.plan.save(out / "plan.json")
     written = ["plan.json"]
-    for name, text in configurations(found.plan, block_classes_of(found.profile)).items():
+    for name, text in configurations(found.plan, block_classes_of(found.profile), found.config).items():
         (out / name).write_text(text)
         written.append(name)
     console.print(f"written into {out.resolve()}: {', '.join(written)}", highlight=False, soft_wrap=True)

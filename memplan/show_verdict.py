@@ -9,12 +9,18 @@ from memplan.from_config import Verdict
 from memplan.show import table
 from offload.plan import Plan
 
+NO_START = "It does not start, or does something else than it says; memplan lint tells what was probably meant:"
+
 
 def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
     """What it costs, whether it fits, what to change, and what memplan's own engine would do."""
     parts: list[RenderableType] = [Text(f"{name} on {_machine(verdict.theirs)}", style="bold"), _costs(name, verdict)]
+    if verdict.errors:
+        parts.append(Text("\n".join((NO_START, *verdict.errors)), style="bold red"))
     if verdict.shortages:
         parts.append(Text("\n".join(verdict.shortages), style="bold red"))
+    elif verdict.errors:
+        parts.append(Text("What is counted would fit."))
     else:
         parts.append(Text("It fits.", style="green"))
     parts.append(Text("\n".join(f"- {remark}" for remark in verdict.remarks)))
