@@ -12,6 +12,7 @@ from memplan.lint.kinds import shown
 from memplan.lint.rules import lint_document
 from memplan.lint.schema import schema
 from memplan.lint.view import Facts, View, Z
+from memplan.unpriced import PRICED
 
 LEFT_OUT = "left out"
 UNWRITTEN = "not written"
@@ -82,9 +83,10 @@ def _is_lost(given: GivenConfig, mine: View, dotted: str) -> bool:
     key = section.keys.get(name) if section is not None else None
     if key is None or key.status is not None or mine.written(dotted):
         return False
-    value = given.view.value(dotted)
+    # Sizes are what a plan decides; where a stage has no such key it needs none.
+    decided = name in PRICED.get(".".join(home), "").split() and name != "device"
     works = not key.stages or given.view.stage in key.stages
-    return value != key.default and works and not _idle(dotted, given.view) and not _idle(dotted, mine)
+    return works and not decided and given.view.value(dotted) != key.default and not _idle(dotted, given.view)
 
 
 def _is(given: GivenConfig, dotted: str, value: Any) -> str:

@@ -18,6 +18,7 @@ from memplan.engines.whole import Priced, Setup, price
 from memplan.errors import NothingFits, PlanningError
 from memplan.formatting import format_bytes
 from memplan.given_config import MICRO, STEPS, TRAIN, GivenConfig
+from memplan.levers import LEAST_SPEEDUP
 from memplan.lint.config import DsConfig
 from memplan.lint.kinds import shown
 from memplan.lint.precision import WIDTHS
@@ -86,16 +87,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
         mine = replace(mine, nvme_dir=disk)
     facts = Facts(gpus=machine.gpus, parameter_elements=tuple(p.elements for p in profile.parameters))
     errors = tuple(_errors(given, facts))
-    better = _best_for_deepspeed(problem, machine, engine)
-    if not shortages and not errors and (better is None or _seconds(mine) < _seconds(better)):
-        better = mine  # sizes of buckets between those that are searched
-    if better is mine:
-        config: dict[str, Any] | None = {
-            **given.document.root,
-            **dict(zip((TRAIN, MICRO, STEPS), (batch, micro, steps), strict=True)),
-        }
-    else:
-        config = carried(ds_config(better)[0], given.document.root) if better is not None else None
+    better, config, changed = _better(problem, machine, engine, given, mine, sound=not shortages and not errors)
     anew = config if better is not mine else None
     return Verdict(
         theirs=mine,
@@ -107,9 +99,28 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
         ),
         better=better,
         config=config,
-        changes=tuple(changes(given, anew, machine.gpus)) if anew is not None else (),
+        changes=changed,
         own=_best_for_memplan(profile, machine, rates, batch),
     )
+
+
+def _better(
+    problem: Problem, machine: Machine, engine: DeepSpeed, given: GivenConfig, mine: Plan, *, sound: bool
+) -> tuple[Plan | None, dict[str, Any] | None, tuple[Change, ...]]:
+    """The best for DeepSpeed, as a change of what is given, and the keys that it changes.
+
+    What is ``sound`` and as fast, as far as rates are known, stays: also for sizes between those that are searched.
+    """
+    found = _best_for_deepspeed(problem, machine, engine)
+    if found is not None:
+        config = carried(ds_config(found)[0], given.document.root)
+        changed = tuple(changes(given, config, machine.gpus))
+        if not sound or not changed or _seconds(found) * LEAST_SPEEDUP < _seconds(mine):
+            return found, config, changed
+    if not sound:
+        return None, None, ()
+    sizes = dict(zip((TRAIN, MICRO, STEPS), given.values.batch_sizes(machine.gpus), strict=True))
+    return mine, {**given.document.root, **sizes}, ()
 
 
 def _recomputed(problem: Problem) -> list[int]:
@@ -227,6 +238,11 @@ def _remarks(problem: Problem, given: GivenConfig, priced: Priced, zero_init: bo
     if given.fills:
         fills = ", ".join(f"{key} {_number(n)}" for key, n in given.fills.items())
         yield f'"auto" is counted as Hugging Face fills it in: {fills}.'
+    if given.unknown:
+        yield (
+            f'{" and ".join(given.unknown)} "auto" depends on the hidden size of the model, which is not known here: '
+            "DeepSpeed's default is counted."
+        )
     yield from unpriced(given.view)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from memplan.errors import PlanningError
 from memplan.lint.config import DsConfig, ds_config_of
 from memplan.lint.document import Document, read_document
+from memplan.lint.schema import schema
 from memplan.lint.view import View, Z
 from offload.plan import Precision
 from profiler.profile import ModelProfile
@@ -86,6 +87,16 @@ class GivenConfig:
             sizes[f"{Z}.stage3_prefetch_bucket_size"] = int(0.9 * hidden * hidden)
             sizes[f"{Z}.stage3_param_persistence_threshold"] = 10 * hidden
         return replace(self, fills={**self.fills, **{k: n for k, n in sizes.items() if self._is_auto(k)}})
+
+    @property
+    def unknown(self) -> list[str]:
+        """Every "auto" of ZeRO's section that has an effect and that nothing is known for: DeepSpeed's default runs."""
+        written = self.filled.section(Z)
+        return [
+            f"{Z}.{name}"
+            for name, value in written.items()
+            if value == "auto" and self.view.stage in (schema().key((Z, name)).stages or range(4))
+        ]
 
     def _is_auto(self, dotted: str) -> bool:
         return self.document.get(*dotted.split(".")) == "auto"
