@@ -1,6 +1,6 @@
 """What a better configuration has otherwise than a person's own, key by key, and only what makes a difference."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from json import dumps
 from typing import Any
@@ -33,7 +33,7 @@ def changes(given: GivenConfig, better: Mapping[str, Any], gpus: int) -> Iterato
     anew = View(parse_document(dumps({Z: {"stage": mine.stage}})))
     sizes = dict(zip((TRAIN, MICRO, STEPS), given.values.batch_sizes(gpus), strict=True))
     for dotted in _leaves(better):
-        if dotted.split(".")[0] not in PLANNED or _idle(dotted, mine):
+        if dotted.split(".")[0] not in PLANNED or _idle(dotted, mine) or mine.stage not in _stages(dotted):
             continue
         has, wants = sizes.get(dotted) or effective(theirs, dotted), effective(mine, dotted)
         comes_by_itself = not theirs.written(dotted) and wants == effective(anew, dotted)
@@ -85,8 +85,13 @@ def _is_lost(given: GivenConfig, mine: View, dotted: str) -> bool:
         return False
     # Sizes are what a plan decides; where a stage has no such key it needs none.
     decided = name in PRICED.get(".".join(home), "").split() and name != "device"
-    works = not key.stages or given.view.stage in key.stages
+    works = given.view.stage in _stages(dotted)
     return works and not decided and given.view.value(dotted) != key.default and not _idle(dotted, given.view)
+
+
+def _stages(dotted: str) -> Collection[int]:
+    """In which a key has an effect."""
+    return schema().key(tuple(dotted.split("."))).stages or range(4)
 
 
 def _is(given: GivenConfig, dotted: str, value: Any) -> str:

@@ -14,7 +14,7 @@ from memplan.engines.deepspeed_setup import DeepSpeedSetup
 from memplan.engines.deepspeed_sizes import sizes_of
 from memplan.engines.deepspeed_traffic import deepspeed_traffic
 from memplan.engines.plans import plan_of_setup, plan_whole
-from memplan.engines.whole import Priced, Setup, price
+from memplan.engines.whole import Priced, Setup, WholeEngine, price
 from memplan.errors import NothingFits, PlanningError
 from memplan.formatting import format_bytes
 from memplan.given_config import MICRO, STEPS, TRAIN, GivenConfig
@@ -25,6 +25,7 @@ from memplan.lint.precision import WIDTHS
 from memplan.lint.rules import lint_document
 from memplan.lint.view import Facts
 from memplan.machine import Machine
+from memplan.pipeline import Timeline
 from memplan.problem import Family, Problem
 from memplan.rates import Rates
 from memplan.search import plan, problem_of
@@ -43,6 +44,8 @@ class Verdict:
 
     theirs: Plan
     """The configuration as it is, priced."""
+    step: Timeline | None
+    """Its step as events; ``None`` where the CPU computes."""
     errors: tuple[str, ...]
     """What the linter finds that stops it, or makes it another one than is written, one sentence each."""
     shortages: tuple[str, ...]
@@ -54,6 +57,8 @@ class Verdict:
     """The better one as DeepSpeed reads it, with everything of the person's that a plan does not decide."""
     changes: tuple[Change, ...]
     """From theirs to the better one."""
+    engine: WholeEngine
+    """DeepSpeed as it was priced and searched."""
     own: Plan | None
     """The best for memplan's engine."""
 
@@ -91,6 +96,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
     anew = config if better is not mine else None
     return Verdict(
         theirs=mine,
+        step=theirs.timeline if problem.device != "cpu" else None,
         errors=errors,
         shortages=shortages,
         remarks=(
@@ -100,6 +106,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
         better=better,
         config=config,
         changes=changed,
+        engine=engine,
         own=_best_for_memplan(profile, machine, rates, batch),
     )
 

@@ -9,6 +9,7 @@ from memplan.from_config import Verdict
 from memplan.show import table
 from offload.plan import Plan
 
+BETTER = "best for DeepSpeed"
 NO_START = "It does not start, or does something else than it says; memplan lint tells what was probably meant:"
 
 
@@ -39,7 +40,7 @@ def _machine(plan: Plan) -> str:
 
 def _costs(name: str, verdict: Verdict) -> Table:
     rows: list[tuple[str, Plan]] = [(name, verdict.theirs)]
-    rows += [("best for DeepSpeed", verdict.better)] if verdict.better else []
+    rows += [(BETTER, verdict.better)] if verdict.better else []
     rows += [("best for memplan's engine", verdict.own)] if verdict.own else []
     found = table()
     found.add_column("")

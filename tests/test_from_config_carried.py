@@ -74,6 +74,13 @@ def test_defaults_that_come_by_themselves_and_batches_that_follow_are_no_changes
     assert not keys & {"train_batch_size", f"{Z}.overlap_comm", f"{Z}.stage3_gather_16bit_weights_on_model_save"}
 
 
+def test_a_key_without_an_effect_at_the_new_stage_is_no_change(tmp_path):
+    fields = {"stage": 1, "offload_optimizer": {"device": "cpu"}, "allgather_bucket_size": 7_000_000}
+    verdict = better(tmp_path, fields)
+    assert verdict.better.zero_stage == 0
+    assert f"{Z}.allgather_bucket_size" not in {change.key for change in verdict.changes}
+
+
 def test_what_a_plan_does_not_decide_stays_in_its_section(tmp_path):
     zero = {**SLOW, "stage3_gather_16bit_weights_on_model_save": True, "ignore_unused_parameters": False}
     verdict = better(tmp_path, zero)
