@@ -29,7 +29,7 @@ def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
         parts.append(Text("No other configuration of DeepSpeed fits either.", style="bold red"))
     elif verdict.changes:
         parts.append(_changes(verdict))
-    else:
+    elif not verdict.errors:
         parts.append(Text("There is nothing to change."))
     return Group(*parts)
 

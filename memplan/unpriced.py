@@ -8,7 +8,8 @@ from memplan.lint.schema import Key, Section, schema
 from memplan.lint.view import View, Z
 
 PRICED = {
-    "": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps communication_data_type",
+    "": "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps communication_data_type"
+    " zero_optimization allgather_size",
     Z: "stage contiguous_gradients reduce_bucket_size allgather_bucket_size overlap_comm sub_group_size cpu_offload"
     " cpu_offload_param stage3_prefetch_bucket_size prefetch_bucket_size stage3_param_persistence_threshold"
     " param_persistence_threshold stage3_max_live_parameters max_live_parameters zero_hpz_partition_size",

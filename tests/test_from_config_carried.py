@@ -96,6 +96,18 @@ def test_what_is_lost_of_that_section_is_a_change(tmp_path):
     assert changes[f"{Z}.zenflow.topk_ratio"] == ("0.2", "left out")
 
 
+def test_an_older_form_is_no_default_and_what_deepspeed_stops_at_is_left_out(tmp_path):
+    config = {**BATCHES, "bf16": {"enabled": True}}
+    for zero, change in (
+        (True, (f"{Z}.stage", "1", "0")),
+        ({"stage": 3, "cpu_offload": True}, (f"{Z}.cpu_offload", "True", "left out")),
+        ({**SLOW, "mics_shard_size": 2}, (f"{Z}.mics_shard_size", "2", "left out")),
+        ({"stage": 1, "offload_optimizer": {"device": "cpu"}}, (f"{Z}.stage", "1", "0")),
+    ):
+        verdict = judged({**config, Z: zero}, tmp_path)
+        assert change in {(c.key, c.theirs, c.better) for c in verdict.changes}
+
+
 def test_what_is_carried_over_and_does_not_go_with_what_is_new_is_said(tmp_path):
     zero = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
     config = {**BATCHES, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, Z: zero}
