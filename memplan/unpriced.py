@@ -5,6 +5,7 @@ from typing import Any
 
 from memplan.lint.kinds import shown
 from memplan.lint.schema import Key, Section, schema
+from memplan.lint.unknown import unknown_keys
 from memplan.lint.view import View, Z
 
 PRICED = {
@@ -49,6 +50,9 @@ def unpriced(view: View) -> Iterator[str]:
     keys = list(dict.fromkeys(_keys(view)))
     if keys:
         yield f"Not counted, though it may take memory or time: {', '.join(keys)}."
+    nowhere = [f.path for f in unknown_keys(view.document) if f.severity == "warning" and "._" not in f".{f.path}"]
+    if nowhere:
+        yield f"DeepSpeed knows nothing of {', '.join(nowhere)}, and passes over it."
     if view.optimizer is not None and view.optimizer not in ADAMS:
         yield f"The optimizer's state is counted as Adam's, 8 bytes a parameter; {view.optimizer} keeps its own."
 

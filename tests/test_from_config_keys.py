@@ -6,11 +6,13 @@ from dataclasses import replace
 import pytest
 
 from memplan.errors import PlanningError
+from memplan.explanation import explanation_of
 from memplan.lint.document import parse_document
 from memplan.lint.view import View
 from memplan.unpriced import unpriced
 from offload.plan import Tier
-from tests.test_from_config import AMPLE, BATCHES, STAGE_2, judged, printed
+from tests.synthetic_profiles import RATES
+from tests.test_from_config import AMPLE, BATCHES, MODEL, STAGE_2, judged, printed
 
 Z = "zero_optimization"
 ELEMENTS = 6 * 40_000_000 + 2 * 60_000_000
@@ -120,6 +122,20 @@ def test_what_costs_nothing_or_has_no_effect_is_not_said():
             Z: {"stage": 2, "zero_quantized_weights": True, "offload_optimizer": {"device": "cpu"}},
         }
     ) == []  # fmt: skip
+
+
+def test_what_deepspeed_does_not_know_is_said_and_a_persons_remark_is_not():
+    said = not_counted({"quite_another_thing": 3, "_why": "a try", Z: {"stage": 2}})
+    assert said == ["DeepSpeed knows nothing of quite_another_thing, and passes over it."]
+
+
+def test_a_step_is_explained_with_the_types_of_gradients_that_it_was_planned_with(tmp_path):
+    slow = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    verdict = priced(tmp_path, slow, communication_data_type="fp32")
+    better, predicted = verdict.better, verdict.better.prediction
+    shown = explanation_of(MODEL, AMPLE, RATES, better, verdict.engine)
+    assert shown.timeline.seconds == predicted.step_seconds
+    assert explanation_of(MODEL, AMPLE, RATES, better).timeline.seconds < predicted.step_seconds
 
 
 def test_an_optimizer_of_another_kind_is_said_to_be_counted_as_adam(tmp_path):
