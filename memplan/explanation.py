@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from memplan.engines.whole import WholeEngine
 from memplan.levers import Lever, levers
 from memplan.machine import Machine
 from memplan.pipeline import Timeline
@@ -18,7 +19,10 @@ class Explanation:
     plan: Plan
     timeline: Timeline | None
     """``None`` where the CPU computes: its lanes share the cores, so only their busy seconds are known."""
-    levers: tuple[Lever, ...]
+    levers: tuple[Lever, ...] | None
+    """``None`` where nothing may be planned anew: the step is that of a configuration that a person has."""
+    whose: str = ""
+    """Which step it is, where there are several."""
 
     @property
     def seconds(self) -> float:
@@ -37,6 +41,9 @@ class Explanation:
         return max(busy, key=busy.__getitem__)
 
 
-def explanation_of(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> Explanation:
-    """All of it; ``profile``, ``machine`` and ``rates`` are those that the plan was made with."""
-    return Explanation(plan, timeline_of(profile, machine, rates, plan), levers(profile, machine, rates, plan))
+def explanation_of(
+    profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan, engine: WholeEngine | None = None
+) -> Explanation:
+    """All of it; ``profile``, ``machine``, ``rates`` and ``engine`` are those that the plan was made with."""
+    timeline = timeline_of(profile, machine, rates, plan, engine)
+    return Explanation(plan, timeline, levers(profile, machine, rates, plan, engine))

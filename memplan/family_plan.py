@@ -19,7 +19,7 @@ def family_plan(
 ) -> Plan:
     """The plan of a family with these placements; ``reasons`` and ``alternatives`` are left to whoever searched."""
     way, sharding = family.way, family.sharding
-    on_disk = any(placement.optimizer is Tier.NVME for placement in placements)
+    on_disk = any(Tier.NVME in (p.optimizer, p.parameters) for p in placements)
     return Plan(
         model=problem.profile.model,
         parameter_shapes={p.name: p.shape for p in problem.profile.parameters},

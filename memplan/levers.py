@@ -6,7 +6,7 @@ from typing import Any
 
 from memplan.candidates import FamilySearch, best_of, floor_of, least_of
 from memplan.engines.plans import ENGINES
-from memplan.engines.whole import price_all, search_setups
+from memplan.engines.whole import WholeEngine, price_all, search_setups
 from memplan.formatting import format_bytes, format_seconds
 from memplan.machine import Machine
 from memplan.memory import RESIDENT
@@ -58,6 +58,8 @@ class _Case:
     target: Target
     optimizer: OptimizerKind
     moments: MomentFormat
+    engine: WholeEngine | None
+    """One that moves whole tiers; ``None`` for memplan's."""
 
     @property
     def problem(self) -> Problem:
@@ -74,34 +76,41 @@ Trials = Sequence[tuple[str, _Case]]
 """Changes of one kind with the case that follows, the smallest first."""
 
 
-def levers(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> tuple[Lever, ...]:
+def levers(
+    profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan, engine: WholeEngine | None = None
+) -> tuple[Lever, ...]:
     """What would gain at least 3 %, best first, each the best plan of a machine that differs in one thing.
 
-    ``profile``, ``machine`` and ``rates`` are those that the plan was made with.
+    ``profile``, ``machine`` and ``rates`` are those that the plan was made with, and ``engine`` too, by default the
+    target's.
     """
     before, size = plan.prediction.step_seconds, batch_size_of(plan)
     if before is None:
         return ()
     found = []
-    case = _Case(profile, machine, rates, size, plan.target, plan.optimizer, plan.moments)
+    case = _Case(
+        profile, machine, rates, size, plan.target, plan.optimizer, plan.moments, engine or ENGINES.get(plan.target)
+    )
     for trials in _kinds(case, plan):
         sample_seconds = before / size
         for change, case in trials:
             limit = sample_seconds / LEAST_SPEEDUP * case.batch_size
-            seconds = fastest_seconds(case.problem, plan.buckets.update_elements, limit)
+            seconds = fastest_seconds(case.problem, plan.buckets.update_elements, limit, case.engine)
             if seconds is not None:
                 sample_seconds = seconds / case.batch_size
                 found.append(Lever(change, before / size / sample_seconds, seconds, case.batch_size > size))
     return tuple(sorted(found, key=lambda lever: -lever.speedup)[:MOST_LEVERS])
 
 
-def fastest_seconds(problem: Problem, update_elements: int, limit: float = float("inf")) -> float | None:
+def fastest_seconds(
+    problem: Problem, update_elements: int, limit: float = float("inf"), engine: WholeEngine | None = None
+) -> float | None:
     """Seconds of the best candidate's step; ``None`` where none stays below ``limit``.
 
     ``update_elements`` is the chunk of an update, which memplan's engine alone is searched with.
     """
     if problem.target is not Target.MEMPLAN:
-        setups = search_setups(problem, ENGINES[problem.target])
+        setups = search_setups(problem, engine or ENGINES[problem.target])
         return setups[0].timeline.seconds if setups and setups[0].timeline.seconds < limit else None
     floors = {
         family: floor_of(problem, family, update_elements)
@@ -140,16 +149,17 @@ def _kinds(case: _Case, plan: Plan) -> Iterator[Trials]:
 def _more_gpu_memory(case: _Case, plan: Plan) -> Trials:
     """A little more, and as much as keeps everything on the GPU where that is at most twice of what is there."""
     have = case.machine.gpu_bytes
-    short = _resident_bytes(case.problem, plan) - have
+    short = _resident_bytes(case, plan) - have
     sizes = {min(MORE_GPU_BYTES, buyable(have // 4)), *((buyable(short),) if 0 < short <= have else ())}
     return [(_more(n, "gpu", case), case.on(gpu_bytes=have + n)) for n in sorted(sizes)]
 
 
-def _resident_bytes(problem: Problem, plan: Plan) -> int:
+def _resident_bytes(case: _Case, plan: Plan) -> int:
     """What a GPU must have for nothing to be anywhere else."""
-    if problem.target is Target.MEMPLAN:
+    problem = case.problem
+    if case.engine is None:
         return FamilySearch(problem, family_of(plan), plan.buckets).gpu_upper_bytes(RESIDENT)
-    setups = price_all(problem, ENGINES[problem.target])
+    setups = price_all(problem, case.engine)
     return min(priced.gpu_upper_bytes for priced in setups if not priced.setup.depth)
 
 

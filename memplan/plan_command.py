@@ -1,8 +1,9 @@
 """``memplan plan``."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +14,7 @@ from memplan.api import profile_for
 from memplan.configs.files import NAMES, NOTES, block_classes_of, configurations
 from memplan.described import find_machine
 from memplan.errors import PlanningError
-from memplan.explanation import explanation_of
+from memplan.explanation import Explanation, explanation_of
 from memplan.from_config import GivenConfig, Verdict, judge
 from memplan.inputs import saved_profile
 from memplan.machine import Machine
@@ -39,7 +40,7 @@ from memplan.quick_rates import rates_of
 from memplan.rates import PLANNED, Rates
 from memplan.search import check_wishes, precision_of
 from memplan.show_timeline import timeline_view
-from memplan.show_verdict import verdict_tables
+from memplan.show_verdict import BETTER, verdict_tables
 from memplan.timeline_page import write_timeline_page
 from memplan.train import default_precision
 from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
@@ -60,6 +61,8 @@ class Planned:
     profile: ModelProfile
     machine: Machine
     rates: Rates
+    config: Mapping[str, Any] | None = None
+    """DeepSpeed's, where it is one that a person has, with what the plan decides put in its place."""
 
 
 def plan(
@@ -104,6 +107,7 @@ def plan(
     if isinstance(source, ModelProfile) and seq is not None:
         raise PlanningError(f"{file} is a profile, whose sequences have their length already; leave --seq out")
     out.mkdir(parents=True, exist_ok=True)
+    verdict = None
     if given is not None:
         if engine is Target.FSDP2:
             raise PlanningError("--from reads a configuration of DeepSpeed; leave --engine fsdp2 out")
@@ -113,18 +117,19 @@ def plan(
             raise PlanningError("--from reads a configuration, and DeepSpeed's moments are fp32; leave --moments out")
         verdict, found = _judged(source, there, rates, GivenConfig.read(given), batch_size, precision)
         console.print(verdict_tables(given.name, verdict))
-        if verdict.better is None:
-            raise typer.Exit(NOTHING_FITS)
     else:
         found = planned_for(source, there, batch_size, precision, engine, rates, optimizer, moments)
         console.print(show.plan_tables(found.plan))
     if explain or html is not None:
-        shown = explanation_of(found.profile, found.machine, found.rates, found.plan)
+        steps = _steps(found, verdict, "" if given is None else given.name)
         if explain:
-            console.print(timeline_view(shown, console.width), highlight=False)
+            for step in steps:
+                console.print(timeline_view(step, console.width), highlight=False)
         if html is not None:
-            write_timeline_page(shown, html)
+            write_timeline_page(steps, html)
             console.print(f"written: {html}", highlight=False)
+    if verdict is not None and verdict.better is None:
+        raise typer.Exit(NOTHING_FITS)
     _write(found, out)
 
 
@@ -197,23 +202,33 @@ def _judged(
     precision: Precision | None,
 ) -> tuple[Verdict, Planned]:
     """What is to be said of a configuration, and the better one as a plan."""
-    for option, wish in (("--batch-size", batch_size), ("--precision", precision)):
-        if wish is not None:
-            raise PlanningError(f"{option} is in the configuration already; leave it out beside --from")
-    size = config.batch_size(machine)
+    profiled = precision_of(source) if isinstance(source, ModelProfile) else None
+    config = config.for_training(machine.gpus, batch_size, precision, profiled)
+    size = config.batch_size(machine.gpus)
     check_wishes(machine, size, Target.DEEPSPEED)
     rates = rates or rates_of(machine, config.precision)
     if isinstance(source, ModelSource):
         source = profile_for(source, machine, rates, size, config.precision)
     verdict = judge(source, machine, rates, config)
-    return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates)
+    return verdict, Planned(verdict.better or verdict.theirs, source, machine, rates, verdict.config)
+
+
+def _steps(found: Planned, verdict: Verdict | None, name: str) -> list[Explanation]:
+    """The plan's step; with a configuration that a person has theirs, and the better one's where there is one."""
+    if verdict is None:
+        return [explanation_of(found.profile, found.machine, found.rates, found.plan)]
+    steps = [Explanation(verdict.theirs, verdict.step, None, name)]
+    if verdict.better not in (None, verdict.theirs):
+        better = explanation_of(found.profile, found.machine, found.rates, found.plan, verdict.engine)
+        steps.append(replace(better, whose=BETTER))
+    return steps
 
 
 def _write(found: Planned, out: Path) -> None:
     """plan.json, and what the engines read."""
     found.plan.save(out / "plan.json")
     written = ["plan.json"]
-    for name, text in configurations(found.plan, block_classes_of(found.profile)).items():
+    for name, text in configurations(found.plan, block_classes_of(found.profile), found.config).items():
         (out / name).write_text(text)
         written.append(name)
     console.print(f"written into {out.resolve()}: {', '.join(written)}", highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 from memplan.activations import Way
 from memplan.engines.plans import ENGINES
-from memplan.engines.whole import Setup, price
+from memplan.engines.whole import Setup, WholeEngine, price
 from memplan.machine import Machine
 from memplan.memory import Counts
 from memplan.pipeline import Timeline, timeline
@@ -40,20 +40,25 @@ def counts_of(plan: Plan) -> Counts:
     )
 
 
-def timeline_of(profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan) -> Timeline | None:
-    """One step of the plan as events; ``None`` where the CPU computes, since its lanes share the cores."""
+def timeline_of(
+    profile: ModelProfile, machine: Machine, rates: Rates, plan: Plan, engine: WholeEngine | None = None
+) -> Timeline | None:
+    """One step of the plan as events; ``None`` where the CPU computes, since its lanes share the cores.
+
+    ``engine`` is by default the target's.
+    """
     if plan.device == "cpu":
         return None
     wishes = plan.precision, plan.target, plan.optimizer, plan.moments
     problem = problem_of(profile, machine, rates, batch_size_of(plan), *wishes)
     if plan.target is not Target.MEMPLAN:
-        return _whole_timeline(problem, plan)
+        return _whole_timeline(problem, plan, engine or ENGINES[plan.target])
     return timeline(problem.work(family_of(plan), plan.buckets), counts_of(plan))
 
 
-def _whole_timeline(problem: Problem, plan: Plan) -> Timeline:
+def _whole_timeline(problem: Problem, plan: Plan, engine: WholeEngine) -> Timeline:
     """Of an engine that moves whole tiers: all units are placed alike."""
-    engine, placement = ENGINES[plan.target], plan.placements[0]
+    placement = plan.placements[0]
     setup = Setup(family_of(plan), plan.buckets, placement.parameters, placement.optimizer, plan.gpu_update_share)
     held, traffic = engine.held(problem, setup), engine.traffic(problem, setup)
     return price(problem, setup, held, traffic, engine.update_seconds).timeline

@@ -55,6 +55,8 @@ def timeline_view(shown: Explanation, width: int) -> RenderableType:
         row.no_wrap, row.overflow = True, "crop"
         row.truncate(width)
     said = Text("\n".join(["", *sentences(shown), ""]))
+    if shown.levers is None:
+        return Group(*rows, said)
     moves = Text("\n".join(f"- {line}" for line in lever_lines(shown)))
     return Group(*rows, said, Text("what would move it", style="bold"), moves)
 
@@ -151,8 +153,9 @@ def _axis(seconds: float, count: int) -> str:
 
 def _title(shown: Explanation) -> Text:
     how = "rows are as long" if shown.timeline is None else "cells are as high"
+    whose = f"{shown.whose}: " if shown.whose else ""
     return Text.assemble(
-        (f"one step, {format_seconds(shown.seconds)}", "bold"), (f"; {how} as their lane is busy", "dim")
+        (f"{whose}one step, {format_seconds(shown.seconds)}", "bold"), (f"; {how} as their lane is busy", "dim")
     )
 
 

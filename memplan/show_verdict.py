@@ -9,12 +9,19 @@ from memplan.from_config import Verdict
 from memplan.show import table
 from offload.plan import Plan
 
+BETTER = "best for DeepSpeed"
+NO_START = "It does not start, or does something else than it says; memplan lint tells what was probably meant:"
+
 
 def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
     """What it costs, whether it fits, what to change, and what memplan's own engine would do."""
     parts: list[RenderableType] = [Text(f"{name} on {_machine(verdict.theirs)}", style="bold"), _costs(name, verdict)]
+    if verdict.errors:
+        parts.append(Text("\n".join((NO_START, *verdict.errors)), style="bold red"))
     if verdict.shortages:
         parts.append(Text("\n".join(verdict.shortages), style="bold red"))
+    elif verdict.errors:
+        parts.append(Text("What is counted would fit."))
     else:
         parts.append(Text("It fits.", style="green"))
     parts.append(Text("\n".join(f"- {remark}" for remark in verdict.remarks)))
@@ -22,7 +29,7 @@ def verdict_tables(name: str, verdict: Verdict) -> RenderableType:
         parts.append(Text("No other configuration of DeepSpeed fits either.", style="bold red"))
     elif verdict.changes:
         parts.append(_changes(verdict))
-    else:
+    elif not verdict.errors:
         parts.append(Text("There is nothing to change."))
     return Group(*parts)
 
@@ -33,7 +40,7 @@ def _machine(plan: Plan) -> str:
 
 def _costs(name: str, verdict: Verdict) -> Table:
     rows: list[tuple[str, Plan]] = [(name, verdict.theirs)]
-    rows += [("best for DeepSpeed", verdict.better)] if verdict.better else []
+    rows += [(BETTER, verdict.better)] if verdict.better else []
     rows += [("best for memplan's engine", verdict.own)] if verdict.own else []
     found = table()
     found.add_column("")

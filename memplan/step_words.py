@@ -163,7 +163,9 @@ def sentences(shown: Explanation) -> list[str]:
 
 
 def lever_lines(shown: Explanation) -> list[str]:
-    """What would move the step."""
+    """What would move the step; none where nothing was tried."""
+    if shown.levers is None:
+        return []
     if not shown.levers:
         return ["Nothing that was tried gains 3 %: more memory, more GPUs, a larger batch, each part twice as fast."]
     return [lever.sentence for lever in shown.levers]

@@ -61,31 +61,36 @@ class Bar(NamedTuple):
         return f"{first} .. {last} ({count}), {self.kind}" if count > 1 else f"{first} {self.kind}".strip()
 
 
-def write_timeline_page(shown: Explanation, out: Path) -> None:
+def write_timeline_page(steps: Sequence[Explanation], out: Path) -> None:
     """Write the page."""
-    out.write_text(timeline_page(shown), encoding="utf-8")
+    out.write_text(timeline_page(steps), encoding="utf-8")
 
 
-def timeline_page(shown: Explanation) -> str:
-    """The page as markup."""
+def timeline_page(steps: Sequence[Explanation]) -> str:
+    """The page as markup, the steps below each other."""
+    model = steps[0].plan.model
+    body = "".join(_step(shown, number) for number, shown in enumerate(steps))
+    return document(f"{model}: plan", f"<h1>{escape(model)}</h1>{body}", STYLE)
+
+
+def _step(shown: Explanation, number: int) -> str:
+    """All that is said of one step."""
     plan, p = shown.plan, shown.plan.prediction
     between = p.step_seconds_range
     expected = f", expected between {' and '.join(map(format_seconds, between))}" if between is not None else ""
     note = "Drag over a part to see it closer, double-click to see all. Hover for what it is."
     figure = lane_chart(shown) if shown.timeline is None else step_chart(shown, shown.timeline)
     said = "".join(f"<p class='said'>{escape(sentence)}</p>" for sentence in sentences(shown))
-    return document(
-        f"{plan.model}: plan",
-        f"<h1>{escape(plan.model)}</h1><p class='state'>{escape(_made(plan))}</p>"
-        f"<h2>One step: {format_seconds(shown.seconds)}{expected}</h2>{said}"
+    whose = f"{escape(shown.whose)}, one" if shown.whose else "One"
+    moves = f"<h2>What would move it</h2>{_list(lever_lines(shown))}" if shown.levers is not None else ""
+    why = f"<h2>Why this plan</h2>{_list(plan.reasons)}<h2>Runners-up</h2>{_runners_up(plan)}" if plan.reasons else ""
+    return (
+        f"<p class='state'>{escape(_made(plan))}</p>"
+        f"<h2>{whose} step: {format_seconds(shown.seconds)}{expected}</h2>{said}"
         f"{'' if shown.timeline is None else f'<p class=note>{note}</p>'}"
-        f"<div class='chart' id='chart0'>{chart_html(figure, first=True)}</div>"
-        f"<h2>What would move it</h2>{_list(lever_lines(shown))}"
+        f"<div class='chart' id='chart{number}'>{chart_html(figure, first=number == 0)}</div>{moves}"
         f"<div class='pair'><section><h2>Lanes</h2>{_lanes(shown)}</section>"
-        f"<section><h2>Memory by phase</h2>{_memory(plan)}</section></div>"
-        f"<h2>Why this plan</h2>{_list(plan.reasons)}"
-        f"<h2>Runners-up</h2>{_runners_up(plan)}",
-        STYLE,
+        f"<section><h2>Memory by phase</h2>{_memory(plan)}</section></div>{why}"
     )
 
 

@@ -370,7 +370,8 @@ def _check(plan: Plan) -> None:
         name = p.unit or "(root)"
         if p.gradients is Tier.NVME:
             raise PlanError(f"unit {name}: gradients can not live on nvme; use host")
-        if p.optimizer.depth < p.parameters.depth:
+        # DeepSpeed brings weights that are off the GPU up to state that is on it, and their new values down.
+        if p.optimizer.depth < p.parameters.depth and plan.target is not Target.DEEPSPEED:
             raise PlanError(
                 f"unit {name}: optimizer state on {p.optimizer} with parameters on {p.parameters}; "
                 "the state must live where the parameters do, or in a larger tier"
@@ -386,7 +387,9 @@ def _check(plan: Plan) -> None:
         )
     if plan.gpus % plan.nodes:
         raise PlanError(f"{plan.gpus} gpus can not be divided evenly over {plan.nodes} nodes")
-    if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes):
+    # DeepSpeed's groups may be of any size that divides all GPUs.
+    groups = plan.target is Target.DEEPSPEED and plan.shard_gpus > 0 and plan.gpus % plan.shard_gpus == 0
+    if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes) and not groups:
         raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
     if not isinstance(plan.on_meta, bool):
         raise PlanError(f"on_meta is {plan.on_meta!r}; it must be true or false")

@@ -22,7 +22,7 @@ WHICH = (("cuda", 1), ("cuda", 2, Target.DEEPSPEED), ("cpu", 1))
 
 @pytest.fixture(scope="module")
 def page():
-    return timeline_page(shown_step())
+    return timeline_page([shown_step()])
 
 
 def test_the_page_is_well_formed_and_has_every_part(page):
@@ -63,7 +63,7 @@ def test_what_a_model_says_is_never_markup():
     shown = shown_step()
     spans = (Span("compute", "<img src=x> forward", 0.0, 1.0),)
     plan = replace(shown.plan, model="<script>alert(1)</script>")
-    page = timeline_page(replace(shown, plan=plan, timeline=Timeline(1.0, spans)))
+    page = timeline_page([replace(shown, plan=plan, timeline=Timeline(1.0, spans))])
     assert "<script>alert" not in page
     assert "<img" not in page
 
@@ -85,7 +85,7 @@ def test_short_spans_are_drawn_together_and_nothing_is_lost(pieces):
     "which", [("cuda", 1), ("cuda", 2, Target.DEEPSPEED), ("cpu", 1)], ids=["gpu", "deepspeed", "cpu"]
 )
 def test_a_browser_draws_the_step_without_an_error(tmp_path, which):
-    write_timeline_page(shown_step(*which), tmp_path / "page.html")
+    write_timeline_page([shown_step(*which)], tmp_path / "page.html")
     (chart,) = drawn_charts(tmp_path / "page.html")
     lanes = shown_step(*which).busy_seconds
     assert len(re.findall(r'<g class="point"><path d="M', chart)) >= len(lanes)

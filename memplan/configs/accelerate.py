@@ -1,6 +1,6 @@
 """Accelerate: the YAML files that ``accelerate launch --config_file`` reads. Keys are those of Accelerate 1.15."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,11 +15,11 @@ CPU_THREADS = (
 )
 
 
-def accelerate_deepspeed(plan: Plan, ds_config: dict[str, Any]) -> str:
+def accelerate_deepspeed(plan: Plan, ds_config: Mapping[str, Any]) -> str:
     """For DeepSpeed: everything but the launch is in ``ds_config.json``, which must lie where the job starts."""
     deepspeed: dict[str, Any] = {
         "deepspeed_config_file": "ds_config.json",
-        "zero3_init_flag": ds_config["zero_optimization"]["stage"] == 3,
+        "zero3_init_flag": _stage(ds_config) == 3,
     }
     if plan.nodes > 1:
         deepspeed["deepspeed_multinode_launcher"] = "standard"
@@ -66,6 +66,11 @@ def accelerate_fsdp2(plan: Plan, block_classes: Sequence[str] = ()) -> str:
         }
     top = {"distributed_type": "FSDP", "mixed_precision": "bf16" if terms.mixed else "no"}
     return _file(plan, "accelerate-fsdp2.yaml", notes, top, **sections)
+
+
+def _stage(ds_config: Mapping[str, Any]) -> Any:
+    section = ds_config.get("zero_optimization")
+    return section.get("stage") if isinstance(section, dict) else None
 
 
 def _offloads(plan: Plan) -> bool:

@@ -5,6 +5,7 @@ a key decides nothing, and ``memplan lint`` says so of it.
 """
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from memplan.engines.deepspeed_setup import DeepSpeedSetup, setup_of
@@ -78,7 +79,7 @@ def ds_config(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     }
     if Tier.NVME in (setup.parameters, setup.optimizer):
         config["aio"] = dict(AIO)
-    return config, _notes(plan, setup)
+    return config, ds_notes(plan, config)
 
 
 def _zero(plan: Plan, setup: DeepSpeedSetup) -> dict[str, Any]:
@@ -148,8 +149,10 @@ def _host_checkpoints(plan: Plan) -> bool:
     return bool(plan.recompute) and plan.checkpoints is Tier.HOST
 
 
-def _notes(plan: Plan, setup: DeepSpeedSetup) -> list[str]:
-    return [*_placement_notes(plan, setup), *_script_notes(plan, setup)]
+def ds_notes(plan: Plan, config: Mapping[str, Any]) -> list[str]:
+    """One sentence for everything of the plan that this configuration can not express or does otherwise."""
+    setup = setup_of(plan)
+    return [*_placement_notes(plan, setup), *_script_notes(plan, setup, "optimizer" in config)]
 
 
 def _placement_notes(plan: Plan, setup: DeepSpeedSetup) -> list[str]:
@@ -193,7 +196,7 @@ def _placement_notes(plan: Plan, setup: DeepSpeedSetup) -> list[str]:
     return notes
 
 
-def _script_notes(plan: Plan, setup: DeepSpeedSetup) -> list[str]:
+def _script_notes(plan: Plan, setup: DeepSpeedSetup, makes_optimizer: bool) -> list[str]:
     """What the training script has to do."""
     notes = []
     if setup.zero_init:
@@ -220,6 +223,8 @@ def _script_notes(plan: Plan, setup: DeepSpeedSetup) -> list[str]:
             f"Loss: no key cuts it; compute head and loss in {plan.loss_chunks} pieces in the script, each under"
             " torch.utils.checkpoint."
         )
+    if makes_optimizer:
+        return notes
     optimizer = "deepspeed.ops.adam.FusedAdam, or torch.optim.AdamW with fused=True"
     if setup.optimizer is not Tier.GPU:
         optimizer = "deepspeed.ops.adam.DeepSpeedCPUAdam; DeepSpeed refuses others for offloaded state"

@@ -1,10 +1,11 @@
 """All configuration files of a plan: {filename: text}."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from memplan.configs.accelerate import accelerate_deepspeed, accelerate_fsdp2
-from memplan.configs.deepspeed import ds_config
+from memplan.configs.deepspeed import ds_config, ds_notes
 from memplan.configs.huggingface import huggingface_deepspeed, huggingface_fsdp2
 from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
 from memplan.configs.torchrun import EXPANDABLE, SETTINGS, launch_script
@@ -35,18 +36,21 @@ budget can run out of memory: one of five did on an H200, with 12 GiB of such pi
 HEAD = "What these files can not say of the plan, or say otherwise. Other files have it in comments of their own.\n"
 
 
-def configurations(plan: Plan, block_classes: Sequence[str] = ()) -> dict[str, str]:
+def configurations(
+    plan: Plan, block_classes: Sequence[str] = (), given: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """For a plan of memplan's own engine everything, translated; for another engine's plan the files of that engine.
 
     What a target can not express stands in a comment in its file, or where JSON has none in ``NOTES.md``.
     ``block_classes`` are the class names of the model's blocks (``block_classes_of``), which FSDP2 asks for; a model of
-    transformers is known without. Raises PlanError for a plan in fp16.
+    transformers is known without. ``given`` is DeepSpeed's configuration where there is one that is to be written as it
+    is. Raises PlanError for a plan in fp16.
     """
     if plan.precision is Precision.FP16:
         raise PlanError("plans in fp16 are for memplan's own engine only: there are no configurations of others for it")
     files, notes = {"launch.sh": launch_script(plan)}, {}
     if plan.target is not Target.FSDP2:
-        config, notes["ds_config.json"] = ds_config(plan)
+        config, notes["ds_config.json"] = (given, ds_notes(plan, given)) if given is not None else ds_config(plan)
         files["ds_config.json"] = json.dumps(config, indent=2) + "\n"
         files["accelerate-deepspeed.yaml"] = accelerate_deepspeed(plan, config)
         name = "huggingface-deepspeed.json"

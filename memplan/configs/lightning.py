@@ -5,9 +5,11 @@ with offloading refuses. Offloaded plans are therefore written for FSDPStrategy,
 """
 
 import json
+from collections.abc import Mapping
 from pprint import pformat
 from typing import Any
 
+from memplan.configs.carried import half_of, number
 from memplan.configs.comments import commented
 from memplan.configs.deepspeed import GRADIENT_CLIPPING
 from memplan.configs.fsdp2 import FSDP2Terms, fsdp2_terms, host_checkpoint_note, loss_note
@@ -32,7 +34,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 def strategy() -> DeepSpeedStrategy:
     """DeepSpeed, as ds_config.json beside this file says."""
     config = json.loads(Path(__file__).with_name("ds_config.json").read_text())
-    del config["gradient_accumulation_steps"]  # Lightning sets it from the Trainer
+    config.pop("gradient_accumulation_steps", None)  # Lightning sets it from the Trainer
     return DeepSpeedStrategy(config=config)
 '''
 
@@ -93,14 +95,16 @@ def strategy(model: nn.Module) -> FSDPStrategy:
 '''
 
 
-def lightning_deepspeed(plan: Plan, ds_config: dict[str, Any]) -> str:
+def lightning_deepspeed(plan: Plan, ds_config: Mapping[str, Any]) -> str:
     """``lightning_deepspeed.py``, which reads ``ds_config.json`` beside it."""
     notes = ["Optimizer: with optimizer state off the GPU use deepspeed.ops.adam.DeepSpeedCPUAdam.", *loss_note(plan)]
     if plan.recompute:
         notes.append(f"Recompute: wrap the plan's {len(plan.recompute)} blocks in torch.utils.checkpoint yourself.")
     notes += host_checkpoint_note(plan)
-    precision = "bf16-true" if ds_config["bf16"]["enabled"] else "32-true"
-    return _file(plan, notes, DEEPSPEED, precision, gradient_clip_val=ds_config["gradient_clipping"])
+    if '"auto"' in json.dumps(ds_config):
+        notes.append('ds_config.json says "auto", which Lightning does not fill in: write numbers in its place.')
+    precision = {"bf16": "bf16-true", "fp16": "16-true"}.get(half_of(plan, ds_config), "32-true")
+    return _file(plan, notes, DEEPSPEED, precision, **number("gradient_clip_val", ds_config.get("gradient_clipping")))
 
 
 def lightning_fsdp2(plan: Plan) -> str:

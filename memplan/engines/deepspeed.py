@@ -1,7 +1,8 @@
 """DeepSpeed as an engine to plan for: stages, whole tiers of parameters and optimizer state, three sizes of buffers."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from memplan.engines.deepspeed_memory import deepspeed_held
 from memplan.engines.deepspeed_setup import DeepSpeedSetup, param_buffers, planned_setup
@@ -32,10 +33,16 @@ SPLIT_UPDATES = (0.0, 0.25, 0.5)
 """Shares of offloaded state that may stay on the GPU and be updated there (Twin-Flow)."""
 
 
+@dataclass(frozen=True)
 class DeepSpeed:
-    """Stages 0 to 3, with and without offloading."""
+    """Stages 0 to 3, with and without offloading, for gradients in these types."""
 
-    update_seconds = 0.42e-9
+    accumulated_bytes: int | None = None
+    communicated_bytes: int | None = None
+    loss_scaled: bool = False
+    """All three as in ``DeepSpeedSetup``."""
+
+    update_seconds: ClassVar[float] = 0.42e-9
     """CPU Adam with its copies on 16 cores: of a step of 2.42 s of 3.21e9 parameters in stage 2 0.94 s compute and
     0.12 s the copy of the weights."""
 
@@ -46,6 +53,8 @@ class DeepSpeed:
                 staged = replace(family, sharding=replace(family.sharding, zero_stage=stage))
                 if staged.sharding.shard_gpus and stage != 3:
                     continue  # hierarchical sharding is that of stage 3 (hpZ)
+                if stage == 0 and self.accumulated_bytes not in (None, problem.precision.weight_bytes):
+                    continue  # DeepSpeed stops: only ZeRO sums gradients in another type
                 for parameters, optimizer in OFFLOADS[stage]:
                     splits = SPLIT_UPDATES if stage == 3 and optimizer is Tier.HOST else (0.0,)
                     for buckets in SIZES:
@@ -61,10 +70,9 @@ class DeepSpeed:
         trainable, total = problem.profile.trainable_elements, problem.profile.parameter_elements
         return deepspeed_traffic(self.setup_of(problem, setup), trainable, total, setup.family.micro_batches)
 
-    @staticmethod
-    def setup_of(problem: Problem, setup: Setup) -> DeepSpeedSetup:
+    def setup_of(self, problem: Problem, setup: Setup) -> DeepSpeedSetup:
         """As ``deepspeed_setup.setup_of`` reads it from the plan that is made of this setup."""
-        return planned_setup(
+        planned = planned_setup(
             setup.family.sharding,
             setup.buckets,
             setup.parameters,
@@ -74,6 +82,12 @@ class DeepSpeed:
             device=problem.device,
             largest_elements=max(p.elements for p in problem.profile.parameters),
             param_buffer_count=problem.once("param_buffers", lambda: _param_buffers(problem)),
+        )
+        return replace(
+            planned,
+            accumulated_bytes=self.accumulated_bytes,
+            communicated_bytes=self.communicated_bytes,
+            loss_scaled=self.loss_scaled,
         )
 
 

@@ -56,6 +56,8 @@ def deepspeed_held(
 def _gpu(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[str, int]:
     if s.zero_stage == 3:
         return _gpu_stage_3(z, s)
+    if s.whole_gradients:
+        return _gpu_whole_gradients(z, s)
     return _gpu_stages_1_and_2(z, s, accumulates) if s.zero_stage else _gpu_stage_0(z, s, accumulates)
 
 
@@ -66,7 +68,8 @@ def _gpu_stage_0(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[str, in
     steady = w * z.total + (master + MOMENTS) * t
     gradients = w * t
     flattened = 2 * FP32 * t if master else 0
-    reduced = w * min(t, ALL_REDUCE_ELEMENTS + z.largest) if s.gpus > 1 else 0
+    converted = s.reduced_bytes if s.reduced_bytes != w else 0
+    reduced = (w + converted) * min(t, ALL_REDUCE_ELEMENTS + z.largest) if s.gpus > 1 else 0
     return {
         # Adam's moments are made by an update with gradients of zero.
         ATTACH: max(steady + master * t, (2 * w + w) * z.total),
@@ -76,26 +79,45 @@ def _gpu_stage_0(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[str, in
     }
 
 
+def _gpu_whole_gradients(z: Sizes, s: DeepSpeedSetup) -> dict[str, int]:
+    """BF16_Optimizer: the sums of all gradients in fp32 on every GPU, from start to end, and bf16 ones beside them."""
+    w, part, t = s.precision.weight_bytes, z.slice, z.trainable
+    weights, sums, gradients = w * z.total, FP32 * t, w * t
+    steady = weights + (FP32 + MOMENTS) * part + sums
+    # The sums are one tensor, which is converted whole for the collective.
+    reduced = s.reduced_bytes * t if s.gpus > 1 and s.reduced_bytes != FP32 else 0
+    return {
+        # The flat copy is made beside the model, then a copy of the slice, its masters, and the sums.
+        ATTACH: max(weights + w * t, weights + (w + FP32) * part + sums),
+        # Gradients of a micro-batch are set to zero and not let go until the step is over.
+        FORWARD: steady + gradients,
+        BACKWARD: steady + gradients + w * (z.shared + z.largest_early),
+        STEP: steady + gradients + max(reduced, FP32 * z.largest, NORM * z.largest),
+    }
+
+
 def _gpu_stages_1_and_2(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[str, int]:
-    w, part = s.precision.weight_bytes, z.slice
+    w, g, r, part = s.precision.weight_bytes, s.gradient_bytes, s.reduced_bytes, z.slice
     weights = w * z.total
     offloaded = s.optimizer is not Tier.GPU
     # Offloaded, gradients pass through a buffer for the largest on their way back from the host.
     steady = weights + (w * z.largest if offloaded else (FP32 + MOMENTS) * part)
     # Under autocast some layers reduce in bf16 and others in fp32: a set of buckets for each.
     kinds = 2 if s.precision is Precision.AMP else 1
-    buckets = w * s.reduce_elements * kinds * (2 if s.overlap_comm else 1)
+    buckets = r * s.reduce_elements * kinds * (2 if s.overlap_comm else 1)
     # The slices of a full bucket are flattened once more for the collective.
-    flattened = w * min(z.trainable, max(s.reduce_elements, z.largest_early))
-    # Stage 1 leaves all gradients at their parameters until the last micro-batch, where there are several.
-    at_parameters = w * z.trainable if s.zero_stage == 1 and (accumulates or not s.overlap_comm) else 0
+    flattened = r * min(z.trainable, max(s.reduce_elements, z.largest_early))
+    # Stage 1 leaves all gradients at their parameters until the last micro-batch, where there are several, or where
+    # they are summed in another type.
+    waits = s.zero_stage == 1 and (accumulates or not s.overlap_comm or g != w)
+    at_parameters = g * z.trainable if waits else 0
     # A parameter on the border of two slices counts in both.
-    own = 0 if offloaded else w * min(z.trainable, part + 2 * z.largest * (s.gpus > 1))
+    own = 0 if offloaded else g * min(z.trainable, part + 2 * z.largest * (s.gpus > 1))
     kept = own if accumulates and s.zero_stage == 2 else 0
     held = steady + at_parameters + own + kept + buckets + flattened
     norm = NORM if offloaded else 0
     # Gradients become one fp32 tensor for the update; in bf16 by way of a flat copy.
-    update = FP32 * part + (w * part if s.precision is Precision.BF16 else 0)
+    update = FP32 * part + (g * part if g < FP32 else 0)
     return {
         # The flat copy is made beside the model, then the fp32 masters of it, on the GPU even where they go down.
         ATTACH: max(weights + w * z.trainable, weights + (w + FP32) * part),
@@ -109,7 +131,7 @@ def _gpu_stages_1_and_2(z: Sizes, s: DeepSpeedSetup, accumulates: bool) -> dict[
 
 
 def _gpu_stage_3(z: Sizes, s: DeepSpeedSetup) -> dict[str, int]:
-    w, bf16 = s.precision.weight_bytes, s.precision is Precision.BF16
+    w, g, bf16 = s.precision.weight_bytes, s.gradient_bytes, s.precision is Precision.BF16
     resident = s.parameters is Tier.GPU
     offloaded = s.optimizer is not Tier.GPU
     alone = resident and s.gpus == 1
@@ -120,26 +142,26 @@ def _gpu_stage_3(z: Sizes, s: DeepSpeedSetup) -> dict[str, int]:
     master = FP32 if bf16 or offloaded else 0
     state = (master + MOMENTS) * on_gpu
     # The flat buffer of gradients; where the update is split, the GPU's fp32 gradients are kept as well.
-    gradients = FP32 * on_gpu if offloaded else w * z.partition
+    gradients = FP32 * on_gpu if offloaded else g * z.partition
     # Under autocast one bucket in bf16 and one in fp32.
-    bucket = s.reduce_elements * (2 if bf16 else 6 if s.precision is Precision.AMP else 4) * s.contiguous_gradients
+    bucket = s.reduce_elements * (6 if s.precision is Precision.AMP else s.reduced_bytes) * s.contiguous_gradients
     steady = weights + persistent + state + gradients + bucket
     gathered = 0 if alone else w * _gathered(z, s)
     secondary = w * -(-z.total // s.hpz) if s.hpz > 1 and resident else 0
     piece = -(-z.largest_early // s.gpus)
     # A reduce-scatter interleaves the ranks' parts in a copy of the bucket.
-    scattered = w * min(z.trainable, max(s.reduce_elements, z.largest_early))
+    scattered = s.reduced_bytes * min(z.trainable, max(s.reduce_elements, z.largest_early))
     # On its way down a gradient is put together on the GPU, and copied in fp64 for its norm, or in fp32.
-    passing = _passing(w, piece) if offloaded else 0
+    passing = _passing(g, piece) if offloaded else 0
     if s.optimizer is Tier.NVME:
         # A bucket's fp32 gradients are all made before the first is written.
         passing += FP32 * -(-max(s.reduce_elements, z.largest_early) // s.gpus)
-    last = w * z.largest + (_passing(w, -(-z.largest // s.gpus)) if offloaded else NORM * -(-z.largest // s.gpus))
+    last = w * z.largest + (_passing(g, -(-z.largest // s.gpus)) if offloaded else NORM * -(-z.largest // s.gpus))
     largest_group = max(z.groups, default=0)
     # torch's AdamW, which updates the GPU's sub-groups of a split update, makes one more copy of a sub-group; without
     # offloading a sub-group's gradients are flattened, and in bf16 converted.
     split = FP32 * max(z.gpu_groups, default=0)
-    update = split if offloaded else (FP32 + w * bf16) * largest_group
+    update = split if offloaded else (FP32 + g * (g < FP32)) * largest_group
     full = w * (z.largest if s.zero_init else z.total)
     return {
         # Masters are converted and cloned a sub-group at a time.
@@ -247,7 +269,10 @@ def _weights_on_host(z: Sizes, s: DeepSpeedSetup, host: _Host) -> None:
         host.cache.allocate(size)
     if swapped:
         # Buffers for what is read, and for a sub-group of new weights on its way down, locked without rounding.
-        host.locked.bytes += w * (s.param_buffer_count * s.param_buffer_elements + max(z.groups, default=0))
+        reused = max(z.groups, default=0) if z.kept < z.partition else 0
+        host.locked.bytes += w * (s.param_buffer_count * s.param_buffer_elements + reused)
+        # The room for parameters that may stay here is taken whether they fill it or not.
+        host.locked.allocate(w * min(z.partition, s.max_in_cpu_elements))
     else:
         host.locked.allocate(w * z.partition)
         for size in own:
@@ -266,7 +291,7 @@ def _state_on_host_stage_3(z: Sizes, s: DeepSpeedSetup, host: _Host) -> None:
             host.cache.allocate(FP32 * n)  # fp32 gradients of each sub-group
     for n in z.gpu_groups:
         host.cache.free(FP32 * n)  # moved up
-    host.cache.allocate(w * z.partition)  # the flat buffer of gradients
+    host.cache.allocate(s.gradient_bytes * z.partition)  # the flat buffer of gradients
     host.steady = (FP32 + MOMENTS) * kept
     # Masters are converted and cloned one by one; gradients are built as ordinary memory.
     host.attach = max(host.attach, FP32 * (kept + largest) + max(FP32 * largest, w * z.partition))

@@ -44,12 +44,21 @@ class DeepSpeedSetup:
     contiguous_gradients: bool = True
     param_buffer_count: int = LEAST_PARAM_BUFFERS
     param_buffer_elements: int = 100_000_000
+    max_in_cpu_elements: int = 1_000_000_000
+    """Of one rank's parameters that are on NVMe, so many are given room in host memory (``max_in_cpu``)."""
     optimizer_buffer_count: int = ADAM_TENSORS
     pin_memory: bool = True
     hpz: int = 1
     """Ranks that hold one further copy of the weights between them (``zero_hpz_partition_size``); 1: none."""
     zero_init: bool = False
     """In stage 3: the model is built under ``deepspeed.zero.Init``, so that no rank ever holds all of it."""
+    accumulated_bytes: int | None = None
+    """Of an element of the gradients that are summed up (``grad_accum_dtype``); ``None``: as a weight."""
+    communicated_bytes: int | None = None
+    """Of an element of the gradients on their way between ranks (``communication_data_type``); ``None``: as a
+    weight."""
+    loss_scaled: bool = False
+    """fp16, which has the bytes of bf16 and another optimizer in stage 1."""
 
     def __post_init__(self) -> None:
         """Refuse what DeepSpeed can not do; raises PlanningError."""
@@ -74,6 +83,23 @@ class DeepSpeedSetup:
     def ranks_per_node(self) -> int:
         """GPUs, and processes, of one node."""
         return self.gpus // self.nodes
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of the gradients that are summed up."""
+        return self.accumulated_bytes or self.precision.weight_bytes
+
+    @property
+    def reduced_bytes(self) -> int:
+        """Of an element of a bucket; under autocast every layer reduces in its own type, whatever is written."""
+        weight = self.precision.weight_bytes
+        return weight if self.precision is Precision.AMP else self.communicated_bytes or weight
+
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether it is BF16_Optimizer that runs, which sums the gradients of the whole model in fp32."""
+        narrow = self.precision is Precision.BF16 and not self.loss_scaled
+        return self.zero_stage == 1 and self.optimizer is Tier.GPU and narrow and self.gradient_bytes == 4
 
     @property
     def pipeline_read(self) -> bool:
@@ -118,6 +144,7 @@ def planned_setup(
         overlap_comm=sharding.zero_stage > 0,
         param_buffer_count=param_buffer_count,
         param_buffer_elements=largest_elements,
+        max_in_cpu_elements=0,
         optimizer_buffer_count=2 * ADAM_TENSORS,
         pin_memory=device == "cuda",
         hpz=sharding.group if sharding.shard_gpus else 1,

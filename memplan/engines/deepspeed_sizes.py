@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from memplan.engines.deepspeed_setup import DeepSpeedSetup
 from offload.plan import Tier
@@ -33,6 +34,8 @@ class Sizes:
     """One rank's part of each sub-group (stage 3)."""
     gpu_groups: tuple[int, ...]
     """Of ``groups``, those that the GPU updates."""
+    kept: int
+    """Of ``groups``, those at the front that have room in host memory though parameters are on NVMe."""
     slice: int
     """One rank's part of the flat trainable parameters (stages 1 and 2)."""
 
@@ -74,6 +77,7 @@ def sizes_of(parameters: Sequence[ParameterProfile], setup: DeepSpeedSetup) -> S
         persistent=sum(p.elements for p in parameters if p.elements <= setup.persistence_elements),
         groups=groups,
         gpu_groups=groups[:on_gpu],
+        kept=_kept(groups, setup.max_in_cpu_elements) if setup.parameters is Tier.NVME else 0,
         # Every rank's slice begins at a multiple of two elements.
         slice=2 * -(-trainable // (2 * gpus)),
     )
@@ -89,3 +93,8 @@ def _sub_groups(partitions: Sequence[int], least: int) -> tuple[int, ...]:
             groups.append(filled)
             filled = 0
     return (*groups, filled) if filled else tuple(groups)
+
+
+def _kept(groups: Sequence[int], room: int) -> int:
+    """Elements of the sub-groups at the front that fit whole."""
+    return max(n for n in accumulate(groups, initial=0) if n <= room or not n)

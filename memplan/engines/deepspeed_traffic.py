@@ -18,20 +18,22 @@ from offload.plan import Precision, Tier
 
 
 def deepspeed_traffic(
-    setup: DeepSpeedSetup, trainable_elements: int, total_elements: int, micro_batches: int
+    setup: DeepSpeedSetup, trainable_elements: int, total_elements: int, micro_batches: int, kept_elements: int = 0
 ) -> Traffic:
     """The copies of one step; ``micro_batches`` is the number of gradient accumulation steps.
+
+    ``kept_elements`` are one rank's parameters that stay in host memory where the others are on NVMe (``Sizes.kept``).
 
     Parameters that persist on the GPU are counted like the others: they are small.
     """
     s, w = setup, setup.precision.weight_bytes
     part = -(-trainable_elements // s.gpus) if s.zero_stage else trainable_elements
     held = -(-total_elements // s.gpus) if s.zero_stage == 3 else total_elements
-    on_gpu = int(s.gpu_update_share * part)
     offloaded = s.optimizer is not Tier.GPU
+    on_gpu = int(s.gpu_update_share * part) if offloaded else part
     fetched = w * held * micro_batches if s.parameters is not Tier.GPU else 0
     down, up = _gradients(s, part, micro_batches) if offloaded else (0, 0)
-    read, written = _disk(s, part, held, micro_batches)
+    read, written = _disk(s, part, part - kept_elements, held - kept_elements, micro_batches)
     return Traffic(
         h2d_forward_bytes=fetched,
         h2d_backward_bytes=fetched + up,
@@ -41,7 +43,7 @@ def deepspeed_traffic(
         nvme_read_bytes=read,
         nvme_write_bytes=written,
         cpu_update_elements=part - on_gpu if offloaded else 0,
-        gpu_update_elements=on_gpu if offloaded else part,
+        gpu_update_elements=on_gpu,
         gather_bytes=_gathered(s, trainable_elements, total_elements, micro_batches),
         reduce_bytes=_reduced(s, trainable_elements, micro_batches),
     )
@@ -56,7 +58,7 @@ def _gradients(s: DeepSpeedSetup, part: int, micro_batches: int) -> tuple[int, i
     """
     w = s.precision.weight_bytes
     if s.zero_stage == 3:
-        down = up = w * part * micro_batches
+        down = up = s.gradient_bytes * part * micro_batches
     elif s.zero_stage == 2 and micro_batches > 1:
         down, up = w * part * micro_batches, w * part * (micro_batches - 1)
     else:
@@ -64,15 +66,18 @@ def _gradients(s: DeepSpeedSetup, part: int, micro_batches: int) -> tuple[int, i
     return down + FP32 * part, up
 
 
-def _disk(s: DeepSpeedSetup, part: int, held: int, micro_batches: int) -> tuple[int, int]:
-    """Read and written, bytes: master, moments and fp32 gradients once each way, 32 bytes an element in all."""
+def _disk(s: DeepSpeedSetup, part: int, swapped: int, held: int, micro_batches: int) -> tuple[int, int]:
+    """Read and written, bytes: master, moments and fp32 gradients once each way, 32 bytes an element in all.
+
+    Of the weights ``held`` are read, and the updated ones written, ``swapped``.
+    """
     read = written = 0
     if s.optimizer is Tier.NVME:
         read = written = (FP32 + MOMENTS + FP32) * part
     if s.parameters is Tier.NVME:
         w = s.precision.weight_bytes
         read += 2 * w * held * micro_batches
-        written += w * part
+        written += w * swapped
     return read, written
 
 
@@ -86,7 +91,7 @@ def _gathered(s: DeepSpeedSetup, trainable: int, total: int, micro_batches: int)
 
 def _reduced(s: DeepSpeedSetup, trainable: int, micro_batches: int) -> int:
     """Stage 3 scatters; the others reduce to all ranks, which is twice that, though each keeps its slice only."""
-    element = 4 if s.precision is Precision.FP32 else 2
+    element = 2 if s.precision is Precision.AMP else s.reduced_bytes
     if s.zero_stage == 3:
         return _from_others(element * trainable * micro_batches, s.gpus)
     times = micro_batches if s.zero_stage == 2 else 1

@@ -21,9 +21,9 @@ ALTERNATIVES = 4
 UPDATE_REMARK = "{}'s own update on the CPU was taken from steps measured on 16 cores: its steps are rough."
 
 
-def plan_whole(problem: Problem, machine: Machine) -> Plan:
-    """The fastest setup that fits; raises NothingFits."""
-    everything = price_all(problem, ENGINES[problem.target])
+def plan_whole(problem: Problem, machine: Machine, engine: WholeEngine | None = None) -> Plan:
+    """The fastest setup that fits; raises NothingFits. ``engine`` is by default the target's."""
+    everything = price_all(problem, engine or ENGINES[problem.target])
     found = fitting(problem, everything)
     if not found:
         raise _nothing_fits(problem, least_short(problem, everything))

@@ -51,8 +51,9 @@ class Setup:
 class WholeEngine(Protocol):
     """What is known of such an engine."""
 
-    update_seconds: float
-    """Of one element, by its own Adam on the CPU."""
+    @property
+    def update_seconds(self) -> float:
+        """Of one element, by its own Adam on the CPU."""
 
     def setups(self, problem: Problem) -> Iterator[Setup]:
         """All of them."""
