@@ -83,7 +83,7 @@ class KnownValues:
     def _certain(self, func: Any, args: Any, kwargs: Any) -> bool:
         if func._schema.name in UNINITIALIZED or torch.Tag.nondeterministic_seeded in func.tags:
             return False
-        return all(self._find(t) is not None for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+        return all(self._find(t) is not None for t in tensors_in((args, kwargs)))
 
     def _find(self, tensor: torch.Tensor) -> torch.Tensor | None:
         if not isinstance(tensor, torch._subclasses.FakeTensor):

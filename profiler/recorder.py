@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -187,6 +187,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation and log it with the storages it made."""
+        if func is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+            return args[0].device  # the mode below would say the same, and is asked for twice as often as for work
         kwargs = dict(kwargs or {})
         name = func._schema.name
         if self._paused or name.startswith("prim::"):  # the latter ask about a tensor, for its device say

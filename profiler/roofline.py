@@ -107,23 +107,29 @@ def _memory_seconds(op: Op, device: Device) -> float:
 
 def _works(events: Iterable[Event], device: Device, calibration: Calibration) -> Iterator[Work]:
     repeating = False
-    seen: dict[tuple[object, ...], tuple[float, str]] = {}  # layers repeat each other
+    call, gradient, checkpoint = (calibration.issue(name) for name in ("call", "gradient", "checkpoint"))
+    seen: dict[tuple[object, ...], tuple[float, float, str, bool]] = {}  # layers repeat each other
     for event in events:
-        if isinstance(event, Call):
-            yield Work(calibration.issue("call"), 0.0, "", FORWARD, event.module, "")
-        elif isinstance(event, Gradient):
-            yield Work(calibration.issue("gradient"), 0.0, "", BACKWARD, "", "")
-        elif isinstance(event, Op):
+        if isinstance(event, Op):
             if event.recompute and not repeating:
-                yield Work(calibration.issue("checkpoint"), 0.0, "", BACKWARD, event.module, "")
+                yield Work(checkpoint, 0.0, "", BACKWARD, event.module, "")
             repeating = event.recompute
-            key = (event.name, event.flops, event.bytes, event.dtype, event.shape)
-            if key not in seen:
-                compute = _compute_seconds(event, device) > _memory_seconds(event, device)
-                seen[key] = op_seconds(event, device, calibration), COMPUTE if compute else MEMORY
-            issue = calibration.issue(name) if (name := issue_name(event)) else 0.0
-            waits = plain_name(event.name) in SYNCHRONISING
-            yield Work(issue, *seen[key], event.phase, event.module, event.name, waits)
+            key = (event.name, event.flops, event.bytes, event.dtype, event.shape, event.phase, event.recompute)
+            if (known := seen.get(key)) is None:
+                known = seen[key] = _work_of(event, device, calibration)
+            issue, kernel, bound, waits = known
+            yield Work(issue, kernel, bound, event.phase, event.module, event.name, waits)
+        elif isinstance(event, Call):
+            yield Work(call, 0.0, "", FORWARD, event.module, "")
+        elif isinstance(event, Gradient):
+            yield Work(gradient, 0.0, "", BACKWARD, "", "")
+
+
+def _work_of(op: Op, device: Device, calibration: Calibration) -> tuple[float, float, str, bool]:
+    """Seconds of its issue and of its kernels, what these are bound by, and whether the CPU waits for them."""
+    bound = COMPUTE if _compute_seconds(op, device) > _memory_seconds(op, device) else MEMORY
+    issue = calibration.issue(name) if (name := issue_name(op)) else 0.0
+    return issue, op_seconds(op, device, calibration), bound, plain_name(op.name) in SYNCHRONISING
 
 
 def _update(
