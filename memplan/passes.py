@@ -36,9 +36,10 @@ def pass_seconds(profile: ModelProfile, paths: Sequence[str], way: Way, rates: R
     kept = _rows([p for p in known if not p.recompute], profile, way, rates) if share < 1 else again
     rows = kept | {path: row for path, row in again.items() if path in recomputed or path not in kept}
     index = {path: i for i, path in enumerate(paths)}
+    units = frozenset(paths)
     by_unit, rest = np.zeros((len(paths), 4)), np.zeros(4)
     for path, row in rows.items():
-        unit = owner([f"{path}."], paths)
+        unit = owner([f"{path}."], units)
         if unit:
             by_unit[index[unit]] += row
         else:

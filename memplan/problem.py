@@ -146,13 +146,13 @@ class Problem:
 
     def _recomputed(self, way: Way) -> tuple[int, ...]:
         """Number of recomputed blocks in each unit."""
-        paths = [s.name for s in self.shapes if s.name]
+        paths = frozenset(s.name for s in self.shapes)
         counts = Counter(owner([f"{block}."], paths) for block in self.profile.blocks[: way.recomputed_blocks])
         return tuple(counts[s.name] for s in self.shapes)
 
     def _trained(self) -> tuple[int, ...]:
         """Number of trainable parameters of each unit."""
-        paths = [s.name for s in self.shapes if s.name]
+        paths = frozenset(s.name for s in self.shapes)
         counts = Counter(owner((p.name, *p.aliases), paths) for p in self.profile.parameters if p.trainable)
         return tuple(counts[s.name] for s in self.shapes)
 

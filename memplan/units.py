@@ -1,7 +1,7 @@
 """Which parameters move together: the units of a profile, in the order in which the forward pass uses them."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from offload.residency import UnitShape
 from profiler.profile import ModelProfile, ParameterProfile
@@ -11,10 +11,19 @@ OWN_UNIT_SHARE = 0.01
 
 
 def owner(names: Iterable[str], paths: Iterable[str]) -> str:
-    """The unit that owns a parameter with these dotted names: the one path that all of them lie in, or the root ""."""
-    paths = tuple(paths)
-    owners = {max((p for p in paths if name.startswith(p + ".")), key=len, default="") for name in names}
+    """The unit that owns a parameter with these dotted names: the one path that all of them lie in, or the root "".
+
+    Of paths inside each other it is the innermost. Who asks often gives a set.
+    """
+    known = paths if isinstance(paths, Set) else frozenset(paths)
+    owners = {_innermost(name.rpartition(".")[0], known) for name in names}
     return owners.pop() if len(owners) == 1 else ""
+
+
+def _innermost(path: str, known: Set[str]) -> str:
+    while path and path not in known:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def unit_paths(profile: ModelProfile) -> tuple[str, ...]:
@@ -56,11 +65,13 @@ def units_of(profile: ModelProfile) -> tuple[UnitShape, ...]:
     forward is no unit at all: whoever reads the plan can then tell owners from the paths alone.
     """
     paths = unit_paths(profile)
-    outside = {owner([name], paths) for p in profile.parameters if p.used_outside for name in (p.name, *p.aliases)}
+    inside = frozenset(paths)
+    outside = {owner([name], inside) for p in profile.parameters if p.used_outside for name in (p.name, *p.aliases)}
     paths = tuple(path for path in paths if path not in outside)
+    inside = frozenset(paths)
     members: dict[str, list[ParameterProfile]] = defaultdict(list)
     for parameter in profile.parameters:
-        members[owner((parameter.name, *parameter.aliases), paths)].append(parameter)
+        members[owner((parameter.name, *parameter.aliases), inside)].append(parameter)
     return tuple(
         UnitShape.of(
             path,
