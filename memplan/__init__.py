@@ -7,16 +7,24 @@ plan = memplan.plan(profile, machine=memplan.detect())
 engine, optimizer, loader, scheduler = memplan.initialize(model, plan=plan)
 """
 
-from memplan.api import initialize, plan, profile
-from memplan.described import describe, find_machine
-from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
-from memplan.machine import Machine, detect
-from offload.engine import Engine
-from offload.errors import OffloadError
-from offload.on_meta import on_meta
-from offload.plan import Plan
-from profiler.errors import ProfilerError
-from profiler.profile import ModelProfile
+import gc
+
+_collecting = gc.isenabled()
+gc.disable()  # torch makes a million objects that stay: looking for cycles among them takes a fifth of the import
+try:
+    from memplan.api import initialize, plan, profile
+    from memplan.described import describe, find_machine
+    from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
+    from memplan.machine import Machine, detect
+    from offload.engine import Engine
+    from offload.errors import OffloadError
+    from offload.on_meta import on_meta
+    from offload.plan import Plan
+    from profiler.errors import ProfilerError
+    from profiler.profile import ModelProfile
+finally:
+    if _collecting:
+        gc.enable()
 
 __all__ = [
     "Engine",

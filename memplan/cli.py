@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
 """
 
+import gc
 import json
 import os
 import sys
@@ -291,6 +292,7 @@ app.command()(lint)
 
 def main() -> None:
     """Run a command; a person's mistakes end in a sentence and an exit code."""
+    gc.freeze()  # what was imported stays, and need not be looked through again and again
     try:
         app()
     except NothingFits as error:

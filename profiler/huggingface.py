@@ -18,6 +18,7 @@ from profiler.blame import explained
 from profiler.contract import ModelSource, check_loss, default_loss
 from profiler.errors import SourceError
 from profiler.huggingface_batch import BatchMaker
+from profiler.uncollected import uncollected
 
 CONFIG_NAME = "config.json"
 
@@ -71,7 +72,14 @@ class HuggingFaceSource(ModelSource):
         ``folder`` is its own where that was named, and its weights may be there.
         """
         data = _read(path)
-        transformers = _transformers(path)
+        with uncollected():
+            return cls._loaded(path, data, sequence_length, folder)
+
+    @classmethod
+    def _loaded(
+        cls, path: Path, data: dict[str, Any], sequence_length: int | None, folder: Path | None
+    ) -> "HuggingFaceSource":
+        transformers = _transformers(path)  # with what it imports when it is asked for a class, most of the time here
         assumptions: list[str] = []
         config_class = _config_class(transformers, data, path)
         with explained(f"{path.name} is no configuration that transformers {transformers.__version__} accepts"):
