@@ -7,11 +7,9 @@ plan = memplan.plan(profile, machine=memplan.detect())
 engine, optimizer, loader, scheduler = memplan.initialize(model, plan=plan)
 """
 
-import gc
+from profiler.uncollected import uncollected
 
-_collecting = gc.isenabled()
-gc.disable()  # torch makes a million objects that stay: looking for cycles among them takes a fifth of the import
-try:
+with uncollected():
     from memplan.api import initialize, plan, profile
     from memplan.described import describe, find_machine
     from memplan.errors import MachineError, MemplanError, NothingFits, PlanningError
@@ -22,9 +20,6 @@ try:
     from offload.plan import Plan
     from profiler.errors import ProfilerError
     from profiler.profile import ModelProfile
-finally:
-    if _collecting:
-        gc.enable()
 
 __all__ = [
     "Engine",

@@ -1,8 +1,6 @@
 """One model under one way of training it, and what its traces add up to."""
 
-import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
 from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
+from profiler.uncollected import uncollected
 
 Batches = dict[int, Callable[[], Any]]
 """What makes a batch of a size."""
@@ -88,7 +87,7 @@ class Study:
 
     def profile(self, batches: Batches, batch_size: int) -> ModelProfile:
         """The profile of a batch of ``batch_size``, with activation points of every batch."""
-        with _uncollected():
+        with uncollected():
             return self._profile(batches, batch_size)
 
     def _profile(self, batches: Batches, batch_size: int) -> ModelProfile:
@@ -111,7 +110,7 @@ class Study:
         if size < 1 or (seq is not None and seq < 1):
             raise ProfileError("batch and seq must be at least 1")
         like = resized(known, (known_size, size), (length, seq) if length is not None and seq is not None else None)
-        with _uncollected():
+        with uncollected():
             case = Case(size, recompute=False)
             trace = self.trace(like, case)
             return self._summed_up(trace, like, (self._point(case, trace),), trace.assumptions)
@@ -205,18 +204,6 @@ class Study:
         saved = peaks[chunked._replace(loss_chunks=1)] - peaks[chunked]
         worthwhile = {case.recompute for case, peak in peaks.items() if saved >= WORTHWHILE_SHARE * peak}
         return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No collection of cycles: storages end with their last reference, always at the same moment; and it takes time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:
