@@ -15,7 +15,7 @@ from profiler.profile import ActivationPoint, ModelProfile
 ACTIVATION_MARGIN = 1.01
 """Upper bound of the activations over their estimate."""
 FIXED_MARGIN_BYTES = {"cuda": 128 << 20, "cpu": 1 << 20}
-"""What no trace sees: pages that the allocator can not fill; 163 MB where a plan with a smaller margin ran out."""
+"""What no trace sees: pages that the allocator can not fill, and what is predicted too low in a convolution."""
 
 
 @dataclass(frozen=True)
