@@ -139,16 +139,9 @@ class Problem:
             family.micro_batches,
             self.rates,
             self.once("trained", self._trained),
-            self.once(("recomputed", family.way.recomputed_blocks), lambda: self._recomputed(family.way)),
             family.way.recomputed_blocks > 0 and family.way.checkpoints is Tier.HOST,
             self.device,
         )
-
-    def _recomputed(self, way: Way) -> tuple[int, ...]:
-        """Number of recomputed blocks in each unit."""
-        paths = frozenset(s.name for s in self.shapes)
-        counts = Counter(owner([f"{block}."], paths) for block in self.profile.blocks[: way.recomputed_blocks])
-        return tuple(counts[s.name] for s in self.shapes)
 
     def _trained(self) -> tuple[int, ...]:
         """Number of trainable parameters of each unit."""

@@ -20,19 +20,16 @@ _ISSUE_ONLY = np.array([0.0, 1.0, 0.0, 1.0])
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
 # What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
-# follows the machine. Fitted to steps measured on one H200 (benchmarks/planner.py).
-PASS_ISSUE_FACTOR = 1.25
-"""How much longer it takes to issue a pass in the engine than alone."""
-HOOKED_ISSUE_FACTOR = 1.5
-"""The same where each saved tensor goes through a hook: weights come and go, or inputs of blocks wait on the host."""
-UNIT_CALLS = 1.25
+# follows the machine. Fitted to 31 steps without offloading on two H200 machines (benchmarks/planner.py).
+HOOKED_ISSUE_FACTOR = 1.1
+"""How much longer it takes to issue a pass where each saved tensor goes through a hook: where weights come and go, or
+inputs of blocks wait on the host."""
+UNIT_CALLS = 3.0
 """For one unit in one pass: it is told where its use begins and ends."""
-GRADIENT_CALLS = 0.45
+GRADIENT_CALLS = 0.3
 """For one parameter's gradient in one micro-batch: taken away, gathered."""
-UPDATE_CALLS = 1.0
+UPDATE_CALLS = 2.4
 """For one unit's update on the GPU."""
-CHECKPOINT_CALLS = 3.0
-"""For one recomputed block, beside what running it again takes."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,6 @@ class StepWork:
     rates: Rates
     trained: tuple[int, ...]
     """Number of trainable parameters of each unit."""
-    recomputed: tuple[int, ...]
-    """Number of recomputed blocks in each unit."""
     inputs_leave: bool = False
     """Whether inputs of recomputed blocks wait on the host."""
     device: str = "cuda"
@@ -186,27 +181,25 @@ class StepWork:
         rows = self.passes.by_unit.copy()
         gathered = np.array([s.trainable_elements for s in self.held]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
-        rows[:, ISSUES] *= PASS_ISSUE_FACTOR
         call = self.rates.call_seconds
         rows[:, ISSUES] += UNIT_CALLS * call
         rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_CALLS * call
-        rows[:, BACKWARD_ISSUE] += np.array(self.recomputed) * CHECKPOINT_CALLS * call
         return rows
 
     @property
     def rest(self) -> np.ndarray:
         """The same of what belongs to no unit."""
-        return self.passes.rest * _ISSUE_ONLY * PASS_ISSUE_FACTOR + self.passes.rest * (1 - _ISSUE_ONLY)
+        return self.passes.rest
 
     @cached_property
     def hooks_by_unit(self) -> np.ndarray:
         """What it takes beside ``by_unit`` where saved tensors go through hooks."""
-        return self.passes.by_unit * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - PASS_ISSUE_FACTOR)
+        return self.passes.by_unit * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - 1)
 
     @property
     def hooks_of_rest(self) -> np.ndarray:
         """The same beside ``rest``."""
-        return self.passes.rest * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - PASS_ISSUE_FACTOR)
+        return self.passes.rest * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - 1)
 
     @cached_property
     def gpu_update_seconds(self) -> float:

@@ -51,7 +51,6 @@ def work_of(
         micro_batches,
         rates,
         (1,) * len(shapes),
-        (0,) * len(shapes),
     )
 
 
