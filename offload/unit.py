@@ -108,7 +108,7 @@ def partition(
     if missing := [p.unit for p in placements if p.unit not in modules]:
         raise PlanError(f"the plan places {missing[0]!r}, but the model has no module of that name")
     paths = [p.unit for p in placements if p.unit]
-    for path in (p for p in paths if type(modules[p]).forward is nn.Module.forward):
+    for path in (p for p in paths if getattr(modules[p].forward, "__func__", None) is nn.Module.forward):
         raise PlanError(
             f"the plan places {path!r}, a {type(modules[path]).__name__}, which nobody calls, so nothing tells when "
             "its weights are needed: place the modules in it, or leave them to the root unit; memplan plan does so"

@@ -74,6 +74,7 @@ def test_two_processes_train_as_one_and_resume_as_one_more(tmp_path: Path) -> No
     both = [[s["loss"] for s in steps(tmp_path / "two", name)] for name in ("events.jsonl", "events-1.jsonl")]
     assert both[0] == both[1]
     alone = {**plan, "gpus": 1, "zero_stage": 0, "gradient_accumulation_steps": 2 * plan["gradient_accumulation_steps"]}
+    alone["prediction"] |= dict.fromkeys(("gpu_peak_bytes", "gpu_upper_bytes"), plan["budget"]["gpu_bytes"])
     (tmp_path / "alone.json").write_text(json.dumps(alone))
     one = run(tmp_path, "--plan", "alone.json", "--steps", "3", "--out", "one")
     assert one.returncode == 0, one.stderr

@@ -39,7 +39,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("restarts")
     (path / "net.py").write_text(MODEL)
     plan = planned_for(load_source(path / "net.py"), replace(find_machine(), gpus=2), 4, None).plan
-    replace(plan, zero_stage=3).save(path / "stage-3.json")
+    whole = plan.budget.gpu_bytes  # parts of another stage are padded otherwise
+    prediction = replace(plan.prediction, gpu_peak_bytes=whole, gpu_upper_bytes=whole)
+    replace(plan, zero_stage=3, prediction=prediction).save(path / "stage-3.json")
     fleet = undisturbed(path)
     assert [e.code for e in fleet.wait()] == [0, 0], fleet.said()
     return path
