@@ -160,6 +160,8 @@ class _Run:
             self.engine = Engine(model, plan, optimizer, max_grad_norm=max_norm, events=events, weights=start.weights)
         except WeightsError as error:
             raise WeightsError(f"{error}; or name {source.path} to start from random weights") from error
+        if place.rank:  # all have the first one's weights, but each its own dropout
+            torch.manual_seed(options.seed + place.rank)
         self.drawn = 0
         """Micro-batches drawn from the data, for all processes."""
         self.losses: deque[float] = deque(maxlen=LOSSES_AVERAGED)

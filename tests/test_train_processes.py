@@ -83,3 +83,24 @@ def test_two_processes_train_as_one_and_resume_as_one_more(tmp_path: Path) -> No
     resumed = run(tmp_path, "--nproc=2", "--steps", "4", "--out", "two", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [s["step"] for s in steps(tmp_path / "two")] == [1, 2, 3, 4]
+
+
+def test_each_process_drops_out_its_own(tmp_path: Path) -> None:
+    model = MODEL.replace("nn.ReLU()", "Dropping()").replace(
+        "def build_model",
+        """class Dropping(nn.Module):
+    def forward(self, x):
+        kept = nn.functional.dropout(torch.ones(64), 0.5)
+        if type(kept) is torch.Tensor:
+            with open(f"kept-{os.environ['RANK']}.txt", "a") as file:
+                print(kept.tolist(), file=file)
+        return x * kept[:32]
+
+
+def build_model""",
+    )
+    (tmp_path / "net.py").write_text("import os\n" + model)
+    done = run(tmp_path, "--nproc", "2", "-b", "8", "--steps", "3", "--out", "run")
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"kept-{rank}.txt").read_text().splitlines()[-3:] for rank in range(2))
+    assert len({*first, *second}) == 6
