@@ -72,6 +72,11 @@ def rank_file(rank: int, tensor: int | None = None) -> str:
     return f"rank-{rank}.safetensors" if tensor is None else f"rank-{rank}-tensor-{tensor}.safetensors"
 
 
+def buffer_file(rank: int, tensor: int | None = None) -> str:
+    """The name of the file with that rank's own buffers, which is there where they are not those of the first."""
+    return f"buffers-{rank_file(rank, tensor)}"
+
+
 def step_tag(step: int) -> str:
     """The tag of a checkpoint that nobody gave one."""
     return f"step-{step}"

@@ -149,7 +149,7 @@ class Engine:
         nan = torch.full((), torch.nan, dtype=weight_dtype(plan.precision), device=device)
         turns = in_turn(self.model, units, plan, device, needed, files)
         self.states = take_over(turns, plan, device, self.arena, self.store, nan, ranks)
-        move_buffers(self.model, device, plan.precision)
+        move_buffers(self.model, device, plan.precision, ranks)
 
         # Fetches wait for updates and slots; weights and sums of gradients that return must not wait behind them.
         self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))

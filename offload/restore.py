@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
-from offload.checkpoint import REST, Checkpoint, rank_file
+from offload.buffers import BUFFER, put
+from offload.checkpoint import REST, Checkpoint, buffer_file, rank_file
 from offload.contents import Contents
 from offload.dtensors import Share
 from offload.errors import CheckpointError
@@ -17,6 +18,7 @@ from offload.moments import dequantized
 from offload.plain import restored
 from offload.plan import MOMENT_BLOCK_ELEMENTS
 from offload.randomness import restore_random_states
+from offload.ranks import Ranks
 from offload.snapshot import CODES, SCALES, WEIGHT
 from offload.unit import Field
 
@@ -48,6 +50,8 @@ class CheckpointTensors:
         self._spans: dict[tuple[str, str, int], list[_Span]] = {}
         """By kind, name, and place on the tensor axis."""
         self._tensor_parts = found.tensor_parts
+        self._files = found.manifest["files"]
+        self._places = found.manifest.get("world_size"), found.tensor_parts
         self._shares = {
             name: Share(facts["divided_dim"], found.tensor_parts, 0, torch.Size(facts["shape"]))
             for name, facts in found.training["parameters"].items()
@@ -116,10 +120,26 @@ class CheckpointTensors:
         """Of the parameters."""
         return {name for kind, name, _ in self._spans if kind == WEIGHT}
 
-    def rest(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What no unit owns: ``buffer/NAME`` and ``parameter/NAME``."""
+    def rest(self, ranks: Ranks | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """What no unit owns: ``buffer/NAME`` and ``parameter/NAME``.
+
+        Buffers are those of the first rank, or this one's own where as many ranks saved it as load it: of others none
+        is this one. [Note: buffers of several ranks] in ``offload/buffers.py``.
+        """
+        own = self._own_buffers(ranks) if ranks is not None else None
         for key in self._rest.keys():  # noqa: SIM118 - it is no dict
-            yield key, self._rest.get_tensor(key)
+            if own is None or not key.startswith(BUFFER):
+                yield key, self._rest.get_tensor(key)
+        if own is not None:
+            for key in own.keys():  # noqa: SIM118
+                yield key, own.get_tensor(key)
+
+    def _own_buffers(self, ranks: Ranks) -> Any:
+        """The file of a rank's own ones; None where the first rank's are its."""
+        name = buffer_file(ranks.rank, ranks.tensor_position if self._tensor_parts > 1 else None)
+        if (ranks.world, ranks.tensor_parts) != self._places or name not in self._files:
+            return None
+        return self._open(self.path / name)
 
     def random_states(self, rank: int, tensor: int) -> dict[str, torch.Tensor]:
         """Those of a rank's generators by their name; empty where there was no such rank."""
@@ -172,7 +192,8 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
     """
     training = found.training
     with CheckpointTensors(found) as tensors:
-        _check_fits(engine, found, tensors)
+        ranks = next((state.ranks for state in engine.states), None)
+        _check_fits(engine, found, tensors, ranks)
         engine.finish()
         engine.zero_grad()
         for state in engine.states:
@@ -180,12 +201,10 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
             for field in state.unit.fields:
                 _read(field, whole, tensors)
             engine.replace(state, whole)
-        parts = {f"buffer/{name}": b for name, b in engine.model.named_buffers()}
+        parts = {f"{BUFFER}{name}": b for name, b in engine.model.named_buffers()}
         parts |= {f"parameter/{name}": p for name, p in engine.model.named_parameters()}
-        with torch.no_grad():
-            for key, tensor in tensors.rest():
-                parts[key].copy_(tensor)
-        ranks = next((state.ranks for state in engine.states), None)
+        for key, tensor in tensors.rest(ranks):
+            put(parts[key], tensor)
         place = (ranks.rank, ranks.tensor_position) if ranks is not None else (0, 0)
         random_states = tensors.random_states(*place)
     engine.global_step = found.step
@@ -209,7 +228,7 @@ def _read(field: Field, whole: Contents, tensors: CheckpointTensors) -> None:
             tensors.read_into(moments[span], kind, field.name, share=field.share)
 
 
-def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors) -> None:
+def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors, ranks: Ranks | None) -> None:
     """Raise CheckpointError unless everything that will be read is there in the shape it must have."""
     if found.optimizer != engine.plan.optimizer:
         raise CheckpointError(
@@ -227,8 +246,8 @@ def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors)
             )
         if field.trainable and not saved[name]["trainable"]:
             raise CheckpointError(f"{found.path} was made with {name} frozen, so it has no optimizer state of it")
-    shapes = {key: list(tensor.shape) for key, tensor in tensors.rest()}
-    here = {f"buffer/{name}": list(b.shape) for name, b in engine.model.named_buffers()}
+    shapes = {key: list(tensor.shape) for key, tensor in tensors.rest(ranks)}
+    here = {f"{BUFFER}{name}": list(b.shape) for name, b in engine.model.named_buffers()}
     here |= {f"parameter/{name}": list(p.shape) for name, p in engine.model.named_parameters() if name not in fields}
     for key in sorted(here.keys() | shapes.keys()):
         if here.get(key) != shapes.get(key):

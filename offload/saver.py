@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload import checkpoint
+from offload.buffers import BUFFER, fingerprint
 from offload.errors import CheckpointError
 from offload.plain import plain
 from offload.randomness import random_states
@@ -183,7 +184,7 @@ class _Small:
     def __init__(self, engine: "Engine", client_state: Any) -> None:
         model, owned = engine.model, {id(f.parameter) for s in engine.states for f in s.unit.fields}
         # Clones: buffers may share memory with each other.
-        self.rest = {f"buffer/{n}": b.detach().cpu().clone() for n, b in model.named_buffers()}
+        self.rest = {f"{BUFFER}{n}": b.detach().cpu().clone() for n, b in model.named_buffers()}
         self.rest |= {f"parameter/{n}": p.detach().cpu() for n, p in model.named_parameters() if id(p) not in owned}
         self.random = {f"random/{name}": state for name, state in random_states(engine.device).items()}
         self.facts = {"step": engine.global_step, "precision": engine.plan.precision, "world_size": engine.plan.gpus}
@@ -200,6 +201,10 @@ class _Small:
             "client_state": plain(client_state),
         }
         self.text = checkpoint.as_json(self.training)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What of the rest a rank has for itself."""
+        return {key: tensor for key, tensor in self.rest.items() if key.startswith(BUFFER)}
 
 
 def _parameters(engine: "Engine") -> dict[str, dict[str, Any]]:
@@ -235,7 +240,9 @@ Written = dict[str, dict[str, int]]
 def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts: _Parts) -> None:
     """Write all files aside, then make them a checkpoint."""
     rank, partial = ranks.number if ranks is not None else 0, checkpoint.partial_of(directory, tag)
-    names = [checkpoint.rank_file(*place) for place in (ranks.places if ranks is not None else [(0, None)])]
+    places = ranks.places if ranks is not None else [(0, None)]
+    names = [checkpoint.rank_file(*place) for place in places]
+    buffers = [checkpoint.buffer_file(*place) for place in places]
     common: Written = {}
 
     def begin() -> tuple[int, int]:
@@ -248,6 +255,9 @@ def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts
             common.update(_write_common(partial, parts.small))
         return _write_own(partial / names[rank], parts)
 
+    def write_buffers() -> tuple[int, int]:
+        return _write_buffers(partial / buffers[rank], parts.small) if apart[rank] else (0, 0)
+
     def publish() -> tuple[int, int]:
         if rank == 0:
             checkpoint.publish(partial, tag, parts.small.facts, files)
@@ -256,7 +266,11 @@ def _write(saving: Saving, directory: Path, tag: str, ranks: Ranks | None, parts
     try:
         _in_step(ranks, begin)
         own = [{"bytes": size, "crc32c": crc} for size, crc in _in_step(ranks, write)]
-        files = common | dict(zip(names, own, strict=True))
+        apart = _apart(ranks, parts.small)
+        if any(apart):
+            own += [{"bytes": size, "crc32c": crc} for size, crc in _in_step(ranks, write_buffers)]
+            names += buffers
+        files = common | {name: facts for name, facts in zip(names, own, strict=True) if facts["bytes"]}
         _in_step(ranks, publish)
     except BaseException:
         if rank == 0:
@@ -303,6 +317,22 @@ def _write_own(path: Path, parts: _Parts) -> tuple[int, int]:
                 raise item
             item.write(file)
             parts.staging.give_back(item.buffer)
+    return file.size_bytes, file.crc32c
+
+
+def _apart(ranks: Ranks | None, small: _Small) -> list[bool]:
+    """Of every process, whether it has other buffers than the first. [Note: buffers of several ranks]"""
+    if ranks is None:
+        return [False]
+    told = _in_step(ranks, lambda: (fingerprint(small.buffers()), 0))
+    return [number != told[0] for number in told]
+
+
+def _write_buffers(path: Path, small: _Small) -> tuple[int, int]:
+    """The file of this rank's own buffers; gives its size and checksum."""
+    buffers = small.buffers()
+    with TensorFile(path, _entries(buffers)) as file:
+        _write_all(file, buffers)
     return file.size_bytes, file.crc32c
 
 

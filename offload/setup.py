@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from offload import buffers
 from offload.errors import OffloadError
 from offload.plan import Plan, Precision, Target
 from offload.ranks import Ranks
@@ -119,12 +120,14 @@ def moved(batch: Any, device: torch.device, precision: Precision) -> Any:
     return tree_map_only(torch.Tensor, move, batch)
 
 
-def move_buffers(model: nn.Module, device: torch.device, precision: Precision) -> None:
-    """Buffers, and parameters that no unit owns, to the device.
+def move_buffers(model: nn.Module, device: torch.device, precision: Precision, ranks: Ranks | None) -> None:
+    """Buffers, and parameters that no unit owns, to the device: those of the first rank.
 
     In bf16 and fp16 the floating-point buffers of a module with floating-point parameters follow them, as batch norm's
     must; those of other modules (rotary tables, masks) keep their precision.
     """
+    if ranks is not None:
+        buffers.from_first(model, ranks)  # before a buffer of several modules becomes one of each
     half = weight_dtype(precision) if precision.weight_bytes == 2 else None
     for module in model.modules():
         follows = any(p.is_floating_point() for p in module.parameters(recurse=False))
