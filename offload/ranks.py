@@ -102,11 +102,12 @@ class Ranks:
         replicas = [line[position::group] for line in data for position in range(group)]
         everybody = [tuple(range(len(axes.places)))]
         with self._dog.inside("start", "making the groups"):
+            # The first is where ranks meet, and some build their models longer than a step's groups would wait.
+            self._saving = self._own(everybody, "gloo", "checkpoint")
             self._gathering, self._reducing = (self._own(sharing, backend, kind) for kind in ("gather", "reduce"))
             self._replicas = self._own(replicas, backend, "reduce") if group < self.world else None
             self._agreeing = self._own(data, "gloo", "start")
             self._sharing_on_host = self._own(sharing, "gloo", "start")
-            self._saving = self._own(everybody, "gloo", "checkpoint")
             self._norms = self._own(tensor, backend, "reduce") if len(data) > 1 else None
             self._tensor = self._own(tensor, "gloo", "start") if len(data) > 1 else None
             if device.type == "cuda":
