@@ -6,10 +6,12 @@ names of its own, which are read where those are missing.
 
 import os
 import re
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -23,6 +25,8 @@ from offload.ranks import CONNECTIONS, local_index
 
 JOINING = timedelta(minutes=10)
 """In which all processes must have started."""
+LATE_SECONDS = 15.0
+"""After which people are told of those that have not."""
 ASKING_SECONDS = 0.02
 SESSION = "memplan/session"
 """Where the first process leaves the word of ``met``, for who started them."""
@@ -139,7 +143,8 @@ def joined(place: Place, timeout_seconds: float = watchdog.TIMEOUT_SECONDS) -> I
     try:
         # What torchrun sets also tells that the store is its own; Slurm sets none of it, and a person may set a part.
         whole = {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-        store, _, _ = next(dist.rendezvous("env://" if whole else where, place.rank, place.world))
+        with _telling_who_is_late(place):
+            store, _, _ = next(dist.rendezvous("env://" if whole else where, place.rank, place.world))
         shared = dist.PrefixStore(met(store, place), store)
         backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(
@@ -176,12 +181,15 @@ def met(store: dist.Store, place: Place) -> str:
     mine = uuid.uuid4().hex
     if place.speaks:
         store.set(SESSION, mine)
-        missing, until = list(range(1, place.world)), time.monotonic() + JOINING.total_seconds()
+        missing, began, told = list(range(1, place.world)), time.monotonic(), _told_who_is_late.is_set()
         while missing:
             for asking in (key for rank in missing if store.check([key := f"memplan/asks/{rank}"])):
                 store.set(f"memplan/answer/{store.get(asking).decode()}", mine)
             missing = [rank for rank in missing if not store.check([f"memplan/has/{mine}/{rank}"])]
-            if time.monotonic() > until:
+            waited = time.monotonic() - began
+            if missing and waited > LATE_SECONDS and not told:
+                told = _tell_who_is_late(missing)
+            if waited > JOINING.total_seconds():
                 late = ", ".join(map(str, missing))
                 raise LaunchError(f"of {place.world} processes these did not come within {JOINING}: rank {late}")
             time.sleep(ASKING_SECONDS)
@@ -192,6 +200,42 @@ def met(store: dist.Store, place: Place) -> str:
     session = store.get(answer).decode()
     store.set(f"memplan/has/{session}/{place.rank}", "")
     return session
+
+
+_told_who_is_late = threading.Event()
+
+
+def _tell_who_is_late(ranks: list[int]) -> bool:
+    """Once: the wait itself is long, and whoever died before may have said so where nobody looks."""
+    late, they = f"rank {ranks[0]}", "it is"
+    if len(ranks) > 1:
+        late, they = f"ranks {', '.join(map(str, ranks))}", "they are"
+    said = f"rank 0 waits for {late} to come: look whether {they} running"
+    print(f"memplan: {said}", file=sys.stderr, flush=True)
+    _told_who_is_late.set()
+    return True
+
+
+@contextmanager
+def _telling_who_is_late(place: Place) -> Iterator[None]:
+    """Tell of those who have not come, while torch waits for all to come to a store that is this process's own."""
+
+    def look() -> None:
+        with suppress(Exception):  # the store may be over just now, and what ends it is told by who waits
+            timeout = timedelta(seconds=LATE_SECONDS)
+            store = dist.TCPStore(place.master, place.port, timeout=timeout, wait_for_workers=False)
+            if missing := [r for r in range(1, place.world) if not store.check([f"memplan/asks/{r}"])]:
+                _tell_who_is_late(missing)
+
+    _told_who_is_late.clear()
+    timer = threading.Timer(LATE_SECONDS, look)
+    timer.daemon = True
+    if place.speaks:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def blamed(error: BaseException) -> bool:

@@ -171,6 +171,7 @@ class DividedGradients(GradientCollector):
             if home is not None:
                 home.copy_(own)
 
+        ranks.submitted("reduce", state.unit.name)
         gathering.landed = self._reduces.submit(reduce, after)
         divided.partial = True
         if state.host_gradients is not None:

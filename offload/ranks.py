@@ -4,7 +4,8 @@
 Ranks must call collectives of one group in one order. There are four groups of the same ranks, each used by one thread
 alone: gathers of weights in the order in which units are used, reductions of gradients in a fixed order, and on the
 host, in step, what must be agreed on, and what is told of checkpoints. Gathers and reductions have lanes of their own,
-so they overlap with computing. The watchdog is told of each one: [Note: who is to blame] in ``offload/watchdog.py``.
+so they overlap with computing. That units come in one order is compared once a step: [Note: units in another order] in
+``offload/order.py``. The watchdog is told of each one: [Note: who is to blame] in ``offload/watchdog.py``.
 
 [Note: two communicators on one device]
 A kernel of NCCL keeps its place on the device until all ranks run the same one. Gathers and reductions are issued by
@@ -29,6 +30,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,6 +39,8 @@ from offload import watchdog
 from offload.axes import Axes
 from offload.dtensors import Share
 from offload.entered import Mark
+from offload.errors import OffloadError
+from offload.order import Order, all_equal, common, difference, encoded
 from offload.plan import Plan
 from offload.shards import Shards
 
@@ -88,7 +92,7 @@ class Ranks:
         self.shards = Shards.of(plan)
         self._begun = watchdog.current() is None
         self._dog = watchdog.current() or watchdog.begin()
-        self._device = device
+        self._device, self._order = device, Order()
         if device.type == "cuda":
             torch.cuda.set_device(device)  # NCCL asks for the current one
         group, data, tensor = self.shards.group, axes.data, axes.tensor
@@ -98,11 +102,12 @@ class Ranks:
         replicas = [line[position::group] for line in data for position in range(group)]
         everybody = [tuple(range(len(axes.places)))]
         with self._dog.inside("start", "making the groups"):
+            # The first is where ranks meet, and some build their models longer than a step's groups would wait.
+            self._saving = self._own(everybody, "gloo", "checkpoint")
             self._gathering, self._reducing = (self._own(sharing, backend, kind) for kind in ("gather", "reduce"))
             self._replicas = self._own(replicas, backend, "reduce") if group < self.world else None
             self._agreeing = self._own(data, "gloo", "start")
             self._sharing_on_host = self._own(sharing, "gloo", "start")
-            self._saving = self._own(everybody, "gloo", "checkpoint")
             self._norms = self._own(tensor, backend, "reduce") if len(data) > 1 else None
             self._tensor = self._own(tensor, "gloo", "start") if len(data) > 1 else None
             if device.type == "cuda":
@@ -191,13 +196,44 @@ class Ranks:
 
     # Agreement: by the main thread
 
+    def submitted(self, kind: str, unit: str) -> None:
+        """Its lane has been given a collective of this unit: called in the order of the lane."""
+        self._order.add(kind, unit)
+
     def any_rank(self, flags: Sequence[bool]) -> list[bool]:
-        """For each flag, whether it is set on any rank."""
-        told = torch.tensor(flags, dtype=torch.uint8)
-        if len(told):
-            with self._dog.inside("agreement", "agreement on the gradients"):
-                dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
-        return [bool(flag) for flag in told.tolist()]
+        """For each flag, whether it is set on any rank; raises on all where ranks used units in different orders."""
+        if not flags:
+            return []
+        group = self.shards.group  # ranks of other copies may have an order of their own
+        mine = encoded(self._order.digest(), self.rank // group, self.world // group)
+        told = torch.tensor([*mine, *flags], dtype=torch.uint8)
+        with self._dog.inside("agreement", "agreement on the gradients"):
+            dist.all_reduce(told, dist.ReduceOp.MAX, group=self._agreeing)
+        greatest = told.tolist()
+        if all_equal(greatest[: len(mine)]):
+            self._order.clear()
+        else:
+            self._compare_orders()
+        return [bool(flag) for flag in greatest[len(mine) :]]
+
+    def _compare_orders(self) -> None:
+        """[Note: units in another order]."""
+        told: list[Any] = [None] * self.world
+        with self._dog.inside("agreement", "comparison of the order of units"):
+            dist.all_gather_object(told, self._order.told(), group=self._agreeing)
+        line, group = self._axes.data[self._axes.tensor_position], self.shards.group
+        copies = [range(first, first + group) for first in range(0, self.world, group)]
+        found = (difference({line[i]: told[i] for i in copy}) for copy in copies)
+        if (differs := next(filter(None, found), None)) is not None:
+            where = f" in step {self._dog.step}" if self._dog.step else ""
+            raise OffloadError(
+                f"ranks used units of the plan in different orders{where}: {differs}, and each got the numbers of the "
+                "other unit. The step was not made, and no weight was changed. Have all ranks call these modules in "
+                "one order, or leave them to the root unit (take their units out of the plan's placements), or plan "
+                "with ZeRO stage 0, 1 or 2 and weights on the GPU"
+            )
+        own = next(copy for copy in copies if self.rank in copy)
+        self._order.drop(common([told[i] for i in own]))
 
     def from_first(self, tensor: torch.Tensor) -> None:
         """Have what the first rank has."""

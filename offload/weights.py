@@ -295,6 +295,7 @@ class WeightMover:
             for part in whole:
                 ranks.gather(part, state.unit.name)
 
+        ranks.submitted("gather", state.unit.name)
         return gathers.submit(gather, after=[after])
 
     def _copy(self, state: UnitState, target: torch.Tensor, kept: torch.Tensor) -> None:
