@@ -2,7 +2,9 @@
 
 [Note: order of reductions]
 Units are reduced in a fixed order, the reverse of forward, on every rank: one that is complete waits for those before
-it, and at the end of backward also those take part that got no gradient here. From stage 2 on every micro-batch is
+it. One that lacks a gradient here takes part, too, and soon: another rank for which it is complete may wait for its
+buffer before it comes to what this one needs next. So it is complete as well when its backward is over and autograd
+has nothing more for it (``over``), and at the latest at the end of backward. From stage 2 on every micro-batch is
 reduced, for no rank keeps a whole gradient; below it only the last one of a step. Losses are divided by the number of
 ranks before backward, so sums are means.
 """
@@ -11,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.autograd.graph import get_gradient_edge
 
 from offload.dtensors import gradient_of, is_partial, share_of
 from offload.errors import OffloadError
@@ -32,6 +35,8 @@ class _Divided:
     passed: set[str] = field(default_factory=set)
     """Parameters that got a gradient in this backward pass."""
     complete: bool = False
+    reduced: bool = False
+    """Whether nothing can be added in this backward pass any more."""
     partial: bool = False
     """Whether earlier micro-batches of the step left a sum at home."""
 
@@ -56,6 +61,8 @@ class DividedGradients(GradientCollector):
         self._order = [s.unit.name for s in trained]
         self._next = 0
         self._divided = {s.unit.name: _Divided(torch.zeros((), device=device), _places(s)) for s in trained}
+        self._came: set[str] = set()
+        """Parameters that autograd came by in this backward pass."""
         self._total = torch.zeros((), device=device)
         self._watched = ranks.divides_tensors
         """Whether copies of a gradient on a tensor axis are compared: in the first backward pass."""
@@ -67,8 +74,9 @@ class DividedGradients(GradientCollector):
         super().begin_backward(last_micro_batch=last_micro_batch)
         self._next = 0
         for divided in self._divided.values():
-            divided.complete = False
+            divided.complete = divided.reduced = False
             divided.passed.clear()
+        self._came.clear()
 
     def end_backward(self) -> None:
         """Reduce what is left, and agree with the others on which parameters have a gradient."""
@@ -84,6 +92,15 @@ class DividedGradients(GradientCollector):
             for (gathering, name), there in zip(names, agreed, strict=True):
                 if there:
                     gathering.present.add(name)
+
+    def over(self, name: str) -> None:
+        """The unit waits only for those gradients that autograd will still make: of parameters used elsewhere, too."""
+        gathering = self._gatherings[name]
+        if gathering.awaited > 0:
+            lacking = [f for f in gathering.state.unit.trainable if f.name not in self._came]
+            gathering.awaited = sum(_comes(f.parameter) for f in lacking)
+            if gathering.awaited == 0:
+                self._land(gathering)
 
     def norm(self) -> torch.Tensor:
         """Global norm of all gradients, an fp32 scalar on the device."""
@@ -104,6 +121,7 @@ class DividedGradients(GradientCollector):
             divided.partial = False
 
     def _own(self, parameter: torch.Tensor, name: str) -> torch.Tensor | None:
+        self._came.add(name)
         partial, gradient = is_partial(parameter.grad), gradient_of(parameter)
         copied = self._watched and not partial and share_of(parameter) is None
         if copied and gradient is not None and not self._ranks.alike(gradient, roughly=True):
@@ -118,6 +136,11 @@ class DividedGradients(GradientCollector):
         return self._divided[gathering.state.unit.name].passed if self._each_pass else gathering.present
 
     def _target(self, gathering: Gathering) -> torch.Tensor:
+        if self._divided[gathering.state.unit.name].reduced:
+            raise OffloadError(
+                f"unit {gathering.state.unit.name!r} got one more gradient after it was summed over the ranks, as with "
+                "reentrant checkpoints: use the other kind (use_reentrant=False)"
+            )
         if gathering.target is None and self._each_pass:
             buffer, idle = self._idle_slot(gathering.state.unit.shape.trainable_elements)
             idle.wait()
@@ -181,7 +204,7 @@ class DividedGradients(GradientCollector):
             gathering.landed = self._down.copy(there, own, after=[gathering.landed])
         if buffer is not state.device_gradients:
             self._idle[state.unit.shape.trainable_elements].append((buffer, gathering.landed))
-        gathering.target = None
+        gathering.target, divided.reduced = None, True
 
 
 def collector(
@@ -198,6 +221,11 @@ def collector(
         return GradientCollector(states, plan, device, down, up)
     assert reduces is not None
     return DividedGradients(states, plan, device, down, up, reduces, ranks)
+
+
+def _comes(parameter: torch.Tensor) -> bool:
+    """Whether the running backward will come by this parameter."""
+    return bool(torch._C._will_engine_execute_node(get_gradient_edge(parameter).node))
 
 
 def _brought(home: torch.Tensor | None, buffer: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

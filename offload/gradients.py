@@ -97,6 +97,12 @@ class GradientCollector:
             if gathering.target is not None or (self._last_micro_batch and gathering.norms is None):
                 self._land(gathering)
 
+    def over(self, name: str) -> None:
+        """The unit's backward is over; of its parameters that have no gradient only those used elsewhere get one.
+
+        One rank lets it wait for the end of the pass: nobody else waits for it.
+        """
+
     def present(self, name: str) -> set[str]:
         """The unit's parameters that have a gradient."""
         return self._gatherings[name].present

@@ -9,6 +9,7 @@ weights of a unit that is trained never leave the device, the use lasts until al
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,6 +54,9 @@ class Listener(Protocol):
     def begin_use(self, name: str) -> None:
         """The unit is about to compute."""
 
+    def called(self, name: str) -> None:
+        """The unit is called with gradients."""
+
     def bounds(self, name: str) -> bool:
         """Whether the end of the unit's backward must be told, or its last gradient tells enough."""
 
@@ -62,11 +66,11 @@ class Listener(Protocol):
     def bounded(self, name: str) -> None:
         """The end of the unit's backward will be told."""
 
-    def end_forward_use(self, name: str) -> None:
-        """The unit's forward is over."""
+    def end_forward_use(self, name: str) -> int | None:
+        """The unit's forward is over. The call's number, None in backward."""
 
-    def begin_backward_use(self, name: str) -> None:
-        """The backward of one of the unit's calls is about to begin."""
+    def begin_backward_use(self, name: str, call: int | None) -> None:
+        """The backward of one of the unit's calls is about to begin; its number, where all that came later is over."""
 
     def end_backward_use(self, name: str) -> None:
         """The backward of one of the unit's calls is over."""
@@ -165,15 +169,22 @@ def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         listener.begin_use(name)
-        if not torch.is_grad_enabled() or not (frozen or listener.bounds(name)):
+        if not torch.is_grad_enabled():
+            return None
+        listener.called(name)
+        if not (frozen or listener.bounds(name)):
             return None
         listener.recorded(name)
         return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
 
+    def begin_backward(call: int | None, _: torch.Tensor) -> None:
+        listener.begin_backward_use(name, call)
+
     def after_forward(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        listener.end_forward_use(name)
+        call = listener.end_forward_use(name)
         for tensor in _needing_gradient(output):
-            tensor.register_hook(lambda _: listener.begin_backward_use(name))
+            known = None if tensor.is_leaf else call  # a leaf's gradient comes when its users are over, ahead of others
+            tensor.register_hook(partial(begin_backward, known))
 
     # Ahead of every other hook, the recompute's too: those hooks must find the weights there.
     yield hookable(unit.module).register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)

@@ -14,6 +14,7 @@ import torch
 from offload import watchdog
 from offload.away_guard import storage_address
 from offload.block_inputs import BlockInputs, WaitingInput
+from offload.call_order import CallOrder
 from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
@@ -56,6 +57,7 @@ class Passes:
         self._has_root = has_root
         self._mover, self._prefetcher, self._inputs, self._updater = mover, prefetcher, inputs, updater
         self._watch, self._meter, self._pulse, self._forget = watch, meter, Pulse(events), forget
+        self._gradients = gradients
         gradients.on_complete = self.complete
         self.early: UpdateInBackward | None = None
         """Told what it needs to begin updates in backward."""
@@ -66,6 +68,7 @@ class Passes:
         self._bounded: set[str] = set()
         """Units of this pass whose inputs tell when their backward is over."""
         self._recomputed = RecomputedCalls()
+        self._order = CallOrder()
         self._called_alone = False
         """[Note: calls of the model itself]"""
 
@@ -125,6 +128,7 @@ class Passes:
         self._mover.begin_pass()
         if torch.is_grad_enabled():  # the backward of a pass before may still come after one without gradients
             self._bounded.clear()
+            self._order.begin_pass()
             self._meter.begin_forward()
             self._inputs.begin_pass()
         self._use_root()
@@ -173,6 +177,11 @@ class Passes:
         if self._prefetcher.used(name):
             self._pulse.tell(self._step, self._phase, name, self._flights)
 
+    def called(self, name: str) -> None:
+        """A unit is called with gradients; a recompute in backward has no place of its own in the order."""
+        if self._phase == "forward":
+            self._order.called(name)
+
     def bounds(self, name: str) -> bool:
         """Whether its weights may leave when its backward is over, or an update waits for that."""
         return self.early is not None or not self._mover.stays(name)
@@ -188,13 +197,21 @@ class Passes:
         if self.early is not None and self._phase == "forward":  # a recompute's call has no backward of its own
             self.early.called(name)
 
-    def end_forward_use(self, name: str) -> None:
+    def end_forward_use(self, name: str) -> int | None:
         """Its forward is over; a recompute's forward is part of its backward."""
-        if self._phase != "backward":
-            self._end_use(name)
+        if self._phase == "backward":
+            return None
+        self._end_use(name)
+        return self._order.ended()
 
-    def begin_backward_use(self, name: str) -> None:
-        """The backward of one of its calls is about to begin: have its weights."""
+    def begin_backward_use(self, name: str, call: int | None) -> None:
+        """The backward of one of its calls is about to begin: have its weights.
+
+        Before they are waited for, the gradients of units that are over go: other ranks may wait for those.
+        """
+        if self._phase == "backward" and call is not None:
+            for over in self._order.over(call):
+                self._gradients.over(over)
         self.begin_use(name)
         if self._phase == "backward":
             self._recomputed.begin_backward(name)
