@@ -161,7 +161,11 @@ class WeightMover:
         return state is not None and state.host_weights is not None
 
     def _is_stale(self, address: int) -> bool:
-        return self._is_mirrored(address) and self._resident[address].unit.name not in self._used
+        state = self._resident.get(address)
+        if state is None or state.unit.name in self._used:
+            return False
+        gathered = state.ranks is not None and state.shards.zero_stage > 0 and state.unit.shape.trainable_elements > 0
+        return gathered or self._is_mirrored(address)
 
     def in_flight(self) -> list[str]:
         """Units whose weights are on their way."""
