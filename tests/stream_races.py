@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = str(Path(__file__).parent.parent)
+OURS = tuple(f"{ROOT}/{package}/" for package in ("offload", "tests"))
+"""Not all below the root: an environment may lie there, too."""
 INSTRUMENTS = {__file__}
 """Files whose frames tell nothing about an access."""
 PAGE_BYTES = 4096
@@ -394,7 +396,7 @@ def place() -> str:
     found, frame = [], sys._getframe(1)
     while frame is not None and len(found) < 3:
         code = frame.f_code
-        if code.co_filename.startswith(ROOT) and code.co_filename not in INSTRUMENTS:
+        if code.co_filename.startswith(OURS) and code.co_filename not in INSTRUMENTS:
             found.append(f"{code.co_filename[len(ROOT) + 1 :]}:{frame.f_lineno} {code.co_name}")
         frame = frame.f_back
     return "from " + " < ".join(found) if found else "from autograd"

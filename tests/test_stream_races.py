@@ -178,7 +178,9 @@ def test_a_lane_and_the_training_thread_race_unless_one_waits(waits: bool, monke
         lane.close()
     reports = list(races.found.values())
     assert len(reports) == (0 if waits else 1)
-    assert all("writes on the stream of up: copy_ from offload/streams.py" in r and "sum from" in r for r in reports)
+    assert all("writes on the stream of up: copy_ from offload/streams.py" in r and "sum from" in r for r in reports), (
+        reports
+    )
 
 
 @pytest.mark.parametrize("waits", [True, False])
