@@ -39,7 +39,7 @@ def models() -> list[Model]:
     """Six architectures of transformers of 0.2e9 to 0.6e9 parameters; nothing is downloaded.
 
     Batches are so large that an ample GPU computes most of the time: with a quarter and less of them a step is what the
-    CPU takes to issue it, which on one machine was 0.78 to 1.57 times as long an hour later.
+    CPU takes to issue it, which is another time an hour later.
     """
     import transformers as t
 

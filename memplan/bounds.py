@@ -22,7 +22,7 @@ def least_seconds(work: StepWork, counts: Counts) -> Times:
     # Beside weights that stream an update is slower.
     streaming = np.asarray(counts.parameters) > 0
     lanes["cpu_update"] = lanes["cpu_update"] * np.where(streaming, work.rates.cpu_update_beside_links, 1.0)
-    columns = work.by_unit.sum(axis=0) + work.rest
+    columns = work.by_unit.sum(axis=0) + work.passes.rest
     kernels = work.micro_batches * float(columns[FORWARD] + columns[BACKWARD])
     issue = work.micro_batches * float(columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE])
     beside = float(columns[FORWARD]) + work.gpu_update_seconds
@@ -50,7 +50,7 @@ def cpu_step_seconds(work: StepWork, counts: Counts) -> Times:
 def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
     """Busy seconds of every lane where the CPU computes. It updates every unit itself, wherever its state lives."""
     lanes = _lanes(work, counts)
-    columns = work.by_unit.sum(axis=0) + work.rest
+    columns = work.by_unit.sum(axis=0) + work.passes.rest
     compute = work.micro_batches * float(columns.sum())
     updated = float(sum(work.state_elements)) * work.nvme_update_seconds  # nobody shares it
     return {
@@ -105,7 +105,7 @@ def _streamed_seconds(work: StepWork, counts: Counts) -> Times:
 def _forward_left(work: StepWork) -> np.ndarray:
     """Seconds of forward from the last unit on that waits for its update, by how many units of the chain do."""
     seconds = work.by_unit[:, FORWARD].copy()
-    after = np.cumsum(seconds[::-1])[::-1] + float(work.rest[FORWARD])
+    after = np.cumsum(seconds[::-1])[::-1] + float(work.passes.rest[FORWARD])
     left = np.zeros(work.units + 1)
     last = -1
     for position, unit in enumerate(work.chain):

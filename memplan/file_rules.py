@@ -5,11 +5,10 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from memplan.errors import MachineError
-from offload.figures import BYTES, POSITIVE, TEXT, Rule, each, number, or_none, whole, wrong
+from offload.figures import BYTES, POSITIVE, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
 
 OBJECT = Rule(lambda value: isinstance(value, Mapping), "an object")
 SOME_OBJECT = or_none(OBJECT)
-YES_OR_NO = Rule(lambda value: isinstance(value, bool), "true or false")
 OBJECTS = Rule(lambda value: isinstance(value, list) and all(map(OBJECT.holds, value)), "a list of objects")
 INDICES = Rule(lambda value: isinstance(value, list) and all(map(whole(0).holds, value)), "a list of whole numbers")
 SENTENCES = Rule(lambda value: isinstance(value, list) and all(map(TEXT.holds, value)), "a list of strings")

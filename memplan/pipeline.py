@@ -189,11 +189,11 @@ class _Pipeline:
         for u in w.order:
             follower = w.later[u]
             self.held[u] = self.away[u] & (~self.away[follower] if follower is not None else True)
-        self._compute(w.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
+        self._compute(w.passes.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
 
     def _backward(self, first: bool, last: bool) -> None:
         w = self.work
-        self._compute(w.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
+        self._compute(w.passes.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
         for i, u in enumerate(reversed(w.order)):
             arrived = self._weights(u, self.up_factor, first=False)
             if i > 0:  # the last unit's forward and backward are one use

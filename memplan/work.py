@@ -15,8 +15,8 @@ from memplan.shared_update import SharedUpdate, beside_adam, shared_update
 from offload.plan import Buckets, Precision, StateFormat
 from offload.residency import UnitShape
 
-ISSUES = [FORWARD_ISSUE, BACKWARD_ISSUE]
-_ISSUE_ONLY = np.array([0.0, 1.0, 0.0, 1.0])
+ISSUE_COLUMNS = np.isin(np.arange(4), (FORWARD_ISSUE, BACKWARD_ISSUE)).astype(float)
+"""Of the seconds of passes: 1 where they are the CPU's, 0 where they are of kernels."""
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
 # What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
@@ -182,24 +182,19 @@ class StepWork:
         gathered = np.array([s.trainable_elements for s in self.held]) * self.precision.weight_bytes
         rows[:, BACKWARD] += GRADIENT_PASSES * gathered / self.rates.device_bytes_per_second
         call = self.rates.call_seconds
-        rows[:, ISSUES] += UNIT_CALLS * call
+        rows += ISSUE_COLUMNS * UNIT_CALLS * call
         rows[:, BACKWARD_ISSUE] += np.array(self.trained) * GRADIENT_CALLS * call
         return rows
-
-    @property
-    def rest(self) -> np.ndarray:
-        """The same of what belongs to no unit."""
-        return self.passes.rest
 
     @cached_property
     def hooks_by_unit(self) -> np.ndarray:
         """What it takes beside ``by_unit`` where saved tensors go through hooks."""
-        return self.passes.by_unit * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - 1)
+        return self.passes.by_unit * ISSUE_COLUMNS * (HOOKED_ISSUE_FACTOR - 1)
 
     @property
     def hooks_of_rest(self) -> np.ndarray:
-        """The same beside ``rest``."""
-        return self.passes.rest * _ISSUE_ONLY * (HOOKED_ISSUE_FACTOR - 1)
+        """The same beside ``passes.rest``, of what belongs to no unit."""
+        return self.passes.rest * ISSUE_COLUMNS * (HOOKED_ISSUE_FACTOR - 1)
 
     @cached_property
     def gpu_update_seconds(self) -> float:

@@ -51,6 +51,7 @@ def each(rule: Rule) -> Rule:
 
 BYTES = whole(0, "bytes")
 POSITIVE = Rule(lambda value: number().holds(value) and value > 0, "a number above 0")
+YES_OR_NO = Rule(lambda value: isinstance(value, bool), "true or false")
 TEXT = Rule(lambda value: isinstance(value, str), "a string")
 
 

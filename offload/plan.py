@@ -391,7 +391,5 @@ def _check(plan: Plan) -> None:
     groups = plan.target is Target.DEEPSPEED and plan.shard_gpus > 0 and plan.gpus % plan.shard_gpus == 0
     if plan.shard_gpus not in (0, plan.gpus, plan.gpus // plan.nodes) and not groups:
         raise PlanError(f"shard_gpus is {plan.shard_gpus}; it must be all {plan.gpus}, or those of a node")
-    if not isinstance(plan.on_meta, bool):
-        raise PlanError(f"on_meta is {plan.on_meta!r}; it must be true or false")
     if plan.checkpoints is Tier.NVME:
         raise PlanError("checkpoints can not live on nvme; use gpu or host")

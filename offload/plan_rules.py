@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from offload.figures import BYTES, TEXT, Rule, each, number, or_none, whole, wrong
+from offload.figures import BYTES, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
 
 SHAPE = Rule(lambda shape: isinstance(shape, tuple) and all(map(whole(0).holds, shape)), "a list of whole numbers")
 SECONDS = or_none(number())
@@ -20,6 +20,7 @@ RULES = {
         "zero_stage": Rule(lambda stage: whole(0).holds(stage) and stage < 4, "0, 1, 2 or 3"),
         "gpu_update_share": number(0, 1),
         "nvme_dir": or_none(TEXT),
+        "on_meta": YES_OR_NO,
     },
     "buckets": {
         **dict.fromkeys(("update_elements", "io_bytes"), whole(1)),

@@ -126,7 +126,7 @@ class _Engine:
         self.update_factor = rates.cpu_update_beside_links if streaming else 1.0
         hooked = float(streaming or work.inputs_leave)
         self.by_unit = work.by_unit + hooked * work.hooks_by_unit
-        self.rest = work.rest + hooked * work.hooks_of_rest
+        self.rest = work.passes.rest + hooked * work.hooks_of_rest
 
     def train(self, steps: int) -> Simulated:
         self.clock.start(self._loop(steps))

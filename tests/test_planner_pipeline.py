@@ -195,7 +195,7 @@ def busy(spans: dict[str, list[tuple[str, float, float]]]) -> dict[str, float]:
 @SLOW
 def test_a_resident_step_takes_what_it_computes(case):
     work, _ = case
-    columns = work.by_unit.sum(axis=0) + work.rest
+    columns = work.by_unit.sum(axis=0) + work.passes.rest
     if columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE] > 0:  # a GPU that waits for the CPU takes longer
         work = replace(work, passes=PassSeconds(work.passes.by_unit * [1, 0, 1, 0], work.passes.rest))
     computing = work.micro_batches * (columns[FORWARD] + columns[BACKWARD]) + work.gpu_update_seconds
