@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 
 import torch
 from torch import nn
@@ -40,9 +41,7 @@ def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
     """Units of pinned weights, gradients and state."""
     found = []
     sizes = [stop - start for start, stop in chunks(elements, UNIT_ELEMENTS)]
-    layers = nn.ModuleList(nn.Module() for _ in sizes)
-    for layer, size in zip(layers, sizes, strict=True):
-        layer.register_parameter("weight", nn.Parameter(torch.empty(size, device="meta")))
+    layers = nn.ModuleList(nn.Embedding(1, size, device="meta") for size in sizes)
     places = [Placement(name, Tier.HOST, Tier.HOST, Tier.HOST) for name in ("", *map(str, range(len(sizes))))]
     for unit in partition(layers, places)[1:]:  # nothing is in the root
         size = unit.shape.elements
@@ -52,6 +51,16 @@ def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
         spans = chunks(size, Buckets().update_elements)
         found.append(UnitState(unit, spans, spans, host_weights=weights, host_gradients=gradients, host_state=state))
     return found
+
+
+class Weights(Enum):
+    """What the link to the device carries beside the update."""
+
+    STAY = "stay"
+    ONCE = "stream once"
+    """Each unit's, behind its update: what the next forward pass fetches."""
+    ALWAYS = "stream always"
+    """One copy after another, without an end."""
 
 
 class Bench:
@@ -86,18 +95,21 @@ class Bench:
             for lane in lanes.values():
                 lane.close()
 
-    def seconds(self, updater: Updater, beside: Lane | None) -> tuple[float, int]:
+    def seconds(self, updater: Updater, beside: Lane, weights: Weights) -> tuple[float, int]:
         """Of one update, and the bytes of weights that were copied to the device meanwhile."""
         clip = ClipFactor(torch.ones((), device=self.device), 0.5)
         landed = Done.now(self.device)
         updates = [UnitUpdate(u, (Segment(0, u.unit.shape.trainable_elements, HOW),), landed) for u in self.units]
-        moved = beside.bytes_moved if beside is not None else 0
+        moved = beside.bytes_moved
         updater.coming()
         begun = time.perf_counter()
         updater.begin(updates, clip)
+        if weights is Weights.ONCE:
+            for update, source in zip(updates, self.weights, strict=True):
+                beside.copy(self.there[: len(source)], source, after=[update.promise])
         i = 0
         while not all(u.promise.settled for u in updates):
-            if beside is None:
+            if weights is not Weights.ALWAYS:
                 time.sleep(1e-4)
                 continue
             source = self.weights[i % len(self.weights)]
@@ -105,7 +117,8 @@ class Bench:
             i += 1
         updater.finish()
         took = time.perf_counter() - begun
-        return took, (beside.bytes_moved - moved if beside is not None else 0)
+        beside.submit(lambda: None).synchronize()
+        return took, beside.bytes_moved - moved
 
 
 def main() -> None:
@@ -122,19 +135,19 @@ def main() -> None:
         ways |= {"GPU, streamed": (1.0, False), "both": (0.5, False)}
     rows = []
     beside = Lane("weights", device)
-    for streaming in (False, True) if device.type == "cuda" else (False,):
+    for weights in Weights if device.type == "cuda" else (Weights.STAY,):
         for name, (share, in_torch) in ways.items():
             with bench.updater(share, in_torch=in_torch) as updater:
                 for _ in range(9 if share == 0.5 else 1):  # until the share is learned
-                    bench.seconds(updater, beside if streaming else None)
-                found = [bench.seconds(updater, beside if streaming else None) for _ in range(args.rounds)]
+                    bench.seconds(updater, beside, weights)
+                found = [bench.seconds(updater, beside, weights) for _ in range(args.rounds)]
                 learned = updater._streamed.device_share if updater._streamed is not None else 0.0
             nanoseconds = statistics.median(s for s, _ in found) * 1e9 / args.elements
             link = statistics.median(moved / s for s, moved in found) / 1e9
             rows.append(
                 {
                     "way": name,
-                    "beside_weights": streaming,
+                    "weights": weights.value,
                     "nanoseconds": round(nanoseconds, 4),
                     "device_share": round(learned, 3),
                     "link_gb_per_second": round(link, 1),
