@@ -30,7 +30,7 @@ from offload.split import Took, UpdateSplit
 from offload.state import UnitState, carve_state, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate, shared
-from offload.visits import Clock, Kept, Patience, Slot, Visit
+from offload.visits import Clock, Kept, Slot, Visit, be_patient
 
 
 class StreamedUpdate:
@@ -170,7 +170,6 @@ class StreamedUpdate:
         return self._allotment
 
     def _fetch_all(self, coming: Sequence[tuple[UnitState, Piece, Slot, Done, Done]], after: Sequence[Done]) -> None:
-        patience = Patience()
         try:
             for earlier in after:
                 earlier.wait()
@@ -178,7 +177,7 @@ class StreamedUpdate:
                 left.wait()
                 self._fetch_state(state, piece, slot)
                 arrived.follow(here := Done.now(self._device))
-                patience.wait(here)
+                be_patient(here)
         except BaseException as error:
             for *_, arrived in coming:
                 if not arrived.told:
@@ -253,24 +252,24 @@ class StreamedUpdate:
                 begun.wait()  # the clip factor, and what was computing with weights that never leave the device
                 if clock is not None:
                     clock.start()
-            coming, leaving = Patience(), Patience()
             for visit in visits:
-                self._update_piece(visit, clip.on_device, coming)
+                came = self._update_piece(visit, clip.on_device)
                 self._keep_promise(visit)
                 if visit.piece.slot is None:
-                    self._let_go(visit, leaving, after=[visit.updated])
+                    self._let_go(visit, after=[visit.updated])
+                be_patient(came)
             if clock is not None and visits:
                 self._home.submit(clock.stop, after=[v.update.promise for v in visits if v.last])
             for visit in visits:
                 if visit.piece.slot is not None:
-                    self._let_go(visit, leaving, after=[visit.updated, *filter(None, [host])])
+                    self._let_go(visit, after=[visit.updated, *filter(None, [host])])
         except BaseException as error:
             for visit in reversed(visits):  # who hears of one finds that of the last one in each slot
                 visit.fail(error)
             raise
 
-    def _update_piece(self, visit: Visit, clip: torch.Tensor, coming: Patience) -> None:
-        """Update one piece when it is there: have what did not come ahead come now."""
+    def _update_piece(self, visit: Visit, clip: torch.Tensor) -> Done:
+        """Update one piece when it is there: have what did not come ahead come now. Gives when it is there."""
         state, piece, slot = visit.update.state, visit.piece, visit.slot
         part = slice(piece.start, piece.stop)
         gradients = slot.gradients[: piece.elements] if state.device_gradients is None else state.device_gradients[part]
@@ -286,7 +285,6 @@ class StreamedUpdate:
                 visit.update.landed.wait()
                 self._lane.move(gradients, state.host_gradients[part])
             arrived = Done.now(self._device)
-            coming.wait(arrived)
         with _on(self._computing):
             arrived.wait()
             visit.update.landed.wait()
@@ -294,6 +292,7 @@ class StreamedUpdate:
                 a, b = s.start - piece.start, s.stop - piece.start
                 self._update(visit.weights[a:b], gradients[a:b], slot.state.span(a, b), s.how, clip)
             visit.updated.follow(Done.now(self._device))
+        return arrived
 
     def _keep_promise(self, visit: Visit) -> None:
         """Let new weights go to where they live; they can be had then, and those that live on the device at once."""
@@ -302,11 +301,12 @@ class StreamedUpdate:
         if state.device_weights is None:
             assert state.host_weights is not None
             mirror = state.host_weights[piece.start : piece.stop]
-            visit.home = self._home.copy(mirror, visit.weights, after=[visit.updated])
+            visit.home = home = self._home.copy(mirror, visit.weights, after=[visit.updated])
+            self._home.submit(lambda: be_patient(home))
         if visit.last:
             visit.update.promise.follow(visit.home)
 
-    def _let_go(self, visit: Visit, leaving: Patience, after: Sequence[Done]) -> None:
+    def _let_go(self, visit: Visit, after: Sequence[Done]) -> None:
         """Let state go, and the mirror of weights that live on the device."""
         state, piece = visit.update.state, visit.piece
         assert state.host_state is not None
@@ -319,9 +319,10 @@ class StreamedUpdate:
         def leave() -> None:
             for target, source in pairs:
                 self._leaving.move(target, source)
-            leaving.wait(Done.now(self._device))
 
-        visit.left.follow_all([visit.home, self._leaving.submit(leave, after)])
+        left = self._leaving.submit(leave, after)
+        self._leaving.submit(lambda: be_patient(left))
+        visit.left.follow_all([visit.home, left])
 
     # Copies
 

@@ -13,7 +13,7 @@ from torch import nn
 from offload.engine import Engine
 from offload.plan import Buckets, Plan, Precision
 from offload.streams import Done, Lane
-from offload.visits import PIECES_UNDER_WAY, Patience
+from offload.visits import be_patient
 from tests.models import GPT, SkippingGPT, batches
 from tests.plans import G, H, plan_for
 from tests.test_engine_equals_pytorch import assert_same
@@ -192,34 +192,31 @@ def test_loading_a_checkpoint_after_backward_forgets_what_came_ahead(way: str, t
         assert_same(engine.state_dict(), plain, 1e-6)
 
 
-def test_a_patient_lane_has_few_pieces_under_way() -> None:
+def test_a_patient_lane_gives_a_piece_when_the_one_before_is_over() -> None:
     class Event:
-        def __init__(self) -> None:
-            self.over = False
+        over = False
 
         def query(self) -> bool:
             return self.over
 
-    events = [Event() for _ in range(6)]
-    given: list[int] = []
+    given: list[Event] = []
 
     def give_all() -> None:
-        patience = Patience()
-        for number, event in enumerate(events):
-            given.append(number)
+        for _ in range(5):
+            given.append(Event())
             done = Done()
-            done.finish(event)  # type: ignore[arg-type]
-            patience.wait(done)
+            done.finish(given[-1])  # type: ignore[arg-type]
+            be_patient(done)
 
     thread = threading.Thread(target=give_all)
     thread.start()
-    for over, event in enumerate(events):
+    for count in range(1, 6):
         deadline = time.monotonic() + 10
-        while len(given) < min(len(events), over + PIECES_UNDER_WAY) and time.monotonic() < deadline:
+        while len(given) < count and time.monotonic() < deadline:
             time.sleep(1e-3)
         time.sleep(0.01)
-        assert len(given) == min(len(events), over + PIECES_UNDER_WAY)
-        event.over = True
+        assert len(given) == count
+        given[-1].over = True
     thread.join(10)
     assert not thread.is_alive()
 
