@@ -26,7 +26,7 @@ from memplan.candidates import best_of, search
 from memplan.errors import NothingFits
 from memplan.machine import Machine, detect
 from memplan.rates import Rates
-from memplan.search import plan, plan_of, problem_of
+from memplan.search import plan, plan_of, problem_of, with_more_slots
 from offload.plan import Plan
 from profiler.profile import ModelProfile
 
@@ -35,7 +35,7 @@ SHARES = (1.05, 0.6, 0.4, 0.25)
 LITTLE_GPU_BYTES, LITTLE_HOST_BYTES, LITTLE_BESIDE_BYTES = 7, 6, GIB
 """Budgets for a parameter on the GPU and on the host, and on the GPU beside that, which together do not hold a model's
 state."""
-BATCHES_AT = tuple(f"{share} of resident" for share in (1.05, 0.4))
+BATCHES_AT = "0.4 of resident"
 """Of them, where the largest batch is looked for."""
 
 
@@ -111,7 +111,7 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
             row["measured"] = run_plan(model, found)
             if args.keep:
                 found.save(args.keep / f"{model.name.split()[0]}-{name.replace(' ', '-')}-plan.json")
-            if args.batches and name in BATCHES_AT and row["measured"]["out_of_memory"] is None:
+            if args.batches and name == BATCHES_AT and row["measured"]["out_of_memory"] is None:
                 row["batches"] = batches_row(model, profiles[model.name, args.most], rates, found)
             rows.append(row)
             print(line(row), flush=True)
@@ -132,8 +132,8 @@ def chosen_models(args: argparse.Namespace) -> list[Model]:
     return [m for m in models() if not args.models or any(word in m.name for word in args.models)]
 
 
-def neighbours_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
-    """The chosen candidate and those ranked next, all trained."""
+def neighbours_part(args: argparse.Namespace, rates: Rates) -> None:
+    """The chosen candidate and those ranked next, all trained; then the chosen one again."""
     rows = []
     base = detect(args.nvme)
     for model in chosen_models(args):
@@ -145,15 +145,18 @@ def neighbours_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, An
         size = found[0].buckets.update_elements
         others = [best_of(problem, family, size) for family in problem.families()]
         ranked = sorted((c for c in others if c is not None), key=lambda c: c.rank)[: args.neighbours + 1]
-        for place, candidate in enumerate(ranked):
-            measured = run_plan(model, plan_of(problem, candidate, machine))
+        run_plan(model, plan_of(problem, ranked[0], machine))  # the first one of a process is slower
+        for place, candidate in [*enumerate(ranked), (0, ranked[0])]:
+            chosen = replace(candidate, buckets=with_more_slots(problem, candidate))
+            measured = run_plan(model, plan_of(problem, chosen, machine))
             rows.append(
                 {"model": model.name, "rank": place, "predicted_seconds": candidate.seconds, "measured": measured}
             )
             print(
-                f"{model.name} rank {place}: {candidate.seconds:.3f} {measured.get('seconds')} {candidate.family.way}"
+                f"{model.name} rank {place}: {candidate.seconds:.3f} {measured.get('seconds')} {candidate.family.way}",
+                flush=True,
             )
-    return rows
+            save("planner-neighbours", rows)
 
 
 def main() -> None:
@@ -174,8 +177,7 @@ def main() -> None:
         allow_again(rates)
         return
     if args.neighbours:
-        rows = neighbours_part(args, rates)
-        print(save("planner-neighbours", rows))
+        neighbours_part(args, rates)
         return
     rows = plans_part(args, rates)
     print(summary(rows))

@@ -20,10 +20,11 @@ from memplan import candidates
 from memplan.candidates import PREFETCH_DEPTHS
 from memplan.machine import Machine
 from memplan.memory import Counts
-from memplan.pipeline import Times, step_seconds
+from memplan.pipeline import step_seconds
 from memplan.problem import Problem
 from memplan.quick_rates import REFERENCE
 from memplan.search import plan, problem_of
+from memplan.spans import Times
 from memplan.work import StepWork
 from offload.plan import Buckets
 from profiler import ModelProfile

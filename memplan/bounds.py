@@ -9,7 +9,7 @@ import numpy as np
 
 from memplan.memory import Counts, Ints
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE
-from memplan.pipeline import Times
+from memplan.spans import Times
 from memplan.work import StepWork
 
 SAFETY = 1 - 1e-9

@@ -15,8 +15,9 @@ import numpy as np
 from memplan.activations import FIXED_MARGIN_BYTES
 from memplan.bounds import cpu_step_seconds, least_seconds
 from memplan.memory import RESIDENT, Counts
-from memplan.pipeline import Times, step_seconds
+from memplan.pipeline import step_seconds
 from memplan.problem import Family, Problem
+from memplan.spans import Times
 from memplan.work import StepWork
 from offload.optimizer import DEVICE_ELEMENTS
 from offload.plan import Buckets, MomentFormat

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from memplan.engines.whole import WholeEngine
 from memplan.levers import Lever, levers
 from memplan.machine import Machine
-from memplan.pipeline import Timeline
 from memplan.planned import timeline_of
 from memplan.rates import Rates
+from memplan.spans import Timeline
 from offload.plan import Plan
 from profiler.profile import ModelProfile
 

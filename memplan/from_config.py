@@ -25,11 +25,11 @@ from memplan.lint.precision import WIDTHS
 from memplan.lint.rules import lint_document
 from memplan.lint.view import Facts
 from memplan.machine import Machine
-from memplan.pipeline import Timeline
 from memplan.problem import Family, Problem
 from memplan.rates import Rates
 from memplan.search import plan, problem_of
 from memplan.sharding import Sharding
+from memplan.spans import Timeline
 from memplan.unpriced import unpriced
 from offload.plan import Buckets, Plan, Target, Tier
 from profiler.profile import ModelProfile

@@ -1,8 +1,8 @@
 """One optimizer step as events on lanes: what waits for what, in memplan's engine, for many candidates at a time.
 
-Lanes are the CPU that issues work, the GPU that computes, both directions of the link, the disk, the CPU's update, and
-collectives. Each does one thing after another; what crosses from lane to lane is written down here once, in the order
-in which the engine does it:
+Lanes are the CPU that issues work, the GPU that computes, both directions of the link, inputs of blocks, the disk, the
+CPU's update, and collectives. Each does one thing after another; what crosses from lane to lane is written down here
+once, in the order in which the engine does it:
 
 - forward uses units in order, backward in reverse; a unit computes when the GPU is free, its weights have arrived, and
   the CPU has issued it;
@@ -13,6 +13,9 @@ in which the engine does it:
 - the update begins when the norm is known, for clipping needs it, and goes unit by unit in forward order beside the
   next forward pass, chunk by chunk: what a chunk needs comes while the one before is updated, and what it leaves goes
   to disk two chunks later; a unit's weights are fetched, or used, after its update;
+- inputs of recomputed blocks that wait on the host have a lane: each leaves while its block computes, and the next
+  block computes when it has left; in backward each comes while the block behind it runs again;
+- the CPU issues more slowly while its cores update;
 - the loop reads its loss, so the CPU waits for the GPU once a step.
 
 Every quantity of time is an array with one entry a candidate. The seconds of a step are those between the ends of two
@@ -20,17 +23,15 @@ steps, when the pipeline has filled.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from memplan.memory import Counts
 from memplan.passes import BACKWARD, BACKWARD_ISSUE, FORWARD, FORWARD_ISSUE
+from memplan.spans import LANES, Span, Timeline, Times
 from memplan.work import StepWork
 from offload.residency import UPDATE_RING
 
-LANES = ("compute", "host_to_device", "device_to_host", "nvme", "cpu_update", "collective")
 WARM_STEPS = 2
 """Steps before the one that is timed: the second fills what the first left empty, on disk too."""
 MICRO_BATCHES_SIMULATED = 4
@@ -38,34 +39,6 @@ MICRO_BATCHES_SIMULATED = 4
 
 As many in every step: what the disk still has to do at the end of one step would else differ from that of the next.
 """
-
-Times = np.ndarray
-
-
-class Span(NamedTuple):
-    """One thing that a lane does."""
-
-    lane: str
-    label: str
-    start_seconds: float
-    end_seconds: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """One optimizer step in the steady state. It begins and ends when the CPU has read a loss."""
-
-    seconds: float
-    spans: tuple[Span, ...]
-    """In order of their starts; the update beside this step's forward pass is that of the step before."""
-
-    @property
-    def busy_seconds(self) -> dict[str, float]:
-        """By lane, those that do nothing left out."""
-        busy = dict.fromkeys(LANES, 0.0)
-        for span in self.spans:
-            busy[span.lane] += span.end_seconds - span.start_seconds
-        return {lane: seconds for lane, seconds in busy.items() if seconds > 0}
 
 
 def step_seconds(work: StepWork, counts: Counts) -> Times:
@@ -113,12 +86,14 @@ class _Pipeline:
         """When the CPU knows that they are, or will be once a copy that is under way has arrived."""
         self.landed = [zero] * work.units
         """When the gradient is where its update reads it."""
+        self.input = zero
+        """When the input of a block is on the host, or back, which the next block waits for."""
         self.held = np.zeros((work.units, size), dtype=bool)
         """Weights that are still in their slots."""
         self.frozen = np.array([[not s.trainable_elements] for s in work.shapes])
         streaming = np.asarray(counts.parameters) > 0
         updating = np.asarray(counts.state) > 0
-        self.hooked = streaming | work.inputs_leave
+        self.hooked = streaming | (sum(work.input_bytes) > 0)
         """Whether saved tensors go through hooks."""
         returning = np.asarray(counts.gradients) > 0
         r = work.rates
@@ -127,7 +102,8 @@ class _Pipeline:
         self.up_factor_update = np.where(updating, 1 / r.links_beside_update, 1.0)
         self.update_factor = np.where(streaming, r.cpu_update_beside_links, 1.0)
         self.begun = zero
-        self.norm_known = zero
+        self.norm_known = self.updating_until = zero
+        """When the update begins, and when the CPU is through with it if it waits for nothing."""
         self.triggers = [(zero, zero)] * work.prefetch
         """The last uses of units that are fetched, the latest first: when the CPU and the GPU came to them."""
         self.fetching = zero
@@ -170,7 +146,8 @@ class _Pipeline:
 
     def _forward(self, first: bool) -> None:
         w = self.work
-        factor = self.up_factor_update if first else np.ones_like(self.zero)
+        one = np.ones_like(self.zero)
+        factor = self.up_factor_update if first else one
         self.triggers = [(self.cpu, self.gpu)] * w.prefetch
         if w.root is not None:
             if first:
@@ -182,18 +159,24 @@ class _Pipeline:
                 self._update_unit(u)
             arrived = self._weights(u, factor, first)
             self._used(u, arrived)
-            self._compute_unit(u, FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward")
+            longer = np.where(self.cpu < self.updating_until, w.rates.issue_beside_update, 1.0) if first else one
+            leaves = w.input_bytes[u] > 0
+            arrived = np.maximum(arrived, self.input) if leaves else arrived
+            begun = self._compute_unit(u, FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward", longer)
+            if leaves:
+                seconds = w.input_bytes[u] / w.down_rate * factor
+                self.input = self._do("inputs", begun, seconds, None, f"{w.names[u]} input")
         if first:
             self._write(self.on_disk, self.lanes["cpu_update"], "state written")
         # Of each ring the last ones stay; those whose follower came into the same slot are gone.
         for u in w.order:
             follower = w.later[u]
             self.held[u] = self.away[u] & (~self.away[follower] if follower is not None else True)
-        self._compute(w.passes.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
+        self._compute(w.passes.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward", one)
 
     def _backward(self, first: bool, last: bool) -> None:
-        w = self.work
-        self._compute(w.passes.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
+        w, one = self.work, np.ones_like(self.zero)
+        self._compute(w.passes.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward", one)
         for i, u in enumerate(reversed(w.order)):
             arrived = self._weights(u, self.up_factor, first=False)
             if i > 0:  # the last unit's forward and backward are one use
@@ -201,7 +184,12 @@ class _Pipeline:
             room = self._gradient_room(u, first)
             if i == 0 and w.root is not None:
                 room = np.maximum(room, self._gradient_room(w.root, first))
-            self._compute_unit(u, BACKWARD, BACKWARD_ISSUE, np.maximum(arrived, room), f"{w.names[u]} backward")
+            came = self.input if w.input_bytes[u] else self.zero
+            arrived = np.maximum(np.maximum(arrived, room), came)
+            begun = self._compute_unit(u, BACKWARD, BACKWARD_ISSUE, arrived, f"{w.names[u]} backward", one)
+            if w.input_bytes[u] and (previous := w.input_before[u]) is not None:
+                seconds = w.input_bytes[previous] / w.up_rate * self.up_factor
+                self.input = self._do("inputs", begun, seconds, None, f"{w.names[previous]} input")
             self._gradient(u, last)
         for u in w.order:
             follower = w.earlier[u]
@@ -214,6 +202,9 @@ class _Pipeline:
         w = self.work
         self.norm_known = np.maximum(self.gpu, self.lanes["collective"]) if w.gpus > 1 else self.gpu
         self.staging = self.norm_known
+        updated = np.array(w.state_elements)[:, None] * self.state_off
+        seconds = updated.sum(axis=0) * w.host_update_seconds * self.update_factor
+        self.updating_until = self.norm_known + np.where(self.on_disk, 0.0, seconds)  # a disk leaves the cores idle
         self.gpu = self.norm_known + w.gpu_update_seconds
         self._tell("compute", self.norm_known, self.gpu, None, "update on the GPU")
         self.ready = [self.gpu] * w.units
@@ -353,19 +344,28 @@ class _Pipeline:
         sent = self._do("device_to_host", there, seconds, self.grad_off[u], f"{name} gradient")
         self.landed[u] = np.where(self.grad_off[u], sent, there)
 
-    def _compute_unit(self, u: int, kernels: int, issue: int, arrived: Times, label: str) -> None:
-        self._compute(self.work.by_unit[u], self.work.hooks_by_unit[u], kernels, issue, arrived, label)
+    def _compute_unit(self, u: int, kernels: int, issue: int, arrived: Times, label: str, longer: Times) -> Times:
+        return self._compute(self.work.by_unit[u], self.work.hooks_by_unit[u], kernels, issue, arrived, label, longer)
 
     def _compute(
-        self, seconds: np.ndarray, hooks: np.ndarray, kernels: int, issue: int, arrived: Times, label: str
-    ) -> None:
+        self,
+        seconds: np.ndarray,
+        hooks: np.ndarray,
+        kernels: int,
+        issue: int,
+        arrived: Times,
+        label: str,
+        longer: Times,
+    ) -> Times:
+        """Issue, ``longer`` than alone, and compute; gives when computing began."""
         begun = self.cpu
-        self.cpu = self.cpu + seconds[issue] + hooks[issue] * self.hooked
+        self.cpu = self.cpu + (seconds[issue] + hooks[issue] * self.hooked) * longer
         start = np.maximum(np.maximum(self.gpu, arrived), begun)
         # A GPU that waits for the CPU ends with what was issued last.
         end = np.maximum(start + seconds[kernels], self.cpu)
         self._tell("compute", start, end, None, label)
         self.gpu = end
+        return start
 
     def _do(self, lane: str, start: Times, seconds: object, where: np.ndarray | None, label: str) -> Times:
         """Something takes ``seconds`` of a lane, not before ``start``; elsewhere the lane stays as it is."""

@@ -5,11 +5,12 @@ from memplan.engines.plans import ENGINES
 from memplan.engines.whole import Setup, WholeEngine, price
 from memplan.machine import Machine
 from memplan.memory import Counts
-from memplan.pipeline import Timeline, timeline
+from memplan.pipeline import timeline
 from memplan.problem import Family, Problem
 from memplan.rates import Rates
 from memplan.search import problem_of
 from memplan.sharding import Sharding
+from memplan.spans import Timeline
 from offload.plan import Plan, Target, Tier
 from profiler.profile import ModelProfile
 

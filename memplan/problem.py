@@ -139,9 +139,17 @@ class Problem:
             family.micro_batches,
             self.rates,
             self.once("trained", self._trained),
-            family.way.recomputed_blocks > 0 and family.way.checkpoints is Tier.HOST,
+            self.once(("inputs", family.way), lambda: self._input_bytes(family.way)),
             self.device,
         )
+
+    def _input_bytes(self, way: Way) -> tuple[int, ...]:
+        """By unit, of what its recomputed blocks keep on the host; of blocks that hold several units nobody waits."""
+        waiting = self.profile.blocks[: way.recomputed_blocks] if way.checkpoints is Tier.HOST else ()
+        each = self.activations(way).host_bytes // max(1, len(waiting))
+        paths = frozenset(s.name for s in self.shapes)
+        blocks = Counter(owner((f"{block}.",), paths) for block in waiting)
+        return tuple(each * blocks[s.name] if s.name else 0 for s in self.shapes)
 
     def _trained(self) -> tuple[int, ...]:
         """Number of trainable parameters of each unit."""

@@ -11,9 +11,10 @@ from memplan.family_plan import family_plan
 from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.memory import chain_order, placements_of
-from memplan.pipeline import LANES, timeline
+from memplan.pipeline import timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
+from memplan.spans import LANES
 from memplan.units import units_of
 from offload.plan import (
     Buckets,
@@ -160,7 +161,7 @@ def _busy_seconds(problem: Problem, candidate: Candidate) -> dict[str, float]:
     if problem.device != "cpu":
         return timeline(work, candidate.counts).busy_seconds
     lanes = cpu_lanes(work, candidate.counts)
-    return {lane: seconds for lane in LANES if (seconds := float(lanes[lane])) > 0}
+    return {lane: float(lanes[lane]) for lane in LANES if lane in lanes and lanes[lane] > 0}
 
 
 def problem_of(

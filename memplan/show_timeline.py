@@ -10,7 +10,7 @@ from rich.text import Text
 
 from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
-from memplan.pipeline import LANES, Span, Timeline
+from memplan.spans import LANES, Span, Timeline
 from memplan.step_words import (
     BUSIEST_COLOUR,
     COLOURS,

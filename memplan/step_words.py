@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from memplan.explanation import Explanation
 from memplan.formatting import format_seconds
-from memplan.pipeline import Span, Timeline
+from memplan.spans import Span, Timeline
 from offload.plan import MomentFormat, Plan
 
 COLOURS = {
@@ -16,6 +16,7 @@ COLOURS = {
     "update": "#8f6fd0",
     "weights to the GPU": "#2f9a9e",
     "gradient": "#b79a2c",
+    "input": "#7a9bb5",
     "state read": "#3f9f7d",
     "state written": "#86b84f",
     "weights read": "#6f8f9f",
@@ -31,6 +32,7 @@ ENDINGS = {
     " update": "update",
     "update on the GPU": "update",
     " gradient": "gradient",
+    " input": "input",
     " state read": "state read",
     " state written": "state written",
     " weights written": "weights written",

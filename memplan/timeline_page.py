@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from memplan.explanation import Explanation
 from memplan.formatting import format_bytes, format_seconds
 from memplan.page import cell, chart_html, document, figure_of, table_html
-from memplan.pipeline import LANES, Span, Timeline
+from memplan.spans import LANES, Span, Timeline
 from memplan.step_words import (
     BUSIEST_COLOUR,
     COLOURS,

@@ -48,8 +48,8 @@ class StepWork:
     rates: Rates
     trained: tuple[int, ...]
     """Number of trainable parameters of each unit."""
-    inputs_leave: bool = False
-    """Whether inputs of recomputed blocks wait on the host."""
+    input_bytes: tuple[int, ...]
+    """By unit, of the inputs of its recomputed blocks, where they wait on the host."""
     device: str = "cuda"
 
     @property
@@ -118,6 +118,16 @@ class StepWork:
     def gradient_follower(self) -> list[int | None]:
         """Whose slot a unit's gradients gather in, in backward: two places later in forward order."""
         return _inverse(self._neighbours(2, [s.trainable_elements for s in self.held]))
+
+    @cached_property
+    def input_before(self) -> list[int | None]:
+        """The unit before whose inputs leave, too."""
+        found: list[int | None] = [None] * self.units
+        before = None
+        for u in self.order:
+            if self.input_bytes[u]:
+                found[u], before = before, u
+        return found
 
     def _neighbours(self, distance: int, sizes: Sequence[int]) -> list[int | None]:
         """The unit of the same size so many places earlier."""

@@ -100,6 +100,11 @@ class _Engine:
         self.down, self.update = Worker(clock), Worker(clock)
         self.link_up = Stream(clock)
         self.up, self.returns = Worker(clock, self.link_up), Worker(clock, self.link_up)
+        self.input_lane = Worker(clock)
+        self.newest: Done | None = None
+        self.inputs: dict[int, Done] = {}
+        """By unit, when the input of its block can be had in backward."""
+        self.updating = False
         capacity = slot_counts(shapes, places, work.buckets)
         self.rings = {size: [_Slot() for _ in range(count)] for size, count in capacity.items()}
         self.slot_of: dict[str, _Slot] = {}
@@ -124,7 +129,7 @@ class _Engine:
         self.up_update = 1 / rates.links_beside_update if updating else 1.0
         self.down_backward = 1 / rates.duplex_share if streaming else 1.0
         self.update_factor = rates.cpu_update_beside_links if streaming else 1.0
-        hooked = float(streaming or work.inputs_leave)
+        hooked = float(streaming or any(work.input_bytes))
         self.by_unit = work.by_unit + hooked * work.hooks_by_unit
         self.rest = work.passes.rest + hooked * work.hooks_of_rest
 
@@ -136,6 +141,7 @@ class _Engine:
             "compute": self.compute,
             "host_to_device": self.link_up,
             "device_to_host": self.down.stream,
+            "inputs": self.input_lane.stream,
             "nvme": self.disk,
             "cpu_update": self.cores,
         }
@@ -160,6 +166,7 @@ class _Engine:
             yield from self._use("")
         for u in self._named():
             yield from self._begin_use(u.shape.name)
+            yield from self._send_input(u)
             yield from self._issue(self.by_unit[u.index], FORWARD, FORWARD_ISSUE, f"{u.label} forward")
             self.in_use.discard(u.shape.name)
         yield from self._issue(self.rest, FORWARD, FORWARD_ISSUE, "rest forward")
@@ -172,6 +179,7 @@ class _Engine:
         root = self.by_name.get("")
         for i, u in enumerate(reversed(self._named())):
             yield from self._begin_use(u.shape.name)
+            yield from self._have_input(u)
             row, share = self.by_unit[u.index], self.first_gradient
             yield from self._issue(row * share, BACKWARD, BACKWARD_ISSUE, f"{u.label} backward")
             yield from self._target(u, first)
@@ -194,6 +202,7 @@ class _Engine:
         changed = [u for u in self.units if u.place.optimizer is not Tier.GPU and u.shape.trainable_elements]
         if changed:
             self.update.submit(self._update(changed, norm_known, begun))
+            self.updating = all(u.place.optimizer is not Tier.NVME for u in changed)
         self.compute.give(self.work.gpu_update_seconds, "update on the GPU")
         for u in changed:
             self.updated[u.shape.name] = u.promise = Done()
@@ -211,8 +220,32 @@ class _Engine:
     def _issue(self, row: np.ndarray, kernels: int, issue: int, label: str) -> Process:
         issued = Signal()
         self.compute.give(float(row[kernels]), label, ends_after=issued)
-        yield float(row[issue])
+        beside = self.updating and self.beside_update and not self.backward
+        yield float(row[issue]) * (self.work.rates.issue_beside_update if beside else 1.0)
         self.clock.tell(issued)
+
+    # Inputs of recomputed blocks
+
+    def _send_input(self, unit: _Unit) -> Process:
+        if not self.work.input_bytes[unit.index]:
+            return
+        if self.newest is not None:
+            yield from self._wait(self.newest)
+        factor = self.up_update if self.beside_update else 1.0
+        seconds = self.work.input_bytes[unit.index] / self.work.down_rate * factor
+        here = Done(self.compute.last, enqueued=True)
+        self.newest = self.inputs[unit.index] = self.input_lane.copy(seconds, f"{unit.label} input", [here])
+
+    def _have_input(self, unit: _Unit) -> Process:
+        if unit.index not in self.inputs:
+            return
+        self.newest = None
+        yield from self._wait(self.inputs.pop(unit.index))
+        if self.inputs:
+            before = max(self.inputs)
+            seconds = self.work.input_bytes[before] / self.work.up_rate * self.up_backward
+            here = Done(self.compute.last, enqueued=True)
+            self.inputs[before] = self.input_lane.copy(seconds, f"{self.units[before].label} input", [here])
 
     # Weights
 
@@ -339,6 +372,7 @@ class _Engine:
                     yield from self._apply(window.popleft(), begun)
         while window:
             yield from self._apply(window.popleft(), begun)
+        self.updating = False
 
     def _written(self, place: int) -> Process:
         yield from self.staging[place]

@@ -63,3 +63,10 @@ def test_the_first_units_are_whole_on_the_device_and_the_others_share_what_is_le
     assert found.edges == {"a": 0, "b": 6400 // 3 // 64 * 64 + 64, "c": 2176, "d": 2176}
     assert ahead_of(found) == 6400
     assert allot(units, 0.5, 640, UPDATE_RING).edges == dict.fromkeys("abcd", 3200)
+
+
+def test_the_device_begins_where_it_takes_every_other_unit():
+    units = [Reach(name, 6400) for name in "abcd"]
+    assert allot(units, 0.5, 6400, UPDATE_RING).edges == {"a": 0, "c": 0}
+    late = allot(units, 0.5, 6400, UPDATE_RING, late=[])
+    assert late.edges == {"b": 0, "d": 0}

@@ -38,6 +38,7 @@ def work_of(
     precision: Precision = Precision.BF16,
     rates: Rates = RATES,
     sharding: Sharding = Sharding(0, 1),  # noqa: B008 - frozen
+    inputs: tuple[int, ...] | None = None,
 ) -> StepWork:
     tables = ChainTables([shapes[i] for i in chain_order(shapes)], buckets, StateFormat(precision), sharding)
     passes = PassSeconds(seconds, rest)
@@ -51,6 +52,7 @@ def work_of(
         micro_batches,
         rates,
         (1,) * len(shapes),
+        inputs or (0,) * len(shapes),
     )
 
 
@@ -88,7 +90,13 @@ def small(seed: int) -> tuple[StepWork, Counts]:
     )
     buckets = Buckets(prefetch_units=r.choice([1, 2]), update_elements=r.choice([1 << 14, 1 << 16, 1 << 20]))
     precision = r.choice(PLANNED)
-    work = work_of(shapes, seconds, rest, buckets, r.randint(1, 5), precision=precision, rates=rates)
+    micro_batches = r.randint(1, 5)
+    # An input takes a tenth to twice the time that its block computes in forward.
+    leaving = r.choice([0, 0, r.randint(0, len(blocks))])
+    first = len(root) + len(embedding)
+    each = int(computing[first] / 3 * r.uniform(0.1, 2.0) * rates.device_to_host.at(1))
+    inputs = tuple(each if first <= i < first + leaving else 0 for i in range(len(shapes)))
+    work = work_of(shapes, seconds, rest, buckets, micro_batches, precision=precision, rates=rates, inputs=inputs)
     return work, counts_for(r, len(shapes))
 
 
@@ -180,7 +188,7 @@ def test_lanes_are_busy_as_long_as_those_of_the_simulated_engine(case):
     work, counts = case
     longer, shorter = (busy(simulate(work, counts, steps=steps).spans) for steps in (5, 4))
     found = timeline(work, counts).busy_seconds
-    for lane in ("host_to_device", "device_to_host", "nvme", "cpu_update"):
+    for lane in ("host_to_device", "device_to_host", "inputs", "nvme", "cpu_update"):
         assert found.get(lane, 0.0) == pytest.approx(longer.get(lane, 0.0) - shorter.get(lane, 0.0), rel=1e-6, abs=1e-9)
 
 
@@ -195,6 +203,7 @@ def busy(spans: dict[str, list[tuple[str, float, float]]]) -> dict[str, float]:
 @SLOW
 def test_a_resident_step_takes_what_it_computes(case):
     work, _ = case
+    work = replace(work, input_bytes=(0,) * work.units)
     columns = work.by_unit.sum(axis=0) + work.passes.rest
     if columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE] > 0:  # a GPU that waits for the CPU takes longer
         work = replace(work, passes=PassSeconds(work.passes.by_unit * [1, 0, 1, 0], work.passes.rest))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.formatting import format_bytes
-from memplan.pipeline import Span, Timeline
+from memplan.spans import Span, Timeline
 from memplan.step_words import sentences
 from memplan.timeline_page import FINEST, bars_of, timeline_page, write_timeline_page
 from offload.plan import Target

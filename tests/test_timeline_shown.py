@@ -12,8 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from memplan.formatting import format_seconds
-from memplan.pipeline import Span, Timeline
 from memplan.show_timeline import HEIGHTS, TICK_CELLS, lane_cells, tick_seconds, timeline_view
+from memplan.spans import Span, Timeline
 from memplan.step_words import (
     COLOURS,
     idle,

@@ -14,8 +14,8 @@ from memplan.engines.traffic import Traffic
 from memplan.passes import BACKWARD as BACKWARD_COLUMN
 from memplan.passes import BACKWARD_ISSUE, FORWARD_ISSUE
 from memplan.passes import FORWARD as FORWARD_COLUMN
-from memplan.pipeline import Span, Timeline
 from memplan.problem import Family, Problem
+from memplan.spans import Span, Timeline
 from offload.plan import Buckets, Placement, Tier
 
 HELD_MARGIN = 1.02
