@@ -1,9 +1,12 @@
 """The bytes that one micro-batch holds beside the model's state, for every way in which it can pass through the model.
 
-A profile knows a few points: batch sizes, all blocks recomputed or none, the loss whole or in chunks. Between them the
-line through two points counts. At every moment of a step the bytes grow linearly with the samples, and fall linearly
-with what recomputed blocks do not keep, so the peak, being the largest of many lines, lies below the line through two
-of its points: what is between is never too low.
+A profile knows a few points: batch sizes, all blocks recomputed or none, the loss whole or in chunks. Between two batch
+sizes the line through them counts: at every moment of a step the bytes grow linearly with the samples, so the peak,
+being the largest of many lines, lies below the line through two of its points.
+
+Where the first blocks are recomputed, a moment outside of them has what it has without recompute, less what forward
+keeps for all of them. A moment inside of them has what it has where all are recomputed, or less: the blocks behind them
+are through. So the peak is the larger of these two, and neither is too low.
 """
 
 from collections.abc import Sequence
@@ -37,11 +40,17 @@ class Activations:
     peak_bytes: int
     """What tensors hold at the peak: the estimate."""
     upper_bytes: int
-    """The most to expect of the device's memory, where the allocator may grow its segments."""
+    """The most to expect of the device's memory, where the allocator may grow its segments, and the caller keeps a
+    batch there that the engine casts."""
     phase_bytes: dict[str, int]
     """Of ``peak_bytes``, by phase of the pass."""
-    host_bytes: int
-    """Of the checkpoints that wait in host memory."""
+    input_bytes: tuple[int, ...]
+    """Of each recomputed block, the inputs that wait in host memory."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Of the inputs that wait in host memory."""
+        return sum(self.input_bytes)
 
 
 def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations | None:
@@ -57,27 +66,55 @@ def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations 
     parts = [(_at_batch(points, way.micro_batch_size, device), weight) for points, weight in ends if weight]
     if any(part is None for part, _ in parts):
         return None
-    found = [(part, weight) for part, weight in parts if part is not None]
-    peak = sum(part.peak_bytes * weight for part, weight in found)
-    names = dict.fromkeys(name for part, _ in found for name in part.phase_bytes)
-    phases = {name: sum(part.phase_bytes.get(name, 0) * weight for part, weight in found) for name in names}
-    host = sum(part.host_bytes * weight for part, weight in found)
+    found = [part for part, _ in parts if part is not None]
+    first, last = found[0], found[-1]
+    saved = _saved_bytes(profile, way, first, last) if len(found) > 1 else 0.0
+    peak = max(last.peak_bytes, first.peak_bytes - saved)
+    names = dict.fromkeys(name for part in found for name in part.phase_bytes)
+    phases = {name: max(last.phase_bytes.get(name, 0), first.phase_bytes.get(name, 0) - saved) for name in names}
+    given = first.given_bytes if device == "cuda" else 0
+    on_host = way.recomputed_blocks if way.checkpoints is Tier.HOST else 0
     return Activations(
         round(peak),
-        int(peak * ACTIVATION_MARGIN) + FIXED_MARGIN_BYTES[device],
+        int(peak * ACTIVATION_MARGIN) + given + FIXED_MARGIN_BYTES[device],
         {name: round(size) for name, size in phases.items()},
-        round(host),
+        tuple(map(round, last.input_bytes[:on_host])),
     )
+
+
+def _saved_bytes(profile: ModelProfile, way: Way, plain: "_End", again: "_End") -> float:
+    """What forward keeps less for backward with the first blocks recomputed, of what it keeps less with all of them.
+
+    A block saves what it would have kept, but for its input where that stays on the device. Of inputs that wait on the
+    host the newest one stays, until a block behind it runs again.
+    """
+    count, on_host = way.recomputed_blocks, way.checkpoints is Tier.HOST
+    inputs = again.input_bytes or (0.0,) * len(profile.blocks)
+    kept = (size * way.micro_batch_size / profile.batch_size for size in _kept_bytes(profile))
+    each = [max(0.0, size - (0.0 if on_host else given)) for size, given in zip(kept, inputs, strict=True)]
+    newest = (inputs[count - 1], inputs[-1]) if on_host else (0.0, 0.0)
+    whole = plain.held_bytes - again.held_bytes + newest[1]
+    part = whole * _share(each, count)
+    # What several blocks keep is gone only with the last of them.
+    return (min(sum(each[:count]), part) if any(each) else part) - newest[0]
 
 
 def recompute_share(profile: ModelProfile, way: Way) -> float:
     """What the recomputed blocks would keep for backward, of what all blocks would."""
     if way.recomputed_blocks in (0, len(profile.blocks)):
         return float(way.recomputed_blocks > 0)
+    return _share(_kept_bytes(profile), way.recomputed_blocks)
+
+
+def _kept_bytes(profile: ModelProfile) -> list[int]:
+    """What each block keeps for backward in a batch of the profile."""
     kept = {layer.path: layer.activation_bytes for layer in profile.layers}
-    saved = [kept.get(block, 0) for block in profile.blocks]
-    # Without figures, the blocks are taken as alike.
-    return sum(saved[: way.recomputed_blocks]) / sum(saved) if sum(saved) else way.recomputed_blocks / len(saved)
+    return [kept.get(block, 0) for block in profile.blocks]
+
+
+def _share(sizes: Sequence[float], count: int) -> float:
+    """Of all, the first so many; without figures they are taken as alike."""
+    return sum(sizes[:count]) / sum(sizes) if sum(sizes) else count / len(sizes)
 
 
 def ways_of(profile: ModelProfile) -> list[tuple[int, Tier, int]]:
@@ -108,7 +145,11 @@ class _End:
 
     peak_bytes: int
     phase_bytes: dict[str, int]
-    host_bytes: int
+    input_bytes: tuple[float, ...]
+    """By recomputed block."""
+    held_bytes: int
+    """When backward begins."""
+    given_bytes: int
 
 
 def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -> _End | None:
@@ -128,5 +169,6 @@ def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -
     phases = {name: between(below.phase_bytes.get(name, 0), size) for name, size in above.phase_bytes.items()}
     if device == "cpu":
         phases = {name: min(size, between(low, high)) for name, size in phases.items()}
-    host = between(below.checkpoint_bytes, above.checkpoint_bytes) if above.checkpoints_on_host else 0
-    return _End(between(low, high), phases, host)
+    inputs = tuple(between(*both) for both in zip(below.input_bytes, above.input_bytes, strict=True))
+    held, given = between(below.held_bytes, above.held_bytes), between(below.given_bytes, above.given_bytes)
+    return _End(between(low, high), phases, inputs, held, given)

@@ -145,11 +145,10 @@ class Problem:
 
     def _input_bytes(self, way: Way) -> tuple[int, ...]:
         """By unit, of what its recomputed blocks keep on the host; of blocks that hold several units nobody waits."""
-        waiting = self.profile.blocks[: way.recomputed_blocks] if way.checkpoints is Tier.HOST else ()
-        each = self.activations(way).host_bytes // max(1, len(waiting))
-        paths = frozenset(s.name for s in self.shapes)
-        blocks = Counter(owner((f"{block}.",), paths) for block in waiting)
-        return tuple(each * blocks[s.name] if s.name else 0 for s in self.shapes)
+        paths, found = frozenset(s.name for s in self.shapes), Counter[str]()
+        for block, size in zip(self.profile.blocks, self.activations(way).input_bytes, strict=False):
+            found[owner((f"{block}.",), paths)] += size
+        return tuple(found[s.name] if s.name else 0 for s in self.shapes)
 
     def _trained(self) -> tuple[int, ...]:
         """Number of trainable parameters of each unit."""

@@ -11,10 +11,14 @@ from itertools import pairwise
 from profiler.events import BACKWARD, FORWARD, Alloc, Event, Free, Op, Save
 
 
-def checkpoint_bytes(events: Sequence[Event]) -> int:
-    """Bytes that autograd keeps as inputs of recomputed blocks, each input once a block."""
+def input_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ...]:
+    """Bytes that autograd keeps as inputs of each recomputed block, each input once a block."""
     sizes = {e.id: e.bytes for e in events if isinstance(e, Alloc)}
-    return sum(sizes[e.id] for e in events if isinstance(e, Save) and e.checkpoint)
+    found: Counter[str] = Counter()
+    for e in events:
+        if isinstance(e, Save) and e.checkpoint:
+            found[e.module] += sizes[e.id]
+    return tuple(found[block] for block in blocks)
 
 
 def checkpoints_on_host(events: Sequence[Event]) -> list[Event] | None:

@@ -15,7 +15,7 @@ from profiler.errors import ProfileError
 from profiler.events import PHASES
 from profiler.mistyped import mistyped
 
-SCHEMA = "memplan.profile/3"
+SCHEMA = "memplan.profile/4"
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,23 @@ class ActivationPoint:
     """``allocated_bytes`` where the CPU computes: without what CUDA's libraries and kernels hold beside tensors."""
     loss_chunks: int = 1
     """Pieces in which a causal language model's head and loss are computed; 1: whole."""
-    checkpoint_bytes: int = 0
-    """Of the inputs that recomputed blocks keep, of all blocks together."""
+    input_bytes: tuple[int, ...] = ()
+    """Of the inputs that each recomputed block keeps, in the order of the blocks."""
     checkpoints_on_host: bool = False
     """Whether they wait there: two at most are then on the device, the one in use and one on its way."""
     phase_bytes: dict[str, int] = field(default_factory=dict)
     """``allocated_bytes`` by phase: the most in forward, loss and backward."""
+    held_bytes: int = 0
+    """When backward begins: what forward has kept for it."""
+    given_bytes: int = 0
+    """Of a batch that was cast for the model, as it was given: whoever keeps it on the device holds it twice."""
     modules: tuple[ModuleSeconds, ...] = ()
     """In order of their first operation; empty where no device is known."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the inputs that all recomputed blocks keep."""
+        return sum(self.input_bytes)
 
 
 @dataclass(frozen=True)
@@ -327,7 +336,8 @@ class ModelProfile:
 
 
 def _point(row: dict[str, Any]) -> ActivationPoint:
-    return ActivationPoint(**{**row, "modules": tuple(ModuleSeconds(**m) for m in row["modules"])})
+    modules = tuple(ModuleSeconds(**m) for m in row["modules"])
+    return ActivationPoint(**{**row, "modules": modules, "input_bytes": tuple(row["input_bytes"])})
 
 
 _DERIVED = frozenset({"schema", "totals", "uncounted_ops"})

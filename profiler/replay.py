@@ -74,6 +74,18 @@ def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
     return peak
 
 
+def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
+    """What tensors hold in the steady state when backward begins, without the categories in ``leave_out``."""
+    sizes: dict[int, int] = {}
+    before = [e for e in loop.steady if e.phase in (FORWARD, LOSS)]
+    for event in (*loop.setup, *loop.first, *before):
+        if isinstance(event, Free):
+            sizes.pop(event.id, None)
+        elif event.category not in leave_out:
+            sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
+    return sum(sizes.values())
+
+
 def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[Category]) -> dict[str, int]:
     peaks: dict[str, int] = {}
     phase = ""

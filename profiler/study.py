@@ -9,13 +9,13 @@ from torch import nn
 
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
-from profiler.checkpoints import checkpoint_bytes, checkpoints_on_host
+from profiler.checkpoints import checkpoints_on_host, input_bytes
 from profiler.errors import ProfileError, ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Loop, Peaks, allocated_peak, replay, training_loop
+from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
@@ -159,8 +159,10 @@ class Study:
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
             on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,
-            checkpoint_bytes=checkpoint_bytes(trace.events),
+            input_bytes=input_bytes(trace.events, self.blocks) if case.recompute else (),
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
+            held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
+            given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,8 @@ class Trace:
     used_outside: frozenset[str]
     """Parameters that were read while none of their modules was running."""
     assumptions: tuple[str, ...]
+    given_bytes: int = 0
+    """Of the batch's tensors that were cast, in the type in which they were given."""
 
 
 def trace_step(
@@ -115,7 +117,8 @@ def _trace(
         scope.enter_context(mode)
         scope.enter_context(recorder)
         step.run(forward, inputs, _autocast(precision))
-        return step.result()
+        pairs = zip(tensors_in(batch), tensors_in(inputs), strict=True)
+        return replace(step.result(), given_bytes=sum(g.nbytes for g, held in pairs if g.dtype != held.dtype))
 
 
 class _Step:

@@ -112,10 +112,20 @@ def test_what_fits_is_decided_by_more_than_what_is_expected():
 
 
 def test_recompute_of_some_blocks_lies_between_all_and_none():
-    points = (ActivationPoint(4, False, 900, 900, 1, 900), ActivationPoint(4, True, 100, 100, 1, 100))
+    # Each of four blocks keeps 200 for backward, and one that is recomputed has that again for a moment.
+    points = (ActivationPoint(4, False, 900, 900, 1, 900), ActivationPoint(4, True, 300, 300, 1, 300))
+    points = tuple(replace(p, held_bytes=held) for p, held in zip(points, (850, 50), strict=True))
     profile = replace(transformer(4), activations=points)
     held = [activations_of(profile, Way(4, n), "cuda").peak_bytes for n in range(5)]
-    assert held == [900, 700, 500, 300, 100]
+    assert held == [900, 700, 500, 300, 300]
+
+
+def test_a_batch_that_the_engine_casts_has_room_twice():
+    profile = profile_with((4, 1 << 30))
+    given = replace(profile, activations=(replace(profile.activations[0], given_bytes=1 << 20),))
+    found = [activations_of(p, Way(4), "cuda") for p in (profile, given)]
+    assert found[1].upper_bytes - found[0].upper_bytes == 1 << 20
+    assert found[1].peak_bytes == found[0].peak_bytes
 
 
 def test_the_workspaces_of_cuda_are_not_expected_on_the_cpu():

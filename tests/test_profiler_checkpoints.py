@@ -5,7 +5,7 @@ import pytest
 from offload.engine import Engine
 from offload.plan import Tier
 from profiler import profile_model
-from profiler.checkpoints import checkpoint_bytes, checkpoints_on_host
+from profiler.checkpoints import checkpoints_on_host, input_bytes
 from profiler.events import BACKWARD, FORWARD, Alloc, Category, Free, Op, Save
 from tests.models import GPT as PLAIN_GPT
 from tests.models import batches
@@ -60,7 +60,7 @@ def test_an_input_leaves_when_the_next_block_begins_and_comes_back_one_block_ahe
         again("h.0"),
         Free(1, BACKWARD),
     ]
-    assert checkpoint_bytes([*FORWARD_PART, *BACKWARD_PART]) == 300
+    assert input_bytes([*FORWARD_PART, *BACKWARD_PART], ("h.0", "h.1", "h.2")) == (100, 100, 100)
 
 
 def test_an_input_that_something_else_keeps_stays():

@@ -1,0 +1,98 @@
+"""The first blocks recomputed and the others not: the peak by the rule beside that of a trace of just that."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from memplan.activations import Way, activations_of
+from offload.plan import Tier
+from profiler.allocator import CachingAllocator
+from profiler.checkpoints import checkpoints_on_host
+from profiler.gradients_taken import gradients_taken
+from profiler.replay import replay, training_loop
+from profiler.run import profile_model
+from profiler.study import ENGINES_STATE
+from profiler.trace import trace_step
+from tests.models import GPT
+
+
+class Stages(nn.Module):
+    """Blocks that are larger in the middle or at an end, with a head that takes much or little."""
+
+    def __init__(self, widths: tuple[int, ...], classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Linear(32, 32)
+        self.blocks = nn.ModuleList(Wide(32, width) for width in widths)
+        self.head = nn.Linear(32, classes)
+
+    def forward(self, pixels: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.stem(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return functional.cross_entropy(self.head(x), labels)
+
+
+class Wide(nn.Module):
+    """Keeps more for backward the wider it is."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(size, width), nn.Linear(width, size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(functional.gelu(self.up(x)))
+
+
+ROWS = 1 << 16
+"""So many that what the libraries hold beside tensors is little."""
+Training = tuple[nn.Module, tuple[torch.Tensor, ...]]
+
+
+def stages(*widths: int, classes: int) -> Training:
+    return Stages(widths, classes), (torch.zeros(ROWS, 32), torch.zeros(ROWS, dtype=torch.int64))
+
+
+def gpt() -> Training:
+    return GPT(layers=6), (torch.zeros(ROWS // 16, 16, dtype=torch.int64),)
+
+
+MODELS = {
+    "equal blocks": lambda: stages(*[256] * 6, classes=10),
+    "equal blocks and a large head": lambda: stages(*[256] * 6, classes=4000),
+    "larger towards the end": lambda: stages(64, 64, 128, 128, 512, 512, classes=10),
+    "larger at the start": lambda: stages(512, 512, 128, 128, 64, 64, classes=10),
+    "larger in the middle": lambda: stages(64, 512, 512, 64, 64, classes=100),
+    "a language model": gpt,
+}
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return model(*batch)
+
+
+def traced_peak(model: nn.Module, batch: tuple[torch.Tensor, ...], blocks: tuple[str, ...], *, on_host: bool) -> int:
+    """Of a trace in which only these blocks are recomputed."""
+    trace = trace_step(model, batch, loss_of, "bf16", blocks, bool(blocks), ())
+    events = tuple(gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters}))
+    trace = replace(trace, events=events)
+    if on_host and (moved := checkpoints_on_host(trace.events)) is not None:
+        trace = replace(trace, events=tuple(moved))
+    _, peaks = replay(training_loop(trace, "adamw"), CachingAllocator(), leave_out=ENGINES_STATE)
+    return peaks.overall_bytes
+
+
+@pytest.mark.parametrize("tier", [Tier.GPU, Tier.HOST])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_peak_with_some_blocks_recomputed_is_never_too_low_and_close(name: str, tier: Tier) -> None:
+    model, batch = MODELS[name]()
+    profile = profile_model(model, batch, precision="bf16")
+    assert len(profile.blocks) >= 5
+    size = profile.batch_size
+    for count in range(1, len(profile.blocks)):
+        found = activations_of(profile, Way(size, count, tier), "cuda")
+        assert found is not None
+        expected = traced_peak(model, batch, profile.blocks[:count], on_host=tier is Tier.HOST)
+        assert expected * 0.999 <= found.peak_bytes <= expected * 1.09, (count, expected)
