@@ -17,8 +17,6 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks.common import save
-from offload.streams import Done
-from offload.visits import be_patient
 
 MIB = 1 << 20
 PIECE_BYTES = (32 * MIB, 32 * MIB, 64 * MIB, 64 * MIB)
@@ -41,12 +39,14 @@ class Transfer:
         self._pairs = pairs if to_host else [(there, here) for here, there in pairs]
         self.size_bytes = sum(sizes_bytes)
 
-    def begin(self) -> Done:
-        """Once more."""
+    def begin(self) -> torch.cuda.Event:
+        """Once more; gives when it is over."""
         with torch.cuda.stream(self.stream):
             for target, source in self._pairs:
                 target.copy_(source, non_blocking=True)
-            return Done.now(torch.device("cuda", torch.cuda.current_device()))
+            over = torch.cuda.Event(blocking=True)
+            over.record()
+        return over
 
 
 @dataclass
@@ -60,12 +60,12 @@ class Feeder:
 
     def run(self) -> None:
         """Until ``stop``."""
-        waiting: deque[Done] = deque()
+        waiting: deque[torch.cuda.Event] = deque()
         while not self._over.is_set():
             waiting.append(self.transfer.begin())
             self.moved_bytes += self.transfer.size_bytes
             while len(waiting) >= self.under_way:
-                be_patient(waiting.popleft())
+                waiting.popleft().synchronize()
 
     def stop(self) -> None:
         """Begin no more."""

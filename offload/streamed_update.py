@@ -176,8 +176,8 @@ class StreamedUpdate:
             for state, piece, slot, left, arrived in coming:
                 left.wait()
                 self._fetch_state(state, piece, slot)
-                arrived.follow(here := Done.now(self._device))
-                be_patient(here)
+                arrived.follow(Done.now(self._device))
+                be_patient(self._device)
         except BaseException as error:
             for *_, arrived in coming:
                 if not arrived.told:
@@ -253,11 +253,11 @@ class StreamedUpdate:
                 if clock is not None:
                     clock.start()
             for visit in visits:
-                came = self._update_piece(visit, clip.on_device)
+                self._update_piece(visit, clip.on_device)
                 self._keep_promise(visit)
                 if visit.piece.slot is None:
                     self._let_go(visit, after=[visit.updated])
-                be_patient(came)
+                be_patient(self._device)
             if clock is not None and visits:
                 self._home.submit(clock.stop, after=[v.update.promise for v in visits if v.last])
             for visit in visits:
@@ -268,8 +268,8 @@ class StreamedUpdate:
                 visit.fail(error)
             raise
 
-    def _update_piece(self, visit: Visit, clip: torch.Tensor) -> Done:
-        """Update one piece when it is there: have what did not come ahead come now. Gives when it is there."""
+    def _update_piece(self, visit: Visit, clip: torch.Tensor) -> None:
+        """Update one piece when it is there: have what did not come ahead come now."""
         state, piece, slot = visit.update.state, visit.piece, visit.slot
         part = slice(piece.start, piece.stop)
         gradients = slot.gradients[: piece.elements] if state.device_gradients is None else state.device_gradients[part]
@@ -292,7 +292,6 @@ class StreamedUpdate:
                 a, b = s.start - piece.start, s.stop - piece.start
                 self._update(visit.weights[a:b], gradients[a:b], slot.state.span(a, b), s.how, clip)
             visit.updated.follow(Done.now(self._device))
-        return arrived
 
     def _keep_promise(self, visit: Visit) -> None:
         """Let new weights go to where they live; they can be had then, and those that live on the device at once."""
@@ -301,8 +300,8 @@ class StreamedUpdate:
         if state.device_weights is None:
             assert state.host_weights is not None
             mirror = state.host_weights[piece.start : piece.stop]
-            visit.home = home = self._home.copy(mirror, visit.weights, after=[visit.updated])
-            self._home.submit(lambda: be_patient(home))
+            visit.home = self._home.copy(mirror, visit.weights, after=[visit.updated])
+            self._home.submit(lambda: be_patient(self._device))
         if visit.last:
             visit.update.promise.follow(visit.home)
 
@@ -321,7 +320,7 @@ class StreamedUpdate:
                 self._leaving.move(target, source)
 
         left = self._leaving.submit(leave, after)
-        self._leaving.submit(lambda: be_patient(left))
+        self._leaving.submit(lambda: be_patient(self._device))
         visit.left.follow_all([visit.home, left])
 
     # Copies

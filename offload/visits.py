@@ -2,12 +2,12 @@
 
 [Note: patient lanes]
 A copy engine of a GPU stays with a stream as long as that has copies to do, and others wait: beside a lane that keeps
-two pieces under way, 4 bytes of a loss took 250 ms to reach the host, all the time that the lane had work, and 2 ms
-where it lets one piece arrive before it gives the next (its own rate fell from 56 to 54 GB/s). So the lanes that carry
-state, which nobody waits for, sleep until a piece is over before they go on to the next.
+two pieces under way, a loss of 4 bytes took up to 356 ms to the host and a gradient of 36 MB 255 ms, for the lane had
+so much to do; beside one that lets a piece arrive before it gives the next 2 ms, and the lane itself fell from 56 to
+54 GB/s (``benchmarks/copy_turns.py``). So lanes that carry state, which nobody waits for, sleep until a piece is over.
+They do not look again and again: that takes the interpreter lock from the thread that issues the next forward pass.
 """
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
@@ -21,9 +21,6 @@ from offload.split import Took
 from offload.state import OptimizerState
 from offload.streams import Done
 from offload.unit_update import UnitUpdate
-
-PATIENCE_SECONDS = 1e-4
-"""How often a patient lane looks whether its piece is over."""
 
 
 @dataclass(eq=False)
@@ -95,10 +92,12 @@ class Visit:
             self.update.promise.finish(None)
 
 
-def be_patient(piece: Done) -> None:
-    """Go on when the piece is over: [Note: patient lanes]."""
-    while not piece.reached():
-        time.sleep(PATIENCE_SECONDS)
+def be_patient(device: torch.device) -> None:
+    """Go on when the current stream has done all that it was given: [Note: patient lanes]."""
+    if device.type == "cuda":
+        over = torch.cuda.Event(blocking=True)
+        over.record()
+        over.synchronize()
 
 
 class Clock:

@@ -104,9 +104,9 @@ def test_both_engines_really_update(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pieces: list[int] = []
     visiting = StreamedUpdate._update_piece
 
-    def counted(self: StreamedUpdate, visit: Visit, *rest: Any) -> Done:
+    def counted(self: StreamedUpdate, visit: Visit, *rest: Any) -> None:
         pieces.append(visit.piece.stop - visit.piece.start)
-        return visiting(self, visit, *rest)
+        visiting(self, visit, *rest)
 
     monkeypatch.setattr(StreamedUpdate, "_update_piece", counted)
     with Engine(model, plan_for(model, ((H, H, H),), gpu_update_share=0.5)) as engine:
@@ -292,7 +292,7 @@ def test_on_a_gpu_slow_streams_change_nothing(late: str, slots: int, monkeypatch
     expected = _trained_on_gpu(slots)
     visiting = StreamedUpdate._update_piece
 
-    def lagging(self: StreamedUpdate, *args: Any) -> Done:
+    def lagging(self: StreamedUpdate, *args: Any) -> None:
         leaving, home = self._leaving._stream, self._home._stream
         streams = {"arriving": None, "computing": self._computing, "leaving": leaving, "home": home}
         if late == "main":
@@ -303,7 +303,7 @@ def test_on_a_gpu_slow_streams_change_nothing(late: str, slots: int, monkeypatch
                 torch.cuda._sleep(2_000_000)
         else:
             torch.cuda._sleep(2_000_000)
-        return visiting(self, *args)
+        visiting(self, *args)
 
     monkeypatch.setattr(StreamedUpdate, "_update_piece", lagging)
     found = _trained_on_gpu(slots)

@@ -1,7 +1,6 @@
 """State that comes to the device ahead of its update, where something comes between: plain training all the same."""
 
 import copy
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import nn
 
 from offload.engine import Engine
 from offload.plan import Buckets, Plan, Precision
-from offload.streams import Done, Lane
+from offload.streams import Lane
 from offload.visits import be_patient
 from tests.models import GPT, SkippingGPT, batches
 from tests.plans import G, H, plan_for
@@ -192,33 +191,24 @@ def test_loading_a_checkpoint_after_backward_forgets_what_came_ahead(way: str, t
         assert_same(engine.state_dict(), plain, 1e-6)
 
 
-def test_a_patient_lane_gives_a_piece_when_the_one_before_is_over() -> None:
+def test_a_patient_lane_sleeps_until_its_stream_is_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
     class Event:
-        over = False
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking  # one that spins would take a core from the update on the host
 
-        def query(self) -> bool:
-            return self.over
+        def record(self) -> None:
+            told.append("recorded")
 
-    given: list[Event] = []
+        def synchronize(self) -> None:
+            told.append("over")
 
-    def give_all() -> None:
-        for _ in range(5):
-            given.append(Event())
-            done = Done()
-            done.finish(given[-1])  # type: ignore[arg-type]
-            be_patient(done)
-
-    thread = threading.Thread(target=give_all)
-    thread.start()
-    for count in range(1, 6):
-        deadline = time.monotonic() + 10
-        while len(given) < count and time.monotonic() < deadline:
-            time.sleep(1e-3)
-        time.sleep(0.01)
-        assert len(given) == count
-        given[-1].over = True
-    thread.join(10)
-    assert not thread.is_alive()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    be_patient(torch.device("cpu"))
+    assert not told
+    be_patient(torch.device("cuda", 0))
+    assert told == ["recorded", "over"]
 
 
 @pytest.mark.parametrize("slots", [3, 9, 60])
