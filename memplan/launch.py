@@ -72,7 +72,14 @@ class Place:
                     f"this is a Slurm job of {environment['SLURM_NTASKS']} tasks, and nothing says where the first one "
                     "is; start all of them by srun, set MASTER_ADDR, or name --nproc for processes on this node alone"
                 )
-            place = cls(**_numbers(environment, names), local_world=_tasks_here(environment), master=master, port=port)
+            tasks = _tasks_here(environment)
+            place = cls(**_numbers(environment, names), local_world=tasks, master=master, port=port)
+            even = re.fullmatch(r"\d+\(x\d+\)", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
+            if even and tasks and place.rank % tasks != place.local_rank:
+                raise LaunchError(
+                    f"Slurm's task {place.rank} is number {place.local_rank} of the {tasks} of its node; tasks of a node "
+                    "must follow one another, for shards stay within it: srun --distribution=block"
+                )
         else:
             return cls()
         if not 0 <= place.rank < place.world or not 0 <= place.local_rank < place.local_world <= place.world:

@@ -15,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+import torch
 import torch.distributed as dist
 
+from memplan.errors import LaunchError
 from memplan.launch import SESSION
 from memplan.options import BAD_INPUT, NOTHING_FITS
 from memplan.progress import INTERRUPTED
@@ -36,8 +38,12 @@ NO_RESTART = *WELL, BAD_INPUT, NOTHING_FITS
 def run_in_processes(count: int, arguments: Sequence[str], max_restarts: int = 0) -> int:
     """Run ``memplan`` with these arguments in so many processes; the exit code of the first that failed, or theirs.
 
-    Where one ends by a signal or in an error that may pass, all are started again, up to ``max_restarts`` times.
+    Where one ends by a signal or in an error that may pass, all are started again, up to ``max_restarts`` times. Raises
+    LaunchError where there are fewer GPUs than processes.
     """
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise LaunchError(f"--nproc is {count}, and this machine has {gpus} GPUs; each process needs one of its own")
     attempt = 0
     while True:
         started = _Attempt(count, arguments, attempt, max_restarts)

@@ -6,7 +6,7 @@ import pytest
 
 from memplan.errors import LaunchError
 from memplan.launch import Place, joined
-from memplan.processes import without_options
+from memplan.processes import run_in_processes, without_options
 from offload.ranks import CONNECTIONS, local_index
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -87,6 +87,19 @@ def test_a_process_that_sees_one_gpu_takes_it(seen: int, index: int, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr("torch.cuda.device_count", lambda: seen)
     assert local_index() == index
+
+
+def test_slurm_tasks_that_go_round_the_nodes_are_refused() -> None:
+    block = {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    assert Place.here(block).local_world == 4  # task 5 is number 1 of the second node
+    with pytest.raises(LaunchError, match=r"task 5 is number 2 of the 4 .*--distribution=block"):
+        Place.here({**block, "SLURM_LOCALID": "2"})
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(LaunchError, match="--nproc is 4, and this machine has 2 GPUs"):
+        run_in_processes(4, ["train"])
 
 
 def test_a_slurm_job_of_one_task_is_alone() -> None:
