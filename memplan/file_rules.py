@@ -54,15 +54,7 @@ RATES = {
     ),
     "call_seconds": number(),
     **dict.fromkeys(("duplex_share", "links_beside_update"), SHARE),
-    **dict.fromkeys(
-        (
-            "cpu_update_beside_links",
-            "cpu_update_beside_streamed",
-            "streamed_update_beside_cpu",
-            "issue_beside_update",
-        ),
-        number(1),
-    ),
+    **dict.fromkeys(("cpu_update_beside_links", "cpu_update_beside_streamed", "streamed_update_beside_cpu"), number(1)),
     "inter_node_bytes_per_second": or_none(POSITIVE),
     "spread": number(0, 1),
     **dict.fromkeys(("source", "fingerprint"), TEXT),

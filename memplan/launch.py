@@ -77,8 +77,8 @@ class Place:
             even = re.fullmatch(r"\d+\(x\d+\)", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
             if even and tasks and place.rank % tasks != place.local_rank:
                 raise LaunchError(
-                    f"Slurm's task {place.rank} is number {place.local_rank} of the {tasks} of its node; tasks of a node "
-                    "must follow one another, for shards stay within it: srun --distribution=block"
+                    f"Slurm's task {place.rank} is number {place.local_rank} of the {tasks} of its node; tasks of a "
+                    "node must follow one another, for shards stay within it: srun --distribution=block"
                 )
         else:
             return cls()

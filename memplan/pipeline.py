@@ -15,7 +15,6 @@ once, in the order in which the engine does it:
   to disk two chunks later; a unit's weights are fetched, or used, after its update;
 - inputs of recomputed blocks that wait on the host have a lane: each leaves while its block computes, and the next
   block computes when it has left; in backward each comes while the block behind it runs again;
-- the CPU issues more slowly while its cores update;
 - the loop reads its loss, so the CPU waits for the GPU once a step.
 
 Every quantity of time is an array with one entry a candidate. The seconds of a step are those between the ends of two
@@ -102,8 +101,7 @@ class _Pipeline:
         self.up_factor_update = np.where(updating, 1 / r.links_beside_update, 1.0)
         self.update_factor = np.where(streaming, r.cpu_update_beside_links, 1.0)
         self.begun = zero
-        self.norm_known = self.updating_until = zero
-        """When the update begins, and when the CPU is through with it if it waits for nothing."""
+        self.norm_known = zero
         self.triggers = [(zero, zero)] * work.prefetch
         """The last uses of units that are fetched, the latest first: when the CPU and the GPU came to them."""
         self.fetching = zero
@@ -146,8 +144,7 @@ class _Pipeline:
 
     def _forward(self, first: bool) -> None:
         w = self.work
-        one = np.ones_like(self.zero)
-        factor = self.up_factor_update if first else one
+        factor = self.up_factor_update if first else np.ones_like(self.zero)
         self.triggers = [(self.cpu, self.gpu)] * w.prefetch
         if w.root is not None:
             if first:
@@ -159,10 +156,9 @@ class _Pipeline:
                 self._update_unit(u)
             arrived = self._weights(u, factor, first)
             self._used(u, arrived)
-            longer = np.where(self.cpu < self.updating_until, w.rates.issue_beside_update, 1.0) if first else one
             leaves = w.input_bytes[u] > 0
             arrived = np.maximum(arrived, self.input) if leaves else arrived
-            begun = self._compute_unit(u, FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward", longer)
+            begun = self._compute_unit(u, FORWARD, FORWARD_ISSUE, arrived, f"{w.names[u]} forward")
             if leaves:
                 seconds = w.input_bytes[u] / w.down_rate * factor
                 self.input = self._do("inputs", begun, seconds, None, f"{w.names[u]} input")
@@ -172,11 +168,11 @@ class _Pipeline:
         for u in w.order:
             follower = w.later[u]
             self.held[u] = self.away[u] & (~self.away[follower] if follower is not None else True)
-        self._compute(w.passes.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward", one)
+        self._compute(w.passes.rest, w.hooks_of_rest, FORWARD, FORWARD_ISSUE, self.zero, "rest forward")
 
     def _backward(self, first: bool, last: bool) -> None:
-        w, one = self.work, np.ones_like(self.zero)
-        self._compute(w.passes.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward", one)
+        w = self.work
+        self._compute(w.passes.rest, w.hooks_of_rest, BACKWARD, BACKWARD_ISSUE, self.zero, "rest backward")
         for i, u in enumerate(reversed(w.order)):
             arrived = self._weights(u, self.up_factor, first=False)
             if i > 0:  # the last unit's forward and backward are one use
@@ -186,7 +182,7 @@ class _Pipeline:
                 room = np.maximum(room, self._gradient_room(w.root, first))
             came = self.input if w.input_bytes[u] else self.zero
             arrived = np.maximum(np.maximum(arrived, room), came)
-            begun = self._compute_unit(u, BACKWARD, BACKWARD_ISSUE, arrived, f"{w.names[u]} backward", one)
+            begun = self._compute_unit(u, BACKWARD, BACKWARD_ISSUE, arrived, f"{w.names[u]} backward")
             if w.input_bytes[u] and (previous := w.input_before[u]) is not None:
                 seconds = w.input_bytes[previous] / w.up_rate * self.up_factor
                 self.input = self._do("inputs", begun, seconds, None, f"{w.names[previous]} input")
@@ -202,9 +198,6 @@ class _Pipeline:
         w = self.work
         self.norm_known = np.maximum(self.gpu, self.lanes["collective"]) if w.gpus > 1 else self.gpu
         self.staging = self.norm_known
-        updated = np.array(w.state_elements)[:, None] * self.state_off
-        seconds = updated.sum(axis=0) * w.host_update_seconds * self.update_factor
-        self.updating_until = self.norm_known + np.where(self.on_disk, 0.0, seconds)  # a disk leaves the cores idle
         self.gpu = self.norm_known + w.gpu_update_seconds
         self._tell("compute", self.norm_known, self.gpu, None, "update on the GPU")
         self.ready = [self.gpu] * w.units
@@ -344,22 +337,15 @@ class _Pipeline:
         sent = self._do("device_to_host", there, seconds, self.grad_off[u], f"{name} gradient")
         self.landed[u] = np.where(self.grad_off[u], sent, there)
 
-    def _compute_unit(self, u: int, kernels: int, issue: int, arrived: Times, label: str, longer: Times) -> Times:
-        return self._compute(self.work.by_unit[u], self.work.hooks_by_unit[u], kernels, issue, arrived, label, longer)
+    def _compute_unit(self, u: int, kernels: int, issue: int, arrived: Times, label: str) -> Times:
+        return self._compute(self.work.by_unit[u], self.work.hooks_by_unit[u], kernels, issue, arrived, label)
 
     def _compute(
-        self,
-        seconds: np.ndarray,
-        hooks: np.ndarray,
-        kernels: int,
-        issue: int,
-        arrived: Times,
-        label: str,
-        longer: Times,
+        self, seconds: np.ndarray, hooks: np.ndarray, kernels: int, issue: int, arrived: Times, label: str
     ) -> Times:
-        """Issue, ``longer`` than alone, and compute; gives when computing began."""
+        """Issue and compute; gives when computing began."""
         begun = self.cpu
-        self.cpu = self.cpu + (seconds[issue] + hooks[issue] * self.hooked) * longer
+        self.cpu = self.cpu + seconds[issue] + hooks[issue] * self.hooked
         start = np.maximum(np.maximum(self.gpu, arrived), begun)
         # A GPU that waits for the CPU ends with what was issued last.
         end = np.maximum(start + seconds[kernels], self.cpu)

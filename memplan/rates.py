@@ -98,9 +98,6 @@ class Rates:
     """How many times longer it takes while the GPU streams a share of its own; at least 1."""
     streamed_update_beside_cpu: float = 1.0
     """How many times longer a streamed update takes while the CPU updates its share; at least 1."""
-    issue_beside_update: float = 1.6
-    """How many times longer the CPU takes to issue work while its cores update; at least 1. The default was measured on
-    the 16 virtual cores beside an H200."""
     spread: float = 0.1
     """How far off a predicted step may be, as a share of it: wider where rates are assumed and not measured."""
     kernels: Calibration | None = None

@@ -57,7 +57,6 @@ def _used(rates: Rates) -> Rows:
             "beside transfers",
             f"{longer:.2f} x as long; the link keeps {kept:.2f}",
         ),
-        ("a module's call beside it", f"{rates.issue_beside_update:.2f} x as long"),
         ("update in the device's memory", by_precision(rates.gpu_update_seconds)),
     ]
     if rates.streamed_update_seconds:

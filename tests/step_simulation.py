@@ -104,7 +104,6 @@ class _Engine:
         self.newest: Done | None = None
         self.inputs: dict[int, Done] = {}
         """By unit, when the input of its block can be had in backward."""
-        self.updating = False
         capacity = slot_counts(shapes, places, work.buckets)
         self.rings = {size: [_Slot() for _ in range(count)] for size, count in capacity.items()}
         self.slot_of: dict[str, _Slot] = {}
@@ -202,7 +201,6 @@ class _Engine:
         changed = [u for u in self.units if u.place.optimizer is not Tier.GPU and u.shape.trainable_elements]
         if changed:
             self.update.submit(self._update(changed, norm_known, begun))
-            self.updating = all(u.place.optimizer is not Tier.NVME for u in changed)
         self.compute.give(self.work.gpu_update_seconds, "update on the GPU")
         for u in changed:
             self.updated[u.shape.name] = u.promise = Done()
@@ -220,8 +218,7 @@ class _Engine:
     def _issue(self, row: np.ndarray, kernels: int, issue: int, label: str) -> Process:
         issued = Signal()
         self.compute.give(float(row[kernels]), label, ends_after=issued)
-        beside = self.updating and self.beside_update and not self.backward
-        yield float(row[issue]) * (self.work.rates.issue_beside_update if beside else 1.0)
+        yield float(row[issue])
         self.clock.tell(issued)
 
     # Inputs of recomputed blocks
@@ -372,7 +369,6 @@ class _Engine:
                     yield from self._apply(window.popleft(), begun)
         while window:
             yield from self._apply(window.popleft(), begun)
-        self.updating = False
 
     def _written(self, place: int) -> Process:
         yield from self.staging[place]

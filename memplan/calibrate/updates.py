@@ -33,8 +33,6 @@ ON_THEIR_WAY = 2
 """Updates, and pieces of one direction, that are asked for ahead, so that their lane never waits."""
 FED = 4096, 1024
 """Tokens and width of the block whose kernels keep the GPU busy."""
-SMALL = 8, 16
-"""The same of a block that takes what it takes to issue."""
 FED_AHEAD = 8
 """Passes through it that may wait in the GPU's queue."""
 HOW = HOWS[OptimizerKind.ADAMW]
@@ -137,25 +135,6 @@ class Stream:
         return self._arrived_bytes
 
 
-class Calls:
-    """Forward and backward of modules that are too small to take time by themselves, again and again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._step = block_step(*SMALL, device.type, torch.float32)
-        self._breath = _breath(device)
-        self._count = 0
-
-    def pump(self) -> None:
-        """Once more."""
-        self._step()
-        self._breath()
-        self._count += 1
-
-    def so_far(self) -> int:
-        """How many there were."""
-        return self._count
-
-
 Pump = Callable[[], object]
 
 
@@ -214,9 +193,6 @@ def host_update(regions: Regions, device: torch.device, elements: int, seconds: 
             rates["links_beside_update"] = min(1.0, beside.count_per_second / link)
             what = f"{nanoseconds(slower)}, to the device {gigabytes(beside.count_per_second)} of {gigabytes(link)}"
             rows.append((precision.value, nanoseconds(one), nanoseconds(fed), what))
-            calls = Calls(device)
-            issued = timed(update.begin, [calls.pump], calls.so_far, seconds).count_per_second
-            rates["issue_beside_update"] = max(1.0, pumped([calls.pump], calls.so_far, seconds) / max(issued, 1.0))
     alone[Precision.AMP] = alone[Precision.FP32]
     return Part({**rates, "cpu_update_seconds": alone}, {"update on the host": tuple(rows)})
 
