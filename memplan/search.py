@@ -152,6 +152,7 @@ def _made_for(problem: Problem, candidate: Candidate, state_bytes: int) -> MadeF
         activation_bytes=family.gpu_peak_bytes(candidate.counts) - state_bytes,
         activation_upper_bytes=family.gpu_upper_bytes(candidate.counts) - state_bytes,
         checkpoint_bytes=family.activations.host_bytes,
+        batch_elements=problem.profile.sample_elements * way.micro_batch_size,
     )
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch.utils._pytree import tree_leaves
 
 from memplan.audit import UNAUDITED, check_plan
+from memplan.batches import LargerBatches, token_count
 from memplan.errors import MemplanError, RunDirectoryError, TrainingFailed
 from memplan.export import keep_config
 from memplan.first_values import Start, start_of
@@ -223,8 +223,11 @@ class _Run:
             ],
         )
         for message in warnings:
-            self.events.write("warning", step=self.step, message=message)
-            progress.say(f"warning: {message}")
+            self._warn(message, progress)
+
+    def _warn(self, message: str, progress: Progress) -> None:
+        self.events.write("warning", step=self.step, message=message)
+        progress.say(f"warning: {message}")
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -281,6 +284,7 @@ class _Run:
 
     def loop(self, stop: "_Stop", progress: Progress) -> None:
         """Step until the last step, the end of the data, or a wish to stop."""
+        larger = LargerBatches(self.plan)
         before, waited = self.engine.traffic_bytes(), _waited_seconds()
         while self.engine.global_step < self.options.last_step and not self.stopped:
             began = time.perf_counter()
@@ -288,6 +292,8 @@ class _Run:
             if len(micro_batches) < self.plan.gradient_accumulation_steps:
                 self.events.write("note", message="train_batches ended before the last step")
                 return
+            if (warning := larger.warning(micro_batches)) is not None:
+                self._warn(warning, progress)
             loss, self.stopped = together(self._step(micro_batches), stop.requested)
             self.losses.append(loss)
             seconds, moved = time.perf_counter() - began, self.engine.traffic_bytes()
@@ -359,13 +365,6 @@ class _Run:
 def _waited_seconds() -> float:
     """Inside of collectives so far."""
     return dog.waited_seconds() if (dog := watchdog.current()) is not None else 0.0
-
-
-def token_count(batch: Any) -> int:
-    """Tokens of a batch: the elements of its first tensor of integers, or else its samples."""
-    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor)]
-    integers = [t for t in tensors if not t.is_floating_point() and t.dim() > 1]
-    return integers[0].numel() if integers else len(tensors[0])
 
 
 @dataclass

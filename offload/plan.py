@@ -163,6 +163,8 @@ class MadeFor:
     """Of ``gpu_upper_bytes``."""
     checkpoint_bytes: int
     """Inputs of recomputed modules in host memory, of one rank."""
+    batch_elements: int = 0
+    """Of all tensors of a micro-batch; 0 where nobody knows."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ RULES = {
     },
     "prediction.made_for": {
         **dict.fromkeys(("micro_batch_size", "loss_chunks"), whole(1)),
-        **dict.fromkeys(("activation_bytes", "activation_upper_bytes", "checkpoint_bytes"), BYTES),
+        **dict.fromkeys(("activation_bytes", "activation_upper_bytes", "checkpoint_bytes", "batch_elements"), BYTES),
     },
 }
 """By the part of a plan that they are for."""

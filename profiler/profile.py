@@ -224,6 +224,8 @@ class ModelProfile:
     """Of one step on it, the optimizer included."""
     assumptions: tuple[str, ...] = ()
     """What was assumed where a value depends on data, one sentence each."""
+    sample_elements: int = 0
+    """Of all tensors of a batch, a sample; 0 where nobody knows."""
     again: Callable[[int | None, int | None], "ModelProfile"] | None = field(default=None, repr=False, compare=False)
     """Profiles the same model on another batch; only where the profile was made, never in a file."""
 

@@ -21,6 +21,7 @@ from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
 from profiler.timeline import timeline_of
 from profiler.trace import Forward, Trace, trace_step
+from profiler.trees import tensors_in
 from profiler.uncollected import uncollected
 
 Batches = dict[int, Callable[[], Any]]
@@ -128,6 +129,7 @@ class Study:
             precision=self.precision,
             optimizer=self.optimizer,
             batch_size=size,
+            sample_elements=-(-sum(t.numel() for t in tensors_in(batch)) // size),
             layers=layer_profiles(self.model, trace, parameters),
             parameters=parameters,
             buffer_bytes=trace.buffer_bytes,
