@@ -4,9 +4,9 @@ A profile knows a few points: batch sizes, all blocks recomputed or none, the lo
 sizes the line through them counts: at every moment of a step the bytes grow linearly with the samples, so the peak,
 being the largest of many lines, lies below the line through two of its points.
 
-Where the first blocks are recomputed, a moment outside of them has what it has without recompute, less what forward
-keeps for all of them. A moment inside of them has what it has where all are recomputed, or less: the blocks behind them
-are through. So the peak is the larger of these two, and neither is too low.
+Where the first blocks are recomputed, a moment outside of them has what it has without recompute, less what nobody but
+they keep for backward. A moment inside of them has what it has where all are recomputed, or less: the blocks behind
+them are through. So the peak is the larger of these two, and neither is too low.
 """
 
 from collections.abc import Sequence
@@ -58,22 +58,21 @@ def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations 
 
     A single point is an upper bound for smaller batches. Batches above the largest profiled one are not known.
     """
-    share = recompute_share(profile, way)
     known = [p for p in profile.activations if p.loss_chunks == way.loss_chunks]
     kept = [p for p in known if not p.recompute]
     again = [p for p in known if p.recompute and p.checkpoints_on_host == (way.checkpoints is Tier.HOST)]
-    ends = [(kept, 1 - share), (again, share)]
-    parts = [(_at_batch(points, way.micro_batch_size, device), weight) for points, weight in ends if weight]
-    if any(part is None for part, _ in parts):
+    all_of_them = 0 < way.recomputed_blocks == len(profile.blocks)
+    ends = ([] if all_of_them else [kept]) + ([again] if way.recomputed_blocks else [])
+    found = [end for points in ends if (end := _at_batch(points, way.micro_batch_size, device)) is not None]
+    if len(found) < len(ends):
         return None
-    found = [part for part, _ in parts if part is not None]
     first, last = found[0], found[-1]
-    saved = _saved_bytes(profile, way, first, last) if len(found) > 1 else 0.0
+    on_host = way.recomputed_blocks if way.checkpoints is Tier.HOST else 0
+    saved = _saved_bytes(way.recomputed_blocks, first, last, on_host=on_host > 0) if len(found) > 1 else 0.0
     peak = max(last.peak_bytes, first.peak_bytes - saved)
     names = dict.fromkeys(name for part in found for name in part.phase_bytes)
     phases = {name: max(last.phase_bytes.get(name, 0), first.phase_bytes.get(name, 0) - saved) for name in names}
     given = first.given_bytes if device == "cuda" else 0
-    on_host = way.recomputed_blocks if way.checkpoints is Tier.HOST else 0
     return Activations(
         round(peak),
         int(peak * ACTIVATION_MARGIN) + given + FIXED_MARGIN_BYTES[device],
@@ -82,39 +81,29 @@ def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations 
     )
 
 
-def _saved_bytes(profile: ModelProfile, way: Way, plain: "_End", again: "_End") -> float:
-    """What forward keeps less for backward with the first blocks recomputed, of what it keeps less with all of them.
+def _saved_bytes(count: int, plain: "_End", again: "_End", *, on_host: bool) -> float:
+    """What backward begins with less because the first so many blocks are recomputed.
 
-    A block saves what it would have kept, but for its input where that stays on the device. Of inputs that wait on the
-    host the newest one stays, until a block behind it runs again.
+    It is what nobody but they keep, but for inputs that are kept anew. Of those that wait on the host the newest is
+    still there. Whatever all blocks together do not free in truth is not counted on in any of them.
     """
-    count, on_host = way.recomputed_blocks, way.checkpoints is Tier.HOST
-    inputs = again.input_bytes or (0.0,) * len(profile.blocks)
-    kept = (size * way.micro_batch_size / profile.batch_size for size in _kept_bytes(profile))
-    each = [max(0.0, size - (0.0 if on_host else given)) for size, given in zip(kept, inputs, strict=True)]
-    newest = (inputs[count - 1], inputs[-1]) if on_host else (0.0, 0.0)
-    whole = plain.held_bytes - again.held_bytes + newest[1]
-    part = whole * _share(each, count)
-    # What several blocks keep is gone only with the last of them.
-    return (min(sum(each[:count]), part) if any(each) else part) - newest[0]
+
+    def saved(count: int) -> float:
+        newest = again.input_bytes[count - 1] - again.device_input_bytes[count - 1] if on_host else 0.0
+        return plain.freed_bytes[count - 1] - sum(again.device_input_bytes[:count]) - newest
+
+    everything = len(plain.freed_bytes)
+    return saved(count) - max(0.0, saved(everything) - (plain.held_bytes - again.held_bytes))
 
 
 def recompute_share(profile: ModelProfile, way: Way) -> float:
     """What the recomputed blocks would keep for backward, of what all blocks would."""
     if way.recomputed_blocks in (0, len(profile.blocks)):
         return float(way.recomputed_blocks > 0)
-    return _share(_kept_bytes(profile), way.recomputed_blocks)
-
-
-def _kept_bytes(profile: ModelProfile) -> list[int]:
-    """What each block keeps for backward in a batch of the profile."""
     kept = {layer.path: layer.activation_bytes for layer in profile.layers}
-    return [kept.get(block, 0) for block in profile.blocks]
-
-
-def _share(sizes: Sequence[float], count: int) -> float:
-    """Of all, the first so many; without figures they are taken as alike."""
-    return sum(sizes[:count]) / sum(sizes) if sum(sizes) else count / len(sizes)
+    saved = [kept.get(block, 0) for block in profile.blocks]
+    # Without figures, the blocks are taken as alike.
+    return sum(saved[: way.recomputed_blocks]) / sum(saved) if sum(saved) else way.recomputed_blocks / len(saved)
 
 
 def ways_of(profile: ModelProfile) -> list[tuple[int, Tier, int]]:
@@ -146,9 +135,9 @@ class _End:
     peak_bytes: int
     phase_bytes: dict[str, int]
     input_bytes: tuple[float, ...]
-    """By recomputed block."""
+    device_input_bytes: tuple[float, ...]
+    freed_bytes: tuple[float, ...]
     held_bytes: int
-    """When backward begins."""
     given_bytes: int
 
 
@@ -169,6 +158,9 @@ def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -
     phases = {name: between(below.phase_bytes.get(name, 0), size) for name, size in above.phase_bytes.items()}
     if device == "cpu":
         phases = {name: min(size, between(low, high)) for name, size in phases.items()}
-    inputs = tuple(between(*both) for both in zip(below.input_bytes, above.input_bytes, strict=True))
+    inputs, staying, freed = (
+        tuple(between(*both) for both in zip(getattr(below, name), getattr(above, name), strict=True))
+        for name in ("input_bytes", "device_input_bytes", "freed_bytes")
+    )
     held, given = between(below.held_bytes, above.held_bytes), between(below.given_bytes, above.given_bytes)
-    return _End(between(low, high), phases, inputs, held, given)
+    return _End(between(low, high), phases, inputs, staying, freed, held, given)

@@ -5,10 +5,11 @@ backward, one block ahead of its use. The last one stays.
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 
-from profiler.events import BACKWARD, FORWARD, Alloc, Event, Free, Op, Save
+from profiler.allocator import ALIGNMENT_BYTES, round_up
+from profiler.events import BACKWARD, FORWARD, LOSS, Alloc, Category, Event, Free, Op, Save
 
 
 def input_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ...]:
@@ -19,6 +20,38 @@ def input_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ..
         if isinstance(e, Save) and e.checkpoint:
             found[e.module] += sizes[e.id]
     return tuple(found[block] for block in blocks)
+
+
+def freed_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ...]:
+    """Of a step without recompute, what backward begins with less if the first block is recomputed, the first two, ...
+
+    That is all that nobody but these blocks keeps for backward; their inputs, which are kept anew, are not taken off.
+    """
+    place = {path: i for i, path in enumerate(blocks)}
+    made = {e.id: e for e in events if isinstance(e, Alloc) and e.phase in (FORWARD, LOSS)}
+    began = next((i for i, e in enumerate(events) if getattr(e, "phase", "") == BACKWARD), len(events))
+    ended = {e.id for e in events[began:] if isinstance(e, Free)}
+    last: dict[int, int] = {}
+    for e in events:
+        if isinstance(e, Save) and e.id in ended and e.id in made and made[e.id].category is Category.ACTIVATION:
+            last[e.id] = max(last.get(e.id, 0), _block_of(e.module, place))
+    found = [0] * (len(blocks) + 1)
+    for storage, index in last.items():
+        found[index] += round_up(made[storage].bytes, ALIGNMENT_BYTES)
+    return tuple(accumulate(found[:-1]))
+
+
+def _block_of(path: str, place: Mapping[str, int]) -> int:
+    """The number of the block in which a module is; as many as there are for one that is in none."""
+    while path and path not in place:
+        path = path.rpartition(".")[0]
+    return place.get(path, len(place))
+
+
+def staying_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ...]:
+    """Of the inputs that wait on the host, what something else keeps on the device, too."""
+    keepers = Counter(e.id for e in events if isinstance(e, Save))
+    return input_bytes([e for e in events if not isinstance(e, Save) or keepers[e.id] > 1], blocks)
 
 
 def checkpoints_on_host(events: Sequence[Event]) -> list[Event] | None:

@@ -109,12 +109,16 @@ class ActivationPoint:
     """Pieces in which a causal language model's head and loss are computed; 1: whole."""
     input_bytes: tuple[int, ...] = ()
     """Of the inputs that each recomputed block keeps, in the order of the blocks."""
+    device_input_bytes: tuple[int, ...] = ()
+    """Of these, what is on the device while the others wait on the host."""
     checkpoints_on_host: bool = False
     """Whether they wait there: two at most are then on the device, the one in use and one on its way."""
     phase_bytes: dict[str, int] = field(default_factory=dict)
     """``allocated_bytes`` by phase: the most in forward, loss and backward."""
     held_bytes: int = 0
     """When backward begins: what forward has kept for it."""
+    freed_bytes: tuple[int, ...] = ()
+    """Of these, what only the first block keeps, only the first two, and so on; where none is recomputed."""
     given_bytes: int = 0
     """Of a batch that was cast for the model, as it was given: whoever keeps it on the device holds it twice."""
     modules: tuple[ModuleSeconds, ...] = ()
@@ -332,14 +336,30 @@ class ModelProfile:
         own["peaks"], own["first_peaks"] = PhasePeaks(**data["peaks"]), PhasePeaks(**data["first_peaks"])
         own["blocks"], own["assumptions"] = tuple(data["blocks"]), tuple(data["assumptions"])
         read = cls(**own)
-        if said := mistyped(read, cls, ""):
+        if said := mistyped(read, cls, "") or _incomplete(read):
             raise ValueError(said)
         return read
 
 
+def _incomplete(profile: ModelProfile) -> str | None:
+    """What is wrong with the lists by block, which are as long as there are blocks, or empty."""
+    for i, point in enumerate(profile.activations):
+        wanted = {
+            "input_bytes": point.recompute,
+            "device_input_bytes": point.recompute,
+            "freed_bytes": not point.recompute,
+        }
+        for name, there in wanted.items():
+            listed, count = getattr(point, name), len(profile.blocks) if there else 0
+            if len(listed) != count or any(size < 0 for size in listed):
+                return f"activations[{i}].{name} has {len(listed)} entries; they must be {count}, from 0 on"
+    return None
+
+
 def _point(row: dict[str, Any]) -> ActivationPoint:
+    listed = {name: tuple(row[name]) for name in ("input_bytes", "device_input_bytes", "freed_bytes")}
     modules = tuple(ModuleSeconds(**m) for m in row["modules"])
-    return ActivationPoint(**{**row, "modules": modules, "input_bytes": tuple(row["input_bytes"])})
+    return ActivationPoint(**{**row, **listed, "modules": modules})
 
 
 _DERIVED = frozenset({"schema", "totals", "uncounted_ops"})

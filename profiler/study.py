@@ -9,7 +9,7 @@ from torch import nn
 
 from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
-from profiler.checkpoints import checkpoints_on_host, input_bytes
+from profiler.checkpoints import checkpoints_on_host, freed_bytes, input_bytes, staying_bytes
 from profiler.errors import ProfileError, ProfilerError
 from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
 from profiler.gradients_taken import gradients_taken
@@ -153,6 +153,7 @@ class Study:
         taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
         loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
         _, peaks = replay(loop, CachingAllocator(), leave_out=ENGINES_STATE)
+        inputs = input_bytes(trace.events, self.blocks) if case.recompute else ()
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
@@ -161,9 +162,11 @@ class Study:
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
             on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,
-            input_bytes=input_bytes(trace.events, self.blocks) if case.recompute else (),
+            input_bytes=inputs,
+            device_input_bytes=inputs,
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
             held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
+            freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
             given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )
@@ -174,7 +177,8 @@ class Study:
         if events is None:
             return None
         moved = replace(trace, events=tuple(events))
-        return replace(self._point(case, moved), checkpoints_on_host=True)
+        staying = staying_bytes(trace.events, self.blocks)
+        return replace(self._point(case, moved), checkpoints_on_host=True, device_input_bytes=staying)
 
     def _further_traces(self, batches: Batches, known: Traced) -> tuple[Traced, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""

@@ -108,6 +108,8 @@ def _trace(
         step = _Step(model, stack, recorder, folding, blocks, cast)
         scope.enter_context(cuda_semantics(recorder.report))
         inputs = fake_batch(mode, batch, cast)
+        pairs = zip(tensors_in(batch), tensors_in(inputs), strict=True)  # the model may take some out of it
+        given_bytes = sum(given.nbytes for given, held in pairs if given.dtype != held.dtype)
         recorder.values.tell(inputs, batch)
         step.register(inputs)
         scope.enter_context(step.observed(recompute))
@@ -117,8 +119,7 @@ def _trace(
         scope.enter_context(mode)
         scope.enter_context(recorder)
         step.run(forward, inputs, _autocast(precision))
-        pairs = zip(tensors_in(batch), tensors_in(inputs), strict=True)
-        return replace(step.result(), given_bytes=sum(g.nbytes for g, held in pairs if g.dtype != held.dtype))
+        return replace(step.result(), given_bytes=given_bytes)
 
 
 class _Step:

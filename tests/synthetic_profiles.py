@@ -70,7 +70,8 @@ def profile_of(
         for r in (False, True) if recompute else (False,):
             allocated, reserved = ((activation // n + activation * b) // (3 if r else 1) for n in (4, 3))
             flop = flops * b * (4 if r else 3) // 3
-            points.append(ActivationPoint(b, r, allocated, reserved, flop, max(0, allocated - workspace_bytes)))
+            point = ActivationPoint(b, r, allocated, reserved, flop, max(0, allocated - workspace_bytes))
+            points.append(with_blocks(point, len(blocks), (activation // 4 + activation * b) * 2 // 3))
     return ModelProfile(
         model="Synthetic",
         precision=precision,
@@ -84,6 +85,16 @@ def profile_of(
         activations=tuple(points),
         blocks=tuple(blocks),
     )
+
+
+def with_blocks(point: ActivationPoint, blocks: int, freed: int, inputs: int = 0, *, away: bool = False):
+    """The point with what equal blocks free together, and with inputs of ``inputs`` bytes each that they keep anew."""
+    if point.recompute:
+        given = (inputs,) * blocks
+        staying = (0,) * blocks if away else given
+        return replace(point, input_bytes=given, device_input_bytes=staying, checkpoints_on_host=away)
+    each = tuple(freed * (i + 1) // blocks for i in range(blocks))
+    return replace(point, held_bytes=point.allocated_bytes, freed_bytes=each)
 
 
 def transformer(

@@ -114,7 +114,10 @@ def test_what_fits_is_decided_by_more_than_what_is_expected():
 def test_recompute_of_some_blocks_lies_between_all_and_none():
     # Each of four blocks keeps 200 for backward, and one that is recomputed has that again for a moment.
     points = (ActivationPoint(4, False, 900, 900, 1, 900), ActivationPoint(4, True, 300, 300, 1, 300))
-    points = tuple(replace(p, held_bytes=held) for p, held in zip(points, (850, 50), strict=True))
+    points = (
+        replace(points[0], held_bytes=850, freed_bytes=(200, 400, 600, 800)),
+        replace(points[1], held_bytes=50, input_bytes=(0,) * 4, device_input_bytes=(0,) * 4),
+    )
     profile = replace(transformer(4), activations=points)
     held = [activations_of(profile, Way(4, n), "cuda").peak_bytes for n in range(5)]
     assert held == [900, 700, 500, 300, 300]

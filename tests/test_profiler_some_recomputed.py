@@ -59,6 +59,55 @@ def gpt() -> Training:
     return GPT(layers=6), (torch.zeros(ROWS // 16, 16, dtype=torch.int64),)
 
 
+class Pyramid(nn.Module):
+    """Blocks that end in what the next one keeps too, the first of which may shrink what it is given."""
+
+    def __init__(self, blocks: int, pool: int, *, residual: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Relu(32, pool if i == 0 else 1, residual=residual) for i in range(blocks))
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(x.requires_grad_())
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).square().mean() + labels.sum()
+
+
+class Relu(nn.Module):
+    """Without residual its output is all that it keeps of itself."""
+
+    def __init__(self, size: int, pool: int, *, residual: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(size, size), nn.Linear(size, size)
+        self.pool, self.residual = pool, residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unflatten(0, (-1, self.pool)).mean(1) if self.pool > 1 else x
+        y = self.two(functional.relu(self.one(x)))
+        return functional.relu(x + y if self.residual else y)
+
+
+class Skips(nn.Module):
+    """The second half of the blocks is given what came out of the first half, through a gate that keeps it."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Wide(32, 128) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        kept = []
+        for i, block in enumerate(self.blocks):
+            x = block(x * kept.pop().sigmoid() if i >= len(self.blocks) / 2 and kept else x)
+            if i < len(self.blocks) // 2:
+                kept.append(x)
+        return x.square().mean() + labels.sum()
+
+
+def rows(model: nn.Module) -> Training:
+    return model, (torch.zeros(ROWS, 32), torch.zeros(ROWS))
+
+
 MODELS = {
     "equal blocks": lambda: stages(*[256] * 6, classes=10),
     "equal blocks and a large head": lambda: stages(*[256] * 6, classes=4000),
@@ -66,6 +115,10 @@ MODELS = {
     "larger at the start": lambda: stages(512, 512, 128, 128, 64, 64, classes=10),
     "larger in the middle": lambda: stages(64, 512, 512, 64, 64, classes=100),
     "a language model": gpt,
+    "blocks that end in what the next one keeps": lambda: rows(Pyramid(6, 1, residual=True)),
+    "the same without residuals": lambda: rows(Pyramid(6, 1, residual=False)),
+    "a first block that keeps less than its input": lambda: rows(Pyramid(6, 8, residual=True)),
+    "skips through a gate": lambda: rows(Skips(8)),
 }
 
 
