@@ -22,7 +22,7 @@ def least_seconds(work: StepWork, counts: Counts) -> Times:
     # Beside weights that stream an update is slower.
     streaming = np.asarray(counts.parameters) > 0
     lanes["cpu_update"] = lanes["cpu_update"] * np.where(streaming, work.rates.cpu_update_beside_links, 1.0)
-    columns = work.by_unit.sum(axis=0) + work.passes.rest
+    columns = _columns(work)
     kernels = work.micro_batches * float(columns[FORWARD] + columns[BACKWARD])
     issue = work.micro_batches * float(columns[FORWARD_ISSUE] + columns[BACKWARD_ISSUE])
     beside = float(columns[FORWARD]) + work.gpu_update_seconds
@@ -50,7 +50,7 @@ def cpu_step_seconds(work: StepWork, counts: Counts) -> Times:
 def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
     """Busy seconds of every lane where the CPU computes. It updates every unit itself, wherever its state lives."""
     lanes = _lanes(work, counts)
-    columns = work.by_unit.sum(axis=0) + work.passes.rest
+    columns = _columns(work)
     compute = work.micro_batches * float(columns.sum())
     updated = float(sum(work.state_elements)) * work.nvme_update_seconds  # nobody shares it
     return {
@@ -58,6 +58,11 @@ def cpu_lanes(work: StepWork, counts: Counts) -> dict[str, Times]:
         "cpu_update": np.full_like(lanes["nvme"], updated),
         "compute": np.full_like(lanes["nvme"], compute),
     }
+
+
+def _columns(work: StepWork) -> np.ndarray:
+    """Of one micro-batch. The root unit does nothing by itself: what is outside of all units is the rest."""
+    return work.by_unit[work.order].sum(axis=0) + work.passes.rest
 
 
 def _lanes(work: StepWork, counts: Counts) -> dict[str, Times]:

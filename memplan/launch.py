@@ -75,7 +75,8 @@ class Place:
             tasks = _tasks_here(environment)
             place = cls(**_numbers(environment, names), local_world=tasks, master=master, port=port)
             even = re.fullmatch(r"\d+\(x\d+\)", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-            if even and tasks and place.rank % tasks != place.local_rank:
+            round_robin = environment.get("SLURM_DISTRIBUTION", "").startswith("cyclic") and 1 < tasks < place.world
+            if round_robin or (even and tasks and place.rank % tasks != place.local_rank):
                 raise LaunchError(
                     f"Slurm's task {place.rank} is number {place.local_rank} of the {tasks} of its node; tasks of a "
                     "node must follow one another, for shards stay within it: srun --distribution=block"

@@ -144,11 +144,11 @@ class Problem:
         )
 
     def _input_bytes(self, way: Way) -> tuple[int, ...]:
-        """By unit, of what its recomputed blocks keep on the host; of blocks that hold several units nobody waits."""
+        """By unit, of what its recomputed blocks keep on the host; those that are no unit count for the root."""
         paths, found = frozenset(s.name for s in self.shapes), Counter[str]()
         for block, size in zip(self.profile.blocks, self.activations(way).input_bytes, strict=False):
             found[owner((f"{block}.",), paths)] += size
-        return tuple(found[s.name] if s.name else 0 for s in self.shapes)
+        return tuple(found[s.name] for s in self.shapes)
 
     def _trained(self) -> tuple[int, ...]:
         """Number of trainable parameters of each unit."""

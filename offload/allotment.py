@@ -4,7 +4,8 @@ Pure. State that came ahead is updated the moment the clip factor is known, so t
 forward as a whole as far as slots for that reach, and forward begins with them while the host is at work on later ones.
 What is left of the device's share is cut from the ends of all other units, for there both engines must keep up with
 forward; where that would be less than a piece of each, from the end of every second or third, or as many as it takes.
-Then, where nothing comes ahead, it begins with the first: some of its pieces are there when the clip factor is known.
+Then, where nothing comes ahead, it begins with the first that holds a piece: that is there when the clip factor is
+known.
 """
 
 from collections.abc import Iterable, Sequence
@@ -81,10 +82,14 @@ def allot(
     others = [u for u in units if u.name not in edges]
     left = float(max(0, wanted))
     part_of_rest, due = left / max(sum(u.elements for u in others), 1), 0.0
-    if left and late is None and not taken and part_of_rest * others[0].elements < piece_elements:
-        due = (1 - part_of_rest) * others[0].elements
+    begins = None
+    if late is None and not taken:
+        whole = min(piece_elements, max((u.elements for u in others), default=0))
+        begins = next((u for u in others if u.elements >= whole > part_of_rest * u.elements), None)
     for unit in others:
         due += part_of_rest * unit.elements
+        if unit is begins:
+            due += (1 - part_of_rest) * unit.elements
         part = min(due, unit.elements, left)
         edge = aligned(round(unit.elements - part), ALIGN_ELEMENTS)
         if unit.elements - edge >= min(piece_elements, max(unit.elements, 1)):

@@ -96,6 +96,8 @@ class StreamedUpdate:
         """Of the slots for pieces that come when there is room."""
         self._allotment: Allotment | None = None
         self._last: Done | None = None
+        self._let_pass: Done | None = None
+        """Until the last weights have gone home their lane takes nothing else."""
         self._going_home: list[Done] = []
         """[Note: elements that change hands]"""
         self._left: dict[str, list[Done]] = {}
@@ -232,7 +234,7 @@ class StreamedUpdate:
 
     def settled(self) -> list[Done]:
         """When everything that has begun is back on the host."""
-        last = [self._last] if self._last is not None else []
+        last = [done for done in (self._last, self._let_pass) if done is not None]
         return [*last, *(slot.left for slot in self._slots)]
 
     def _run(
@@ -301,7 +303,7 @@ class StreamedUpdate:
             assert state.host_weights is not None
             mirror = state.host_weights[piece.start : piece.stop]
             visit.home = self._home.copy(mirror, visit.weights, after=[visit.updated])
-            self._home.submit(lambda: be_patient(self._device))
+            self._let_pass = self._home.submit(lambda: be_patient(self._device))
         if visit.last:
             visit.update.promise.follow(visit.home)
 
@@ -318,10 +320,9 @@ class StreamedUpdate:
         def leave() -> None:
             for target, source in pairs:
                 self._leaving.move(target, source)
+            be_patient(self._device)
 
-        left = self._leaving.submit(leave, after)
-        self._leaving.submit(lambda: be_patient(self._device))
-        visit.left.follow_all([visit.home, left])
+        visit.left.follow_all([visit.home, self._leaving.submit(leave, after)])
 
     # Copies
 

@@ -68,5 +68,9 @@ def test_the_first_units_are_whole_on_the_device_and_the_others_share_what_is_le
 def test_the_device_begins_where_it_takes_every_other_unit():
     units = [Reach(name, 6400) for name in "abcd"]
     assert allot(units, 0.5, 6400, UPDATE_RING).edges == {"a": 0, "c": 0}
+    root = Reach("", 64)
+    assert allot([root, *units], 0.5, 6400, UPDATE_RING).edges == {"a": 0, "c": 0}
+    smaller = allot([root, *units], 0.5, 8000, UPDATE_RING)
+    assert smaller.edges == {"a": 0, "c": 0}, "units that are less than a piece"
     late = allot(units, 0.5, 6400, UPDATE_RING, late=[])
     assert late.edges == {"b": 0, "d": 0}

@@ -94,6 +94,10 @@ def test_slurm_tasks_that_go_round_the_nodes_are_refused() -> None:
     assert Place.here(block).local_world == 4  # task 5 is number 1 of the second node
     with pytest.raises(LaunchError, match=r"task 5 is number 2 of the 4 .*--distribution=block"):
         Place.here({**block, "SLURM_LOCALID": "2"})
+    first = {**block, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    assert Place.here({**first, "SLURM_DISTRIBUTION": "block"}).speaks
+    with pytest.raises(LaunchError, match=r"task 0 is number 0 of the 4 .*--distribution=block"):
+        Place.here({**first, "SLURM_DISTRIBUTION": "cyclic:cyclic"})
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
