@@ -2,7 +2,8 @@
 
 A profile knows a few points: batch sizes, all blocks recomputed or none, the loss whole or in chunks. Between two batch
 sizes the line through them counts: at every moment of a step the bytes grow linearly with the samples, so the peak,
-being the largest of many lines, lies below the line through two of its points.
+being the largest of many lines, lies below the line through two of its points. Only what kernels hold for a moment
+grows otherwise, as buffers in which gradients of biases are summed: the upper bound has room for the difference.
 
 Where the first blocks are recomputed, a moment outside of them has what it has without recompute, less what nobody but
 they keep for backward. A moment inside of them has what it has where all are recomputed, or less: the blocks behind
@@ -72,10 +73,10 @@ def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations 
     peak = max(last.peak_bytes, first.peak_bytes - saved)
     names = dict.fromkeys(name for part in found for name in part.phase_bytes)
     phases = {name: max(last.phase_bytes.get(name, 0), first.phase_bytes.get(name, 0) - saved) for name in names}
-    given = first.given_bytes if device == "cuda" else 0
+    beside = first.given_bytes + max(end.bend_bytes for end in found) if device == "cuda" else 0
     return Activations(
         round(peak),
-        int(peak * ACTIVATION_MARGIN) + given + FIXED_MARGIN_BYTES[device],
+        int(peak * ACTIVATION_MARGIN) + beside + FIXED_MARGIN_BYTES[device],
         {name: round(size) for name, size in phases.items()},
         tuple(map(round, last.input_bytes[:on_host])),
     )
@@ -139,6 +140,8 @@ class _End:
     freed_bytes: tuple[float, ...]
     held_bytes: int
     given_bytes: int
+    bend_bytes: int
+    """By how much the peak may lie above the line between two batch sizes."""
 
 
 def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -> _End | None:
@@ -163,4 +166,6 @@ def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -
         for name in ("input_bytes", "device_input_bytes", "freed_bytes")
     )
     held, given = between(below.held_bytes, above.held_bytes), between(below.given_bytes, above.given_bytes)
-    return _End(between(low, high), phases, inputs, staying, freed, held, given)
+    # What a kernel holds for a moment may be all that it ever takes already.
+    bend = -(-(above.scratch_bytes - below.scratch_bytes) * (above.batch_size - batch_size) // span) if span else 0
+    return _End(between(low, high), phases, inputs, staying, freed, held, given, max(0, bend))

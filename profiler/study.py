@@ -11,7 +11,7 @@ from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.checkpoints import checkpoints_on_host, freed_bytes, input_bytes, staying_bytes
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Alloc, Call, Category, Op
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
@@ -167,6 +167,9 @@ class Study:
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
             held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
             freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
+            scratch_bytes=max(
+                (e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.SCRATCH), default=0
+            ),
             given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )

@@ -250,6 +250,9 @@ class _Step:
         kwargs = {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
         given = (t for t in args if isinstance(t, torch.Tensor) and t.requires_grad)
         self.inputs = frozenset(s._cdata for t in given if (s := t.untyped_storage()).nbytes() == t.nbytes)
+        # What is not among the arguments themselves is kept, too, by the call that is to be repeated.
+        for tensor in tensors_in((kwargs, [a for a in args if not isinstance(a, torch.Tensor)])):
+            self.recorder.events.append(Save(self.recorder.watch(tensor, Category.ACTIVATION, path), path))
 
         def run(*args: Any, **kwargs: Any) -> Any:
             self.stack.push(path)

@@ -40,6 +40,8 @@ SHARED_RATES = replace(
     host_to_device=Curve.flat(2e7),
 )
 """With which the GPU takes a share of the update of state on the host."""
+CALLING_RATES = replace(RATES, call_seconds=1e-3)
+"""With a CPU that takes time to issue what the GPU does."""
 
 PEAKS = PhasePeaks(0, None, 0, None, 0, 0, 0)
 
@@ -63,15 +65,25 @@ def profile_of(
     flops: int = 3_000_000,
     recompute: bool = True,
     workspace_bytes: int = 0,
+    inputs: float = 0.0,
 ) -> ModelProfile:
-    """Activations of ``activation`` bytes a sample and a fixed quarter of that; recompute keeps a third."""
+    """Activations of ``activation`` bytes a sample and a fixed quarter of that; recompute keeps a third.
+
+    ``inputs`` is the share of a sample's that are inputs of blocks; these can wait on the host.
+    """
     points = []
     for b in (1, batch_size):
+        given = int(inputs * activation * b) // max(1, len(blocks))
         for r in (False, True) if recompute else (False,):
             allocated, reserved = ((activation // n + activation * b) // (3 if r else 1) for n in (4, 3))
             flop = flops * b * (4 if r else 3) // 3
             point = ActivationPoint(b, r, allocated, reserved, flop, max(0, allocated - workspace_bytes))
-            points.append(with_blocks(point, len(blocks), (activation // 4 + activation * b) * 2 // 3))
+            freed = (activation // 4 + activation * b) * 2 // 3 + given * len(blocks)
+            points.append(with_blocks(point, len(blocks), freed, given))
+            if r and given:
+                less = allocated - given * (len(blocks) - 1)
+                point = replace(point, allocated_bytes=less, on_cpu_bytes=max(0, less - workspace_bytes))
+                points.append(with_blocks(point, len(blocks), freed, given, away=True))
     return ModelProfile(
         model="Synthetic",
         precision=precision,
@@ -92,7 +104,9 @@ def with_blocks(point: ActivationPoint, blocks: int, freed: int, inputs: int = 0
     if point.recompute:
         given = (inputs,) * blocks
         staying = (0,) * blocks if away else given
-        return replace(point, input_bytes=given, device_input_bytes=staying, checkpoints_on_host=away)
+        held = point.allocated_bytes
+        known = replace(point, input_bytes=given, device_input_bytes=staying, held_bytes=held)
+        return replace(known, checkpoints_on_host=away)
     each = tuple(freed * (i + 1) // blocks for i in range(blocks))
     return replace(point, held_bytes=point.allocated_bytes, freed_bytes=each)
 
@@ -143,6 +157,7 @@ def transformers(draw: st.DrawFn, most_blocks: int = 6) -> ModelProfile:
         flops=draw(st.integers(1, 10**9)),
         recompute=draw(st.booleans()),
         workspace_bytes=draw(st.integers(0, 10_000)),
+        inputs=draw(st.sampled_from([0.0, 0.1, 0.3])),
     )
 
 

@@ -19,7 +19,7 @@ from memplan.sizes import parse_bytes
 from memplan.units import units_of
 from offload.plan import Buckets, MomentFormat, OptimizerKind, Plan, Precision, StateFormat, Target, Tier
 from offload.residency import footprint, streamed_slot_bytes
-from tests.synthetic_profiles import RATES, SHARED_RATES, cases, machine_of, transformer
+from tests.synthetic_profiles import CALLING_RATES, RATES, SHARED_RATES, cases, machine_of, transformer
 
 SLOW = settings(deadline=None, max_examples=60)
 
@@ -71,7 +71,7 @@ def brute_force(profile, machine, batch_size, rates):
 @given(
     st.sampled_from([1, 1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=3)),
     st.sampled_from([2, 4, 6]),
-    st.sampled_from([RATES, SHARED_RATES]),
+    st.sampled_from([RATES, SHARED_RATES, CALLING_RATES]),
 )
 @settings(deadline=None, max_examples=30)
 def test_the_search_finds_what_brute_force_finds(case, batch_size, rates):
@@ -89,7 +89,7 @@ def test_the_search_finds_what_brute_force_finds(case, batch_size, rates):
     st.sampled_from([1, 2]).flatmap(lambda gpus: cases(gpus, most_blocks=4)),
     st.sampled_from(PREFETCH_DEPTHS),
     st.sampled_from([2, 4, 6]),
-    st.sampled_from([RATES, SHARED_RATES]),
+    st.sampled_from([RATES, SHARED_RATES, CALLING_RATES]),
     st.data(),
 )
 @settings(deadline=None, max_examples=80)
@@ -125,7 +125,8 @@ def test_a_plan_fits_its_budget_and_passes_the_audit(case, batch_size, optimizer
     shapes = units_of(profile)
     held = footprint(shapes, found.placements, found.buckets, found.state_format, found.gpu_update_share)
     assert held.gpu_bytes <= found.prediction.gpu_peak_bytes <= found.prediction.gpu_upper_bytes <= machine.gpu_bytes
-    assert held.host_bytes == found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
+    host = held.host_bytes + found.prediction.made_for.checkpoint_bytes
+    assert host == found.prediction.host_bytes <= found.prediction.host_upper_bytes <= machine.host_bytes
     assert held.nvme_bytes == found.prediction.nvme_bytes <= machine.nvme_bytes
     assert found.micro_batch_size * found.gradient_accumulation_steps == batch_size
     assert audit(found, shapes) == []

@@ -1,6 +1,8 @@
 """The first blocks recomputed and the others not: the peak by the rule beside that of a trace of just that."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -149,3 +151,30 @@ def test_the_peak_with_some_blocks_recomputed_is_never_too_low_and_close(name: s
         assert found is not None
         expected = traced_peak(model, batch, profile.blocks[:count], on_host=tier is Tier.HOST)
         assert expected * 0.999 <= found.peak_bytes <= expected * 1.09, (count, expected)
+
+
+class FirstToAll(nn.Module):
+    """All blocks are given what the first one is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Linear(32, 32), nn.ModuleList(Wide(32, 128) for _ in range(6))
+        for block in self.blocks:
+            block.forward = partial(_beside, block.forward)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        first = x = self.stem(x)
+        for block in self.blocks:
+            x = block(x, beside=first)
+        return x.square().mean() + labels.sum()
+
+
+def _beside(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, beside: torch.Tensor) -> torch.Tensor:
+    return forward(x + beside)
+
+
+def test_an_input_that_other_blocks_are_given_too_does_not_leave_the_device() -> None:
+    profile = profile_model(*rows(FirstToAll()), precision="bf16")
+    (point,) = (p for p in profile.activations if p.checkpoints_on_host and p.batch_size == ROWS)
+    assert point.device_input_bytes[0] == point.input_bytes[0] > 0
+    assert not any(point.device_input_bytes[1:])
