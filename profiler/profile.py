@@ -120,7 +120,9 @@ class ActivationPoint:
     freed_bytes: tuple[int, ...] = ()
     """Of these, what only the first block keeps, only the first two, and so on; where none is recomputed."""
     scratch_bytes: int = 0
-    """The most that a kernel holds for a moment. It does not grow with the batch as all else does."""
+    """The most that kernels hold for a moment. It does not grow with the batch as all else does."""
+    beside_scratch_bytes: int = 0
+    """The most that all else holds at such moments."""
     given_bytes: int = 0
     """Of a batch that was cast for the model, as it was given: whoever keeps it on the device holds it twice."""
     modules: tuple[ModuleSeconds, ...] = ()

@@ -86,6 +86,27 @@ def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
     return sum(sizes.values())
 
 
+def scratch_bytes(loop: Loop, leave_out: Collection[Category]) -> tuple[int, int]:
+    """The most that kernels hold for a moment, and the most that all else holds at such moments, of a steady step."""
+    sizes: dict[int, int] = {}
+    scratch: set[int] = set()
+    held = most = beside = 0
+    for number, part in enumerate((loop.setup, loop.first, loop.steady)):
+        for event in part:
+            if isinstance(event, Free):
+                held -= sizes.pop(event.id, 0) * (event.id not in scratch)
+                scratch.discard(event.id)
+            elif event.category not in leave_out:
+                sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
+                if event.category is Category.SCRATCH:
+                    scratch.add(event.id)
+                    if number == 2:
+                        most, beside = max(most, sum(map(sizes.__getitem__, scratch))), max(beside, held)
+                else:
+                    held += sizes[event.id]
+    return most, beside
+
+
 def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[Category]) -> dict[str, int]:
     peaks: dict[str, int] = {}
     phase = ""

@@ -11,11 +11,11 @@ from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.checkpoints import checkpoints_on_host, freed_bytes, input_bytes, staying_bytes
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Alloc, Call, Category, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, training_loop
+from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, scratch_bytes, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
@@ -154,6 +154,7 @@ class Study:
         loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
         _, peaks = replay(loop, CachingAllocator(), leave_out=ENGINES_STATE)
         inputs = input_bytes(trace.events, self.blocks) if case.recompute else ()
+        scratch, beside = scratch_bytes(loop, leave_out=ENGINES_STATE)
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
@@ -167,9 +168,8 @@ class Study:
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
             held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
             freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
-            scratch_bytes=max(
-                (e.bytes for e in trace.events if isinstance(e, Alloc) and e.category is Category.SCRATCH), default=0
-            ),
+            scratch_bytes=scratch,
+            beside_scratch_bytes=beside,
             given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )
