@@ -2,6 +2,7 @@
 
 import re
 import time
+from multiprocessing.synchronize import Barrier
 
 import pytest
 import torch.distributed as dist
@@ -48,8 +49,9 @@ def test_a_rank_that_never_comes_to_the_first_meeting_is_named(capfd: pytest.Cap
     assert re.search(r"memplan: rank 1 .*has not entered 'making the groups' .*rank 0 waits", capfd.readouterr().err)
 
 
-def join(rank: int, port: int) -> None:
+def join(rank: int, port: int, started: Barrier) -> None:
     launch.LATE_SECONDS = 1.0
+    started.wait()  # a process may take longer than that to start
     if rank == 1:
         time.sleep(6)
     with launch.joined(launch.Place(rank, 3, rank, 3, port=port)):
@@ -67,7 +69,8 @@ def test_the_first_rank_says_once_whom_it_waits_for(hosted: bool, capfd: pytest.
         for name, text in environment.items():
             patch.setenv(name, text)
         context = mp.get_context("spawn")
-        processes = [context.Process(target=join, args=(rank, port)) for rank in range(3)]
+        started = context.Barrier(3)
+        processes = [context.Process(target=join, args=(rank, port, started)) for rank in range(3)]
         for process in processes:
             process.start()
         for process in processes:
