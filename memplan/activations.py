@@ -69,32 +69,32 @@ def activations_of(profile: ModelProfile, way: Way, device: str) -> Activations 
         return None
     first, last = found[0], found[-1]
     on_host = way.recomputed_blocks if way.checkpoints is Tier.HOST else 0
-    saved = _saved_bytes(way.recomputed_blocks, first, last, on_host=on_host > 0) if len(found) > 1 else 0.0
+    saved = _saved_bytes(way.recomputed_blocks, first, last, on_host=on_host > 0) if len(found) > 1 else 0
     peak = max(last.peak_bytes, first.peak_bytes - saved)
     names = dict.fromkeys(name for part in found for name in part.phase_bytes)
     phases = {name: max(last.phase_bytes.get(name, 0), first.phase_bytes.get(name, 0) - saved) for name in names}
     beside = first.given_bytes + max(end.bend_bytes for end in found) if device == "cuda" else 0
     return Activations(
-        round(peak),
+        peak,
         int(peak * ACTIVATION_MARGIN) + beside + FIXED_MARGIN_BYTES[device],
-        {name: round(size) for name, size in phases.items()},
-        tuple(map(round, last.input_bytes[:on_host])),
+        phases,
+        last.input_bytes[:on_host],
     )
 
 
-def _saved_bytes(count: int, plain: "_End", again: "_End", *, on_host: bool) -> float:
+def _saved_bytes(count: int, plain: "_End", again: "_End", *, on_host: bool) -> int:
     """What backward begins with less because the first so many blocks are recomputed.
 
     It is what nobody but they keep, but for inputs that are kept anew. Of those that wait on the host the newest is
     still there. Whatever all blocks together do not free in truth is not counted on in any of them.
     """
 
-    def saved(count: int) -> float:
-        newest = again.input_bytes[count - 1] - again.device_input_bytes[count - 1] if on_host else 0.0
+    def saved(count: int) -> int:
+        newest = again.input_bytes[count - 1] - again.device_input_bytes[count - 1] if on_host else 0
         return plain.freed_bytes[count - 1] - sum(again.device_input_bytes[:count]) - newest
 
     everything = len(plain.freed_bytes)
-    return saved(count) - max(0.0, saved(everything) - (plain.held_bytes - again.held_bytes))
+    return saved(count) - max(0, saved(everything) - (plain.held_bytes - again.held_bytes))
 
 
 def recompute_share(profile: ModelProfile, way: Way) -> float:
@@ -135,9 +135,9 @@ class _End:
 
     peak_bytes: int
     phase_bytes: dict[str, int]
-    input_bytes: tuple[float, ...]
-    device_input_bytes: tuple[float, ...]
-    freed_bytes: tuple[float, ...]
+    input_bytes: tuple[int, ...]
+    device_input_bytes: tuple[int, ...]
+    freed_bytes: tuple[int, ...]
     held_bytes: int
     given_bytes: int
     bend_bytes: int

@@ -180,7 +180,7 @@ class Prediction:
     """Of one node's disk."""
     step_seconds: float | None
     bottleneck: str | None
-    """The lane that bounds the step: compute, host_to_device, device_to_host, nvme, cpu_update or collective."""
+    """The lane that bounds the step, of ``memplan.spans.LANES``."""
     lane_seconds: dict[str, float] = field(default_factory=dict)
     """Busy seconds of every lane in one optimizer step."""
     gpu_upper_bytes: int = 0

@@ -5,7 +5,7 @@ backward, one block ahead of its use. The last one stays.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from itertools import accumulate, pairwise
 
 from profiler.allocator import ALIGNMENT_BYTES, round_up
@@ -27,25 +27,25 @@ def freed_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ..
 
     That is all that nobody but these blocks keeps for backward; their inputs, which are kept anew, are not taken off.
     """
-    place = {path: i for i, path in enumerate(blocks)}
+    place = {path: i for i, path in enumerate(blocks)} | {"": len(blocks)}
     made = {e.id: e for e in events if isinstance(e, Alloc) and e.phase in (FORWARD, LOSS)}
     began = next((i for i, e in enumerate(events) if getattr(e, "phase", "") == BACKWARD), len(events))
     ended = {e.id for e in events[began:] if isinstance(e, Free)}
     last: dict[int, int] = {}
     for e in events:
         if isinstance(e, Save) and e.id in ended and e.id in made and made[e.id].category is Category.ACTIVATION:
-            last[e.id] = max(last.get(e.id, 0), _block_of(e.module, place))
+            last[e.id] = max(last.get(e.id, 0), place[_block_of(e.module, place)])
     found = [0] * (len(blocks) + 1)
     for storage, index in last.items():
         found[index] += round_up(made[storage].bytes, ALIGNMENT_BYTES)
     return tuple(accumulate(found[:-1]))
 
 
-def _block_of(path: str, place: Mapping[str, int]) -> int:
-    """The number of the block in which a module is; as many as there are for one that is in none."""
-    while path and path not in place:
+def _block_of(path: str, blocks: Container[str]) -> str:
+    """The block in which a module is, "" for one that is in none."""
+    while path and path not in blocks:
         path = path.rpartition(".")[0]
-    return place.get(path, len(place))
+    return path
 
 
 def staying_bytes(events: Sequence[Event], blocks: Sequence[str]) -> tuple[int, ...]:
@@ -83,10 +83,6 @@ def _second_runs(events: Sequence[Event], blocks: set[str]) -> dict[str, int]:
     """Where in backward each block begins to run again: the first operation of its recompute."""
     found: dict[str, int] = {}
     for i, e in enumerate(events):
-        if isinstance(e, Op) and e.recompute and e.phase == BACKWARD:
-            path = e.module
-            while path and path not in blocks:
-                path = path.rpartition(".")[0]
-            if path:
-                found.setdefault(path, i)
+        if isinstance(e, Op) and e.recompute and e.phase == BACKWARD and (block := _block_of(e.module, blocks)):
+            found.setdefault(block, i)
     return found

@@ -12,7 +12,8 @@ The loop is the one people write::
 What is left of one step (the loss, what modules keep) lives until the next forward has replaced it.
 """
 
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import count
 
@@ -60,51 +61,38 @@ def replay(loop: Loop, allocator: CachingAllocator, leave_out: Collection[Catego
 
 def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
     """The most bytes that tensors hold in the steady state, without the categories in ``leave_out``."""
+    steps = _walk(loop, leave_out)
+    return max((held for part, event, held in steps if part is loop.steady and isinstance(event, Alloc)), default=0)
+
+
+def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
+    """What tensors hold in the steady state when backward begins, without the categories in ``leave_out``."""
+    before = (held for part, e, held in _walk(loop, leave_out) if part is not loop.steady or e.phase in (FORWARD, LOSS))
+    return max(deque(before, maxlen=1), default=0)
+
+
+def scratch_bytes(loop: Loop, leave_out: Collection[Category]) -> tuple[int, int]:
+    """The most that kernels hold for a moment, and the most that all else holds at such moments, of a steady step."""
+    moments = (
+        held
+        for part, event, held in _walk(loop, {*leave_out, Category.SCRATCH})
+        if part is loop.steady and isinstance(event, Alloc) and event.category is Category.SCRATCH
+    )
+    return allocated_peak(loop, frozenset(Category) - {Category.SCRATCH}), max(moments, default=0)
+
+
+def _walk(loop: Loop, leave_out: Collection[Category]) -> Iterator[tuple[Storages, Alloc | Free, int]]:
+    """Every event with its part of the loop, and what tensors hold after it, as if ``leave_out`` did not exist."""
     sizes: dict[int, int] = {}
-    held = peak = 0
-    for number, part in enumerate((loop.setup, loop.first, loop.steady)):
+    held = 0
+    for part in (loop.setup, loop.first, loop.steady):
         for event in part:
             if isinstance(event, Free):
                 held -= sizes.pop(event.id, 0)
             elif event.category not in leave_out:
                 sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
                 held += sizes[event.id]
-                if number == 2 and held > peak:
-                    peak = held
-    return peak
-
-
-def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
-    """What tensors hold in the steady state when backward begins, without the categories in ``leave_out``."""
-    sizes: dict[int, int] = {}
-    before = [e for e in loop.steady if e.phase in (FORWARD, LOSS)]
-    for event in (*loop.setup, *loop.first, *before):
-        if isinstance(event, Free):
-            sizes.pop(event.id, None)
-        elif event.category not in leave_out:
-            sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
-    return sum(sizes.values())
-
-
-def scratch_bytes(loop: Loop, leave_out: Collection[Category]) -> tuple[int, int]:
-    """The most that kernels hold for a moment, and the most that all else holds at such moments, of a steady step."""
-    sizes: dict[int, int] = {}
-    scratch: set[int] = set()
-    held = most = beside = 0
-    for number, part in enumerate((loop.setup, loop.first, loop.steady)):
-        for event in part:
-            if isinstance(event, Free):
-                held -= sizes.pop(event.id, 0) * (event.id not in scratch)
-                scratch.discard(event.id)
-            elif event.category not in leave_out:
-                sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
-                if event.category is Category.SCRATCH:
-                    scratch.add(event.id)
-                    if number == 2:
-                        most, beside = max(most, sum(map(sizes.__getitem__, scratch))), max(beside, held)
-                else:
-                    held += sizes[event.id]
-    return most, beside
+            yield part, event, held
 
 
 def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[Category]) -> dict[str, int]:
