@@ -3,7 +3,8 @@
     python -m benchmarks.optimizer --elements 1073741824
 
 Everything is the engine's own: its lanes, its updater, its arithmetic. Times are of one update of all elements, bf16
-weights with exact masters, in nanoseconds an element; rows of one round alternate, and a row is its median.
+weights with exact masters, in nanoseconds an element; a row is its median. Whoever updates, the bytes are the same: so
+the rate at which the host's memory is read and written stands in each row, and before them what it reaches.
 """
 
 import argparse
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 
 from benchmarks.common import save
+from memplan.calibrate.compute import team_of
+from memplan.calibrate.parts import best_seconds
 from offload.arena import Arena
 from offload.arithmetic import HOWS, host_update
 from offload.optimizer import update_in_torch
@@ -33,6 +36,7 @@ from offload.updater import Updater
 UNIT_ELEMENTS = 1 << 26
 """Of one unit: a block of some billion-parameter models."""
 CORES = torch.get_num_threads()
+MEMORY_BYTES = 4 << 30
 FORM = StateFormat(Precision.BF16)
 HOW = HOWS[FORM.optimizer]
 
@@ -51,6 +55,19 @@ def units_on_host(elements: int, arena: Arena) -> list[UnitState]:
         spans = chunks(size, Buckets().update_elements)
         found.append(UnitState(unit, spans, spans, host_weights=weights, host_gradients=gradients, host_state=state))
     return found
+
+
+def update_bytes(elements: int) -> int:
+    """Of host memory, read and written in an update: all is read, and all but gradients is written in its place."""
+    weights = gradients = 2 * elements
+    return 2 * (weights + state_bytes(elements, FORM)) + gradients
+
+
+def memory_bytes_per_second(threads: int) -> float:
+    """Of host memory, read and written in place as an update does it."""
+    numbers = torch.ones(MEMORY_BYTES // 4)
+    with team_of(threads):
+        return 2 * numbers.nbytes / best_seconds(lambda: numbers.add_(1.0))
 
 
 class Weights(Enum):
@@ -128,15 +145,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    reached = memory_bytes_per_second(CORES)
+    print(f"host memory {reached / 1e9:.0f} GB/s", flush=True)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     bench = Bench(args.elements, device)
-    ways = {"CPU, torch's operations": (0.0, True), "CPU": (0.0, False)}
+    ways = {"CPU": (0.0, False)}
     if device.type == "cuda":
         ways |= {"GPU, streamed": (1.0, False), "both": (0.5, False)}
     rows = []
     beside = Lane("weights", device)
     for weights in Weights if device.type == "cuda" else (Weights.STAY,):
-        for name, (share, in_torch) in ways.items():
+        in_turn = ways if weights is not Weights.STAY else {"CPU, torch's operations": (0.0, True), **ways}
+        for name, (share, in_torch) in in_turn.items():
             with bench.updater(share, in_torch=in_torch) as updater:
                 for _ in range(9 if share == 0.5 else 1):  # until the share is learned
                     bench.seconds(updater, beside, weights)
@@ -144,6 +164,7 @@ def main() -> None:
                 learned = updater._streamed.device_share if updater._streamed is not None else 0.0
             nanoseconds = statistics.median(s for s, _ in found) * 1e9 / args.elements
             link = statistics.median(moved / s for s, moved in found) / 1e9
+            memory = statistics.median((update_bytes(args.elements) + moved) / s for s, moved in found) / 1e9
             rows.append(
                 {
                     "way": name,
@@ -151,11 +172,20 @@ def main() -> None:
                     "nanoseconds": round(nanoseconds, 4),
                     "device_share": round(learned, 3),
                     "link_gb_per_second": round(link, 1),
+                    "host_memory_gb_per_second": round(memory, 1),
                 }
             )
             print(rows[-1], flush=True)
     beside.close()
-    print(save("optimizer", rows, elements=args.elements, rounds=args.rounds))
+    print(
+        save(
+            "optimizer",
+            rows,
+            elements=args.elements,
+            rounds=args.rounds,
+            host_memory_gb_per_second=round(reached / 1e9, 1),
+        )
+    )
 
 
 if __name__ == "__main__":

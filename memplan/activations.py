@@ -166,7 +166,7 @@ def _at_batch(points: Sequence[ActivationPoint], batch_size: int, device: str) -
         for name in ("input_bytes", "device_input_bytes", "freed_bytes")
     )
     held, given = between(below.held_bytes, above.held_bytes), between(below.given_bytes, above.given_bytes)
-    # What kernels hold for a moment may be all that they ever take already.
-    most = between(below.beside_scratch_bytes, above.beside_scratch_bytes) + above.scratch_bytes
-    bend = max(0, most - between(low, high)) if low < high else 0
+    # What kernels hold for a moment may be all that they ever take already, and there may be none in a small batch.
+    bent = [between(low, beside) + scratch for scratch, beside in above.scratch_moments] if low < high else []
+    bend = max([between(low, high), *bent]) - between(low, high)
     return _End(between(low, high), phases, inputs, staying, freed, held, given, bend)

@@ -42,8 +42,8 @@ from offload.setup import (
     check_scheduler,
     close_all,
     close_at_exit,
+    feeding_a_gpu,
     grow_segments,
-    leave_cores_to_the_update,
     move_buffers,
     moved,
     update_threads,
@@ -168,8 +168,6 @@ class Engine:
         links = self._update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         self._gradients.kept = self._updater.kept
-        if device.type != "cpu" and update_bytes + needed.host_bytes:
-            self._closers.append(leave_cores_to_the_update())
 
         self._inputs = BlockInputs(device, plan.checkpoints)
         self._closers.append(self._inputs.close)
@@ -185,7 +183,8 @@ class Engine:
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
         self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1), ranks)
-        self._closers += [self._gradients.close, self._saver.close]
+        on_host = update_bytes + needed.host_bytes > 0
+        self._closers += [self._gradients.close, self._saver.close, *feeding_a_gpu(device, updates_on_host=on_host)]
         updating = (self._gradients, self._updater, self._mover, self.loss_scale)
         self._steps = Steps(
             self.states, self.hyperparameters, *updating, self._step_schedulers, self._saver.copied, device

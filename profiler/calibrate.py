@@ -5,6 +5,7 @@ Kernels are timed alone, on grids of sizes; no model is, so a prediction for a m
 
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -133,8 +134,10 @@ class Session:
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """One measurement that fails must not end the calibration."""
+        """One measurement that fails must not end the calibration, and PyTorch's advice is not for who calibrates."""
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
         except Exception as error:  # noqa: BLE001
             self.skipped.append(f"{what}: {type(error).__name__}: {error}".splitlines()[0])

@@ -57,7 +57,7 @@ class Measured:
     steady_bytes: dict[str, int]
     """The same of the third step."""
     reserved_bytes: int
-    """After the third step; without running out of memory it never falls."""
+    """After the third step, above what was allocated before; without running out of memory it never falls."""
     nvml_bytes: int | None
     """What the driver says the device holds after the third step, less what it held before CUDA was initialised.
     ``None`` when the driver does not tell, or CUDA had been initialised already."""
@@ -161,14 +161,14 @@ def _measured(
     before: dict[str, int],
 ) -> Measured:
     _clear()
-    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    allocated = torch.cuda.memory_allocated()
     loop = TrainingLoop(model, batch, forward, precision, optimizer, clip)
     first = _peaks(loop, allocated)
     for _ in range(STEADY_STEP - 2):
         loop.step()
     steady = _peaks(loop, allocated)
     torch.cuda.synchronize()
-    reserved = torch.cuda.memory_reserved() - reserved
+    reserved = torch.cuda.memory_reserved() - allocated
     nvml_bytes = _driver_growth(before)
     torch.cuda.reset_peak_memory_stats()
     seconds = _timed(loop, timed_steps)

@@ -15,7 +15,7 @@ from profiler.errors import ProfileError
 from profiler.events import PHASES
 from profiler.mistyped import mistyped
 
-SCHEMA = "memplan.profile/4"
+SCHEMA = "memplan.profile/5"
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ class ActivationPoint:
     """When backward begins: what forward has kept for it."""
     freed_bytes: tuple[int, ...] = ()
     """Of these, what only the first block keeps, only the first two, and so on; where none is recomputed."""
-    scratch_bytes: int = 0
-    """The most that kernels hold for a moment. It does not grow with the batch as all else does."""
-    beside_scratch_bytes: int = 0
-    """The most that all else holds at such moments."""
+    scratch_moments: tuple[tuple[int, int], ...] = ()
+    """What kernels hold for a moment, which does not grow with the batch as all else does, and what all else holds
+    then: (scratch, beside) bytes of the moments that have more of one than all others with as much of the other."""
     given_bytes: int = 0
     """Of a batch that was cast for the model, as it was given: whoever keeps it on the device holds it twice."""
     modules: tuple[ModuleSeconds, ...] = ()
@@ -363,7 +362,8 @@ def _incomplete(profile: ModelProfile) -> str | None:
 def _point(row: dict[str, Any]) -> ActivationPoint:
     listed = {name: tuple(row[name]) for name in ("input_bytes", "device_input_bytes", "freed_bytes")}
     modules = tuple(ModuleSeconds(**m) for m in row["modules"])
-    return ActivationPoint(**{**row, **listed, "modules": modules})
+    moments = tuple((scratch, beside) for scratch, beside in row["scratch_moments"])
+    return ActivationPoint(**{**row, **listed, "modules": modules, "scratch_moments": moments})
 
 
 _DERIVED = frozenset({"schema", "totals", "uncounted_ops"})

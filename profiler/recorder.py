@@ -250,6 +250,8 @@ class Recorder(TorchDispatchMode):
             return torch.tensor([ALMOST_ONE] if args[0] else ALMOST_ONE, dtype=kwargs.get("dtype"))
         if func is aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
             return _grouped_mm(func, args, kwargs)
+        if func is aten.native_layer_norm.default:
+            return _layer_norm(func, args, kwargs)
         if func is aten.split_with_sizes.default and self.assumptions:
             args = self._even_split(*args)
         try:
@@ -337,6 +339,12 @@ def _grouped_mm(func: Any, args: Any, kwargs: Any) -> Any:
     dtype = args[0].dtype
     halves = tree_map_only(torch.Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, args)
     return torch.empty_like(func(*halves, **kwargs), dtype=dtype)
+
+
+def _layer_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    """CUDA keeps mean and deviation of every row in fp32 at least, the fake kernel in the input's dtype."""
+    out, *statistics = func(*args, **kwargs)
+    return out, *(s.to(torch.promote_types(s.dtype, torch.float32)) for s in statistics)
 
 
 def _all_chosen(indices: Any) -> list[Any]:

@@ -71,14 +71,27 @@ def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
     return max(deque(before, maxlen=1), default=0)
 
 
-def scratch_bytes(loop: Loop, leave_out: Collection[Category]) -> tuple[int, int]:
-    """The most that kernels hold for a moment, and the most that all else holds at such moments, of a steady step."""
-    moments = (
-        held
-        for part, event, held in _walk(loop, {*leave_out, Category.SCRATCH})
-        if part is loop.steady and isinstance(event, Alloc) and event.category is Category.SCRATCH
-    )
-    return allocated_peak(loop, frozenset(Category) - {Category.SCRATCH}), max(moments, default=0)
+def scratch_moments(loop: Loop, leave_out: Collection[Category]) -> tuple[tuple[int, int], ...]:
+    """(scratch, beside) bytes when kernels hold something for a moment, in a steady step.
+
+    Of all moments those that have more of one than any with as much of the other, most scratch first.
+    """
+    sizes: dict[int, int] = {}
+    scratch = 0
+    moments = set()
+    for part, event, held in _walk(loop, leave_out):
+        if isinstance(event, Free):
+            scratch -= sizes.pop(event.id, 0)
+        elif event.category is Category.SCRATCH:
+            sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
+            scratch += sizes[event.id]
+            if part is loop.steady:
+                moments.add((scratch, held - scratch))
+    found: list[tuple[int, int]] = []
+    for moment in sorted(moments, reverse=True):
+        if not found or moment[1] > found[-1][1]:
+            found.append(moment)
+    return tuple(found)
 
 
 def _walk(loop: Loop, leave_out: Collection[Category]) -> Iterator[tuple[Storages, Alloc | Free, int]]:

@@ -15,7 +15,7 @@ from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASE
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, scratch_bytes, training_loop
+from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, scratch_moments, training_loop
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
@@ -152,9 +152,8 @@ class Study:
     def _point(self, case: Case, trace: Trace) -> ActivationPoint:
         taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
         loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
-        _, peaks = replay(loop, CachingAllocator(), leave_out=ENGINES_STATE)
+        _, peaks = replay(loop, ExpandableAllocator(), leave_out=ENGINES_STATE)
         inputs = input_bytes(trace.events, self.blocks) if case.recompute else ()
-        scratch, beside = scratch_bytes(loop, leave_out=ENGINES_STATE)
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
@@ -168,8 +167,7 @@ class Study:
             phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
             held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
             freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
-            scratch_bytes=scratch,
-            beside_scratch_bytes=beside,
+            scratch_moments=scratch_moments(loop, leave_out=ENGINES_STATE),
             given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
         )

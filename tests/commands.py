@@ -1,5 +1,6 @@
 """The command line in this process, for tests that need no process of their own: importing torch takes seconds."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from memplan import cli
+
+ROOT = Path(__file__).parent.parent
+PATHS = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+"""For processes that are to run this checkout, wherever the packages that it needs come from."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload.ranks import CONNECTIONS
+from tests.commands import PATHS
 from tests.ranks import free_port
 
-ROOT = Path(__file__).parent.parent
 REPEATING = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 """On a GPU, for products that are the same to the last bit every time."""
 
@@ -160,8 +160,7 @@ def wait_for_all(fleets: Iterable[Fleet], seconds: float = 60) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """For processes that are to run this checkout, wherever its packages and those that it needs come from."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **REPEATING, **more}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS, **REPEATING, **more}
 
 
 def events(run_dir: Path, rank: int = 0) -> list[dict]:

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.commands import Command, command_in
+from tests.commands import PATHS, ROOT, Command, command_in
 
-ROOT = Path(__file__).parent.parent
 GOOD = """
 import torch
 from torch import nn
@@ -39,7 +38,7 @@ def example_batch(batch_size):
 def loss(outputs, batch):
     return nn.functional.cross_entropy(outputs.flatten(0, 1), batch.flatten())
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
 TIERS = ("--gpu-memory", "6MiB", "--host-memory", "4MiB")
 
 
@@ -104,9 +103,9 @@ def test_measuring_without_a_gpu_is_a_sentence_at_once(model: Path, tmp_path: Pa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_measuring_prints_what_was_predicted_beside_what_was_measured(model: Path, tmp_path: Path) -> None:
-    environment = {name: value for name, value in ENVIRONMENT.items() if name != "CUDA_VISIBLE_DEVICES"}
+    with_gpus = {name: value for name, value in ENVIRONMENT.items() if name != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, "-m", "memplan", "profile", str(model), "--measure", "--clip"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=tmp_path, env=with_gpus, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     below = done.stdout.split("measured on ")[1]
     for row in ("forward", "backward", "clipping", "step (adamw)", "peak", "reserved", "nvidia-smi", "step time"):

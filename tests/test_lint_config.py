@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,8 @@ from memplan.errors import ConfigError
 from memplan.lint import read_ds_config
 from memplan.lint.document import read_document
 from memplan.lint.facts import facts_about
+from tests.commands import PATHS
 
-ROOT = Path(__file__).parent.parent
 MICRO = {"train_micro_batch_size_per_gpu": 2}
 CONFIGS = [
     MICRO,
@@ -137,7 +136,7 @@ def test_facts_tell_of_the_disk_and_the_model(tmp_path):
 
 
 def memplan(*words, folder):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "COLUMNS": "100", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "memplan", "lint", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from memplan.activations import Way, activations_of
 from offload.plan import Tier
-from profiler.allocator import CachingAllocator
+from profiler.allocator import ExpandableAllocator
 from profiler.checkpoints import checkpoints_on_host
 from profiler.gradients_taken import gradients_taken
 from profiler.replay import replay, training_loop
@@ -136,7 +136,7 @@ def traced_peaks(
     taken = tuple(gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters}))
     for tier, events in ((Tier.GPU, taken), (Tier.HOST, checkpoints_on_host(taken))):
         loop = training_loop(replace(trace, events=tuple(taken if events is None else events)), "adamw")
-        _, peaks = replay(loop, CachingAllocator(), leave_out=ENGINES_STATE)
+        _, peaks = replay(loop, ExpandableAllocator(), leave_out=ENGINES_STATE)
         yield tier, peaks.overall_bytes
 
 

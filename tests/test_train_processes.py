@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.commands import PATHS
+
 MODEL = """
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def loss(output, batch):
 
 
 def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     command = [sys.executable, "-W", "ignore", "-m", "memplan", "train", "net.py", "--no-tui", *arguments]
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
 
