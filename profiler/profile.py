@@ -100,7 +100,7 @@ class ActivationPoint:
     recompute: bool
     """Whether every block of ``ModelProfile.blocks`` was recomputed in backward."""
     allocated_bytes: int
-    reserved_bytes: int
+    """In blocks that are cut to size, as those of an allocator that grows its segments."""
     executed_flops: int
     """Forward, recompute and backward of one micro-batch."""
     on_cpu_bytes: int

@@ -51,12 +51,26 @@ class Loop:
     steady: Storages
 
 
-def replay(loop: Loop, allocator: CachingAllocator, leave_out: Collection[Category] = ()) -> tuple[Peaks, Peaks]:
-    """The peaks of the first step and of the steady state, as if the categories in ``leave_out`` did not exist."""
-    _play(allocator, loop.setup, leave_out)
-    first = Peaks(_play(allocator, loop.first, leave_out), allocator.reserved_bytes)
-    steady = Peaks(_play(allocator, loop.steady, leave_out), allocator.reserved_bytes)
+def replay(loop: Loop, allocator: CachingAllocator) -> tuple[Peaks, Peaks]:
+    """The peaks of the first step and of the steady state, as this allocator has them."""
+    _play(allocator, loop.setup)
+    first = Peaks(_play(allocator, loop.first), allocator.reserved_bytes)
+    steady = Peaks(_play(allocator, loop.steady), allocator.reserved_bytes)
     return first, steady
+
+
+def peaks_by_phase(loop: Loop, leave_out: Collection[Category]) -> dict[str, int]:
+    """The most bytes that tensors hold in each phase of the steady state, without the categories in ``leave_out``.
+
+    It is what an allocator that grows its segments has allocated: it cuts blocks to size.
+    """
+    peaks: dict[str, int] = {}
+    before = 0
+    for part, event, held in _walk(loop, leave_out):
+        if part is loop.steady:
+            peaks[event.phase] = max(peaks.get(event.phase, before), held)
+        before = held
+    return peaks
 
 
 def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
@@ -108,7 +122,7 @@ def _walk(loop: Loop, leave_out: Collection[Category]) -> Iterator[tuple[Storage
             yield part, event, held
 
 
-def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[Category]) -> dict[str, int]:
+def _play(allocator: CachingAllocator, events: Storages) -> dict[str, int]:
     peaks: dict[str, int] = {}
     phase = ""
     for event in events:
@@ -117,7 +131,7 @@ def _play(allocator: CachingAllocator, events: Storages, leave_out: Collection[C
             peaks[phase] = max(peaks.get(phase, 0), allocator.allocated_bytes)
         if isinstance(event, Free):
             allocator.free(event.id)
-        elif event.category not in leave_out:
+        else:
             allocator.allocate(event.id, event.bytes)
             if allocator.allocated_bytes > peaks[phase]:
                 peaks[phase] = allocator.allocated_bytes

@@ -15,7 +15,16 @@ from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASE
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
-from profiler.replay import Loop, Peaks, allocated_peak, held_bytes, replay, scratch_moments, training_loop
+from profiler.replay import (
+    Loop,
+    Peaks,
+    allocated_peak,
+    held_bytes,
+    peaks_by_phase,
+    replay,
+    scratch_moments,
+    training_loop,
+)
 from profiler.resize import resized, sequence_length
 from profiler.runs import Run, runs_of
 from profiler.timed import Target, module_seconds, timed
@@ -152,19 +161,18 @@ class Study:
     def _point(self, case: Case, trace: Trace) -> ActivationPoint:
         taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
         loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
-        _, peaks = replay(loop, ExpandableAllocator(), leave_out=ENGINES_STATE)
+        peaks = peaks_by_phase(loop, leave_out=ENGINES_STATE)
         inputs = input_bytes(trace.events, self.blocks) if case.recompute else ()
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
-            allocated_bytes=peaks.overall_bytes,
-            reserved_bytes=peaks.reserved_bytes,
+            allocated_bytes=max(peaks.values()),
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
             on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,
             input_bytes=inputs,
             device_input_bytes=inputs,
-            phase_bytes={p: peaks.allocated_bytes[p] for p in (FORWARD, LOSS, BACKWARD) if p in peaks.allocated_bytes},
+            phase_bytes={phase: peaks[phase] for phase in (FORWARD, LOSS, BACKWARD) if phase in peaks},
             held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
             freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
             scratch_moments=scratch_moments(loop, leave_out=ENGINES_STATE),

@@ -75,9 +75,9 @@ def profile_of(
     for b in (1, batch_size):
         given = int(inputs * activation * b) // max(1, len(blocks))
         for r in (False, True) if recompute else (False,):
-            allocated, reserved = ((activation // n + activation * b) // (3 if r else 1) for n in (4, 3))
+            allocated = (activation // 4 + activation * b) // (3 if r else 1)
             flop = flops * b * (4 if r else 3) // 3
-            point = ActivationPoint(b, r, allocated, reserved, flop, max(0, allocated - workspace_bytes))
+            point = ActivationPoint(b, r, allocated, flop, max(0, allocated - workspace_bytes))
             freed = (activation // 4 + activation * b) * 2 // 3 + given * len(blocks)
             points.append(with_blocks(point, len(blocks), freed, given))
             if r and given:
@@ -169,7 +169,7 @@ def cases(draw: st.DrawFn, gpus: int = 1, most_blocks: int = 6) -> tuple[ModelPr
     state = profile.parameter_elements * (14 if profile.precision == "bf16" else 16)
     # Of the host, what the start takes beside the tiers; without it nothing fits a GPU.
     start = 13 * gpus * max(p.elements for p in profile.parameters) * draw(st.sampled_from([0, 1, 1, 1]))
-    least = min(p.reserved_bytes for p in profile.activations)
+    least = min(p.allocated_bytes for p in profile.activations)
     machine = machine_of(
         FIXED_MARGIN_BYTES[device] + int(least * draw(st.floats(1.0, 4.0))) + int(state * draw(st.floats(0.1, 1.1))),
         start + draw(st.one_of(st.just(0), st.floats(0.0, 2.0).map(lambda share: int(share * state)))),

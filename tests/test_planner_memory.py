@@ -87,7 +87,7 @@ def test_the_root_leaves_the_gpu_last_and_the_last_of_equal_blocks_first():
 
 
 def profile_with(*known: tuple[int, int], workspace_bytes: int = 0):
-    points = (ActivationPoint(batch, False, value, 2 * value, 1, value - workspace_bytes) for batch, value in known)
+    points = (ActivationPoint(batch, False, value, 1, value - workspace_bytes) for batch, value in known)
     return replace(transformer(2), activations=tuple(points))
 
 
@@ -113,7 +113,7 @@ def test_what_fits_is_decided_by_more_than_what_is_expected():
 
 def test_recompute_of_some_blocks_lies_between_all_and_none():
     # Each of four blocks keeps 200 for backward, and one that is recomputed has that again for a moment.
-    points = (ActivationPoint(4, False, 900, 900, 1, 900), ActivationPoint(4, True, 300, 300, 1, 300))
+    points = (ActivationPoint(4, False, 900, 1, 900), ActivationPoint(4, True, 300, 1, 300))
     points = (
         replace(points[0], held_bytes=850, freed_bytes=(200, 400, 600, 800)),
         replace(points[1], held_bytes=50, input_bytes=(0,) * 4, device_input_bytes=(0,) * 4),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from profiler.allocator import CachingAllocator, ExpandableAllocator, segment_bytes
+from profiler.allocator import ALIGNMENT_BYTES, CachingAllocator, ExpandableAllocator, round_up, segment_bytes
 
 MIB = 1 << 20
 SIZES = st.one_of(
@@ -41,6 +41,8 @@ def test_blocks_never_overlap_and_everything_allocated_is_reserved(kind, actions
         assert all(layout[k][1] >= n for k, n in alive.items() if n)
         assert allocator.allocated_bytes == sum(n for _, n in layout.values()) <= allocator.reserved_bytes
         assert allocator.reserved_bytes >= reserved
+        if kind is ExpandableAllocator:
+            assert allocator.allocated_bytes == sum(round_up(n, ALIGNMENT_BYTES) for n in alive.values())
     for key in alive:
         allocator.free(key)
     assert allocator.allocated_bytes == 0

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from memplan.activations import ACTIVATION_MARGIN, FIXED_MARGIN_BYTES, Way, activations_of
+from profiler.allocator import ExpandableAllocator
+from profiler.replay import peaks_by_phase, replay, training_loop
 from profiler.run import profile_model
+from profiler.trace import trace_step
 from tests.models import GPT
 
 MOST = 64
@@ -63,6 +66,15 @@ def test_no_batch_between_two_profiled_ones_has_a_peak_above_the_line_with_its_b
         rounded = 1 << 16
         assert exact.peak_bytes <= without_margins - given + rounded, size
         assert without_margins - given <= exact.peak_bytes * 1.07 + most_scratch, size
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_peaks_by_phase_are_those_of_an_allocator_that_grows_its_segments(name: str) -> None:
+    training = TRAININGS[name]
+    trace = trace_step(training.network, training.batch(3), lambda m, b: loss_of(m(b), b), "bf16")
+    loop = training_loop(trace, "adamw")
+    _, steady = replay(loop, ExpandableAllocator())
+    assert peaks_by_phase(loop, leave_out=()) == steady.allocated_bytes
 
 
 def test_layer_norm_keeps_what_it_knows_of_every_row_in_fp32_where_its_input_is_narrower() -> None:

@@ -47,8 +47,6 @@ def test_activation_points_cover_both_batches_with_and_without_recompute():
     # Embedding and head share a weight: its two gradients are added, whatever the batch.
     addition = VOCABULARY * 128
     assert points[4, False].executed_flops == 4 * points[1, False].executed_flops - 3 * addition
-    for point in profile.activations:
-        assert point.reserved_bytes >= point.allocated_bytes
 
 
 def test_a_batch_that_can_not_be_cut_has_no_points_of_batch_one():

@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from memplan.activations import Way, activations_of
 from offload.plan import Tier
-from profiler.allocator import ExpandableAllocator
 from profiler.checkpoints import checkpoints_on_host
 from profiler.gradients_taken import gradients_taken
-from profiler.replay import replay, training_loop
+from profiler.replay import allocated_peak, training_loop
 from profiler.run import profile_model
 from profiler.study import ENGINES_STATE
 from profiler.trace import trace_step
@@ -136,8 +135,7 @@ def traced_peaks(
     taken = tuple(gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters}))
     for tier, events in ((Tier.GPU, taken), (Tier.HOST, checkpoints_on_host(taken))):
         loop = training_loop(replace(trace, events=tuple(taken if events is None else events)), "adamw")
-        _, peaks = replay(loop, ExpandableAllocator(), leave_out=ENGINES_STATE)
-        yield tier, peaks.overall_bytes
+        yield tier, allocated_peak(loop, leave_out=ENGINES_STATE)
 
 
 @pytest.mark.parametrize("name", MODELS)
