@@ -226,6 +226,8 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
     percent = 100 * (candidate.seconds / best.seconds - 1)
     if percent >= 0.05:
         why_not = f"slower by {percent:.1f} %"
+    elif percent <= -0.05:
+        why_not = f"faster by {-percent:.1f} %, which is less than predictions tell, but more leaves the GPU"
     elif candidate.offloaded_bytes > best.offloaded_bytes:
         why_not = "as fast, but more leaves the GPU"
     else:
