@@ -22,7 +22,7 @@ from benchmarks.common import save
 from benchmarks.planned_again import GIB, allow_again, allowed_by_margin, line, predict_again, setup_of, summary
 from benchmarks.planned_models import Model, model_named, models, profiled
 from benchmarks.planned_runs import largest_batch, run_plan
-from memplan.candidates import best_of, search
+from memplan.candidates import best_of, in_order, search
 from memplan.errors import NothingFits
 from memplan.machine import Machine, detect
 from memplan.rates import Rates
@@ -144,7 +144,8 @@ def neighbours_part(args: argparse.Namespace, rates: Rates) -> None:
         found = search(problem)
         size = found[0].buckets.update_elements
         others = [best_of(problem, family, size) for family in problem.families()]
-        ranked = sorted((c for c in others if c is not None), key=lambda c: c.rank)[: args.neighbours + 1]
+        fitting = [c for c in others if c is not None]
+        ranked = in_order(fitting, min(c.seconds for c in fitting))[: args.neighbours + 1]
         run_plan(model, plan_of(problem, ranked[0], machine))  # the first one of a process is slower
         for place, candidate in [*enumerate(ranked), (0, ranked[0])]:
             chosen = replace(candidate, buckets=with_more_slots(problem, candidate))

@@ -120,11 +120,13 @@ def search(problem: Problem) -> list[Candidate]:
                 found.append(candidate)
                 best = min(best, candidate.seconds)
         if found:
-            return _in_order(found, best)
+            return in_order(found, best)
     return []
 
 
-def _in_order(found: Sequence[Candidate], fastest_seconds: float) -> list[Candidate]:
+def in_order(found: Sequence[Candidate], fastest_seconds: float) -> list[Candidate]:
+    """Best first: those that are as fast as the fastest by what they move, then the others by rank."""
+
     def key(candidate: Candidate) -> tuple[bool, int, bool, Any]:
         if candidate.seconds > fastest_seconds * (1 + DOUBT):
             return True, 0, False, candidate.rank

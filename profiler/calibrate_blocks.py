@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from math import exp, log
 from statistics import mean, median
 
@@ -140,6 +141,7 @@ def checkpoint_seconds(known: Mapping[str, float]) -> float:
     return max(whole - plain - sum(known.get(n, known["forward/elementwise"]) * c for n, c in again.items()), 0.0)
 
 
+@cache
 def _more_issues(block: Callable[[], nn.Module], shape: tuple[int, ...], precision: str) -> dict[str, dict[str, float]]:
     """What one block issues, by phase."""
     few, many = (_issues(block, shape, precision, times) for times in (FEW, MANY))

@@ -6,6 +6,7 @@ used.
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -166,8 +167,6 @@ def other_grids(place: str = "cuda") -> Iterator[Grid]:
         alignments = tuple(float(n) for n in (2, 4, 8) if n >= on.size)
         yield Grid(f"matmul_unaligned/{name}", (*(_ODD,) * 3, alignments), _whole(_unaligned, on))
         yield Grid(f"batched_matmul/{name}", _BATCHED, _whole(_batched, on))
-        for sort in ("_dropout", "_causal_dropout"):
-            yield Grid(f"attention{sort}/{name}", _DROPPED, _whole(_attention, on, sort))
         yield Grid(f"convolution/{name}", _IMAGES, _whole(_convolution, on, ""))
         yield Grid(f"convolution_last/{name}", _IMAGES_LAST, _whole(_convolution, on, "last"))
         yield Grid(f"patch_convolution/{name}", _PATCHES, _whole(_convolution, on, ""))
@@ -175,6 +174,8 @@ def other_grids(place: str = "cuda") -> Iterator[Grid]:
             yield Grid(f"grouped_convolution{sort}/{name}", _GROUPED, _whole(_convolution, on, f"grouped{sort}"))
             yield Grid(f"depthwise{sort}/{name}", _DEPTHWISE, _whole(_depthwise, on, sort))
         yield Grid(f"recurrent/{name}", _RECURRENT, _whole(_recurrent, on))
+    for on, sort in product((Numbers(dtype, place) for dtype in DTYPES), ("_dropout", "_causal_dropout")):
+        yield Grid(f"attention{sort}/{on.name}", _DROPPED, _whole(_attention, on, sort))
 
 
 def grids(place: str = "cuda") -> Iterator[Grid]:

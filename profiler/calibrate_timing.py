@@ -58,9 +58,14 @@ def cpu_seconds(run: Callable[[], object], rounds: int = 7, before: Callable[[],
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """No garbage collection, and PyTorch's default settings of matrix products and convolutions."""
+    """No garbage collection, and PyTorch's default settings of matrix products and convolutions.
+
+    Where it is wanted after all it does not look through what was there before, which in a training it does every few
+    steps, and medians of steps do not know it.
+    """
     collecting = gc.isenabled()
     gc.collect()
+    gc.freeze()
     gc.disable()
     tf32, benchmark = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     torch.set_float32_matmul_precision("highest")
@@ -70,5 +75,6 @@ def undisturbed() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(tf32)
         torch.backends.cudnn.benchmark = benchmark
+        gc.unfreeze()
         if collecting:
             gc.enable()
