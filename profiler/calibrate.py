@@ -26,8 +26,8 @@ from profiler.roofline import ideal_seconds
 
 SECONDS, GRIDS_SECONDS = 42.0, 14.0
 """What everything may take; and what the grids may take where the rest, which comes first, left less."""
-IMPORTANT_SECONDS = {"matmul": 3.0, "attention_causal": 4.0, "attention_masked": 2.5, "attention": 2.5}
-"""What the grids at the beginning may take, by kind: each kernel of attention takes part of a second to be loaded."""
+IMPORTANT_SECONDS = {"matmul": 2.5, "attention_causal": 3.5, "attention_masked": 2.0, "attention": 2.0}
+"""What some grids at the beginning may take, by kind: each kernel of attention takes up to a second to be loaded."""
 GRID_SECONDS, LEAST_GRID_SECONDS = 6.0, 0.3
 """What another grid may take: then the rest of its points, which come in a random order, is left out."""
 SHARE = 4.0
@@ -56,7 +56,7 @@ def calibrate(say: Say = lambda _: None, seconds: float = SECONDS) -> Calibratio
         session.measure_updates()
         end = max(end, time.perf_counter() + GRIDS_SECONDS)
         for grid in important_grids():
-            session.measure(grid, IMPORTANT_SECONDS[grid.name.partition("/")[0]])
+            session.measure(grid, IMPORTANT_SECONDS.get(grid.name.partition("/")[0], GRID_SECONDS))
         waiting = list(other_grids())
         while waiting and (left := end - time.perf_counter()) > 0:
             share = SHARE * left / len(waiting)

@@ -24,7 +24,7 @@ from profiler.issues import issues_of
 from profiler.trace import trace_step
 
 FEW, MANY = 2, 10
-ROUNDS = 9
+ROUNDS = 7
 WIDTH, HEADS, LENGTH = 16, 2, 8
 _GROUPS = {FORWARD: ("forward/", "call"), BACKWARD: ("backward/", "gradient")}
 

@@ -34,7 +34,7 @@ class Effort:
     """Sizes of one transfer, up to all that is pinned for one direction."""
     update_elements: int = 1 << 26
     """Of the state on the host, larger than any cache."""
-    repeat_seconds: float = 0.4
+    repeat_seconds: float = 0.3
     """What is repeated is repeated for so long."""
     disk_bytes: int = GIB
     disk_blocks: tuple[int, ...] = (MIB, 4 * MIB, 8 * MIB, 16 * MIB)
