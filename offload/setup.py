@@ -11,6 +11,7 @@ import atexit
 import gc
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,13 +110,22 @@ def check_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> None:
 def grow_segments(device: torch.device) -> None:
     """Let the caching allocator grow its segments: then it reserves hardly more than is allocated, as plans expect.
 
-    What PYTORCH_ALLOC_CONF says of it stands.
+    What PYTORCH_ALLOC_CONF says of it stands; where that is no, a warning says what it means.
     """
-    said = os.environ.get("PYTORCH_ALLOC_CONF", "") + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    if device.type == "cuda" and "expandable_segments" not in said:
+    if device.type != "cuda":
+        return
+    said = os.environ.get("PYTORCH_ALLOC_CONF", "") + "," + os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    if "expandable_segments" not in said:
         # Older PyTorch has only the second name.
         settings = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
         (settings or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
+    elif "expandable_segments:True" not in said.replace(" ", ""):
+        warnings.warn(
+            "PYTORCH_ALLOC_CONF keeps the GPU's memory in segments that do not grow, and plans do not count what is "
+            "left over in those: training may run out of memory where the plan fits. Set expandable_segments:True",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def explained(error: BaseException) -> OffloadError | None:

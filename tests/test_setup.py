@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offload.engine import Engine
-from offload.setup import feeding_a_gpu, pass_over_what_lasts
+from offload.setup import feeding_a_gpu, grow_segments, pass_over_what_lasts
 from tests.models import GPT
 from tests.plans import RESIDENT, G, H, plan_for
 
@@ -42,6 +42,15 @@ def test_where_the_cpu_computes_the_process_stays_as_it_is() -> None:
     threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
     assert feeding_a_gpu(torch.device("cpu"), updates_on_host=True) == []
     assert (torch.get_num_threads(), gc.get_freeze_count()) == (threads, frozen)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_who_keeps_segments_from_growing_is_told_what_plans_do_not_count(name: str, monkeypatch) -> None:
+    monkeypatch.setenv(name, "max_split_size_mb:512,expandable_segments:False")
+    with pytest.warns(RuntimeWarning, match="Set expandable_segments:True"):
+        grow_segments(torch.device("cuda"))
+    monkeypatch.setenv(name, "expandable_segments:True")
+    grow_segments(torch.device("cuda"))
 
 
 @pytest.mark.gpu
