@@ -266,7 +266,7 @@ def calibrate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A copy to plan or profile with elsewhere.")] = None,
 ) -> None:
-    """Measure this machine once, in under a minute: links, updates, disk, kernels. Plans made here then use that."""
+    """Measure this machine once, in about a minute: links, updates, disk, kernels. Plans made here then use that."""
     found = measure_rates(nvme, lambda text: console.print(text, style="dim", highlight=False))
     console.print(rates_tables(found))
     console.print(f"written: {save_cached(found, nvme)}", highlight=False, soft_wrap=True)

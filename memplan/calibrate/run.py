@@ -30,7 +30,7 @@ Say = Callable[[str], object]
 
 
 def calibrate(nvme_dir: Path | None = None, say: Say = lambda _: None, effort: Effort | None = None) -> Rates:
-    """Measure this machine, on a GPU in under a minute; ``say`` hears what is being measured.
+    """Measure this machine, on a GPU in about a minute; ``say`` hears what is being measured.
 
     ``nvme_dir`` is a directory on the disk to measure. What can not be measured keeps the figure of a reference and is
     named in ``skipped``. Raises MachineError or TierError for a directory of no use.
