@@ -50,6 +50,8 @@ class Alloc(NamedTuple):
     module: str
     """Path of the module in whose name it was made, "" for the model itself and for the loss."""
     phase: str
+    most_bytes: int = 0
+    """Of a kernel's scratch memory, where that is not more the larger the batch: the most in any smaller one."""
 
 
 class Free(NamedTuple):

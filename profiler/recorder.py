@@ -21,7 +21,7 @@ from profiler.events import BACKWARD, FORWARD, LOSS, SETUP, Alloc, Category, Eve
 from profiler.formulas import MATMULS, flops_of, rate_dtype
 from profiler.known import KnownValues, assumed_result, known_selection
 from profiler.moved import moved_bytes, traffic
-from profiler.reductions import reduction_workspace_bytes, softmax_scratch_bytes
+from profiler.reductions import reduction_scratch, softmax_scratch_bytes
 from profiler.shapes import work_shape
 from profiler.trees import tensors_in
 
@@ -120,11 +120,11 @@ class Recorder(TorchDispatchMode):
             self._watches[number] = weakref.ref(storage, partial(self._ended, key, number))
         return self._ids[key]
 
-    def stand_in(self, size: int, category: Category, module: str) -> int:
+    def stand_in(self, size: int, category: Category, module: str, most_bytes: int = 0) -> int:
         """Log a storage that is there only in name; returns its id."""
         number = len(self._categories)
         self._categories[number] = category
-        self.events.append(Alloc(number, size, category, module, self.phase))
+        self.events.append(Alloc(number, size, category, module, self.phase, most_bytes))
         return number
 
     def watch_parameter(self, name: str, tensor: torch.Tensor, owners: frozenset[str]) -> int:
@@ -211,9 +211,11 @@ class Recorder(TorchDispatchMode):
             for number, tensor in enumerate(written):
                 self.watch(tensor, Category.ACTIVATION, module)
                 self.come_and_go(passing.after[number] if number < len(passing.after) else (), module)
-        self.come_and_go(
-            (reduction_workspace_bytes(func, args, kwargs, out), softmax_scratch_bytes(func, args)), module
-        )
+        self.come_and_go((softmax_scratch_bytes(func, args),), module)
+        partial_sums = reduction_scratch(func, args, kwargs, out)
+        if partial_sums.most_bytes:
+            number = self.stand_in(partial_sums.bytes, Category.SCRATCH, module, partial_sums.most_bytes)
+            self.events.append(Free(number, self.phase))
         if func is aten.add.Tensor and self.phase == BACKWARD and not torch.is_grad_enabled():
             self._note_sum(out, *args[:2])
         moved = moved_bytes(func, args, read, written)

@@ -9,7 +9,7 @@ dimension needs one number a block, which is little.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,13 +42,26 @@ class _Problem:
     """Outputs that a thread makes at once."""
 
 
-def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Bytes of the buffer for partial results of a reduction; 0 for other calls, and where no output is shared."""
+class PartialSums(NamedTuple):
+    """The buffer for partial results of a reduction."""
+
+    bytes: int
+    """0 where no output is shared."""
+    most_bytes: int
+    """Of this reduction with no more outputs, at least: the fewer these are, the more blocks share each. Where a batch
+    has so many that none is shared, a smaller one can need much."""
+
+
+NOTHING = PartialSums(0, 0)
+
+
+def reduction_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> PartialSums:
+    """What a reduction holds for a moment; nothing for other calls."""
     if func._schema.name not in SUMS or not isinstance(out, torch.Tensor) or not isinstance(args[0], torch.Tensor):
-        return 0
+        return NOTHING
     problem = _problem(args[0], _summed(func, args, kwargs), out)
     if problem is None:
-        return 0
+        return NOTHING
     # Sums are kept in fp32 for 16-bit numbers.
     size = max(4, args[0].element_size())
     block_threads = LARGEST_BLOCK // problem.vector
@@ -57,15 +70,19 @@ def reduction_workspace_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> in
     block_width = min(_power_below(problem.width // problem.vector, block_threads), block_threads // block_height)
     grid = -(-problem.outputs // problem.vector // block_width)
     if problem.inputs < min(block_height * FEWEST_VALUES, MOST_VALUES):
-        return 0
+        return NOTHING
     values = -(-problem.inputs // block_height)
     resident = MULTIPROCESSORS * (THREADS_A_MULTIPROCESSOR // (block_width * block_height))
-    if values < MOST_VALUES or grid > resident:
-        return 0
-    sharing = max(min(-(-resident // grid), -(-values // FEWEST_VALUES)), -(-values // MOST_VALUES))
-    if sharing <= 1:
-        return 0
-    return size * problem.outputs * sharing * block_width * problem.vector
+    if values < MOST_VALUES:
+        return NOTHING
+    fewest, most = -(-values // MOST_VALUES), -(-values // FEWEST_VALUES)
+    sharing = max(min(-(-resident // grid), most), fewest) if grid <= resident else 1
+    outputs = block_width * problem.vector
+    # However many blocks an output is given to, together they are hardly more than are resident.
+    blocks = min(grid, resident)
+    blocks = max(blocks * fewest if fewest > 1 else 0, min(resident + blocks, blocks * most))
+    held = size * problem.outputs * sharing * outputs if sharing > 1 else 0
+    return PartialSums(held, max(held, size * outputs**2 * blocks))
 
 
 def softmax_scratch_bytes(func: Any, args: Any) -> int:

@@ -88,19 +88,24 @@ def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
 def scratch_moments(loop: Loop, leave_out: Collection[Category]) -> tuple[tuple[int, int], ...]:
     """(scratch, beside) bytes when kernels hold something for a moment, in a steady step.
 
-    Of all moments those that have more of one than any with as much of the other, most scratch first.
+    Scratch is the most that it is in any smaller batch, too. Of all moments those that have more of one than any with
+    as much of the other, most scratch first.
     """
-    sizes: dict[int, int] = {}
-    scratch = 0
+    alive: dict[int, tuple[int, int]] = {}
+    held_scratch = most_scratch = 0
     moments = set()
     for part, event, held in _walk(loop, leave_out):
         if isinstance(event, Free):
-            scratch -= sizes.pop(event.id, 0)
-        elif event.category is Category.SCRATCH:
-            sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
-            scratch += sizes[event.id]
-            if part is loop.steady:
-                moments.add((scratch, held - scratch))
+            size, most = alive.pop(event.id, (0, 0))
+            held_scratch, most_scratch = held_scratch - size, most_scratch - most
+            continue
+        if event.category is Category.SCRATCH:
+            size = round_up(event.bytes, ALIGNMENT_BYTES)
+            most = max(size, round_up(event.most_bytes, ALIGNMENT_BYTES))
+            alive[event.id] = size, most
+            held_scratch, most_scratch = held_scratch + size, most_scratch + most
+        if most_scratch and part is loop.steady:
+            moments.add((most_scratch, held - held_scratch))
     found: list[tuple[int, int]] = []
     for moment in sorted(moments, reverse=True):
         if not found or moment[1] > found[-1][1]:

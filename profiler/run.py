@@ -50,7 +50,8 @@ def profile_source(
         assumptions=lambda: source.assumptions,
         chunked=chunked,
     )
-    return study.profile({size: partial(source.example_batch, size) for size in (batch_size, 1)}, batch_size)
+    sizes = dict.fromkeys((batch_size, *range(1, min(2, batch_size) + 1)))
+    return study.profile({size: partial(source.example_batch, size) for size in sizes}, batch_size)
 
 
 def profile_model(
@@ -80,8 +81,8 @@ def profile_model(
     if batch_size is None:
         batch_size = next((len(t) for t in tensors_in(batch) if t.dim()), 1)
     batches: Batches = {batch_size: lambda: batch}
-    if batch_size > 1 and all(t.dim() and len(t) == batch_size for t in tensors_in(batch)):
-        batches[1] = lambda: tree_map_only(torch.Tensor, lambda t: t[:1], batch)
+    if all(t.dim() and len(t) == batch_size for t in tensors_in(batch)):
+        batches |= {size: partial(_first, batch, size) for size in range(1, min(3, batch_size))}
     study = Study.of(
         model,
         forward=forward_with(loss),
@@ -94,3 +95,8 @@ def profile_model(
         chunked=chunked,
     )
     return study.profile(batches, batch_size)
+
+
+def _first(batch: Any, size: int) -> Any:
+    """So many samples of a batch."""
+    return tree_map_only(torch.Tensor, lambda t: t[:size], batch)

@@ -1,4 +1,9 @@
-"""One model under one way of training it, and what its traces add up to."""
+"""One model under one way of training it, and what its traces add up to.
+
+[Note: one sample is not half of two] A tensor of one sample with its dimensions turned still lies together in memory,
+and is not copied where one of two samples is. So the bytes of one sample may lie below the line through all other
+batches. Where its trace makes other storages than that of the largest batch, two samples are traced, too.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -11,7 +16,7 @@ from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.checkpoints import checkpoints_on_host, freed_bytes, input_bytes, staying_bytes
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Call, Category, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Alloc, Call, Category, Op
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
@@ -34,7 +39,7 @@ from profiler.trees import tensors_in
 from profiler.uncollected import uncollected
 
 Batches = dict[int, Callable[[], Any]]
-"""What makes a batch of a size."""
+"""What makes a batch of a size: that of the profile, one sample, and two."""
 Chunked = Callable[[nn.Module, int], nn.Module | None]
 """The model with its loss in so many chunks, to be called in its place; None where the model does not allow it."""
 LOSS_CHUNKS = 8
@@ -200,8 +205,12 @@ class Study:
                 except ProfilerError as error:
                     remarks.append(f"{case.described} is left out: {str(error).splitlines()[0]}")
 
-        plain = [Case(size, recompute) for size in batches for recompute in (False, True)[: 1 + bool(self.blocks)]]
-        add(case for case in plain if case not in known)
+        largest, recomputes = max(batches), (False, True)[: 1 + bool(self.blocks)]
+        ends = [Case(size, recompute) for size in batches if size in (1, largest) for recompute in recomputes]
+        add(case for case in ends if case not in known)
+        # [Note: one sample is not half of two]
+        if any(not _alike(traced, case, case._replace(batch_size=largest)) for case in ends):
+            add(case._replace(batch_size=2) for case in ends if case.batch_size == 1 and 2 in batches and largest > 2)
         in_chunks = self.chunked(self.model, LOSS_CHUNKS) if self.chunked else None
         if in_chunks is not None:
             # Where the loss is the peak, it is so most of all with a large batch and recomputed blocks.
@@ -221,6 +230,17 @@ class Study:
         saved = peaks[chunked._replace(loss_chunks=1)] - peaks[chunked]
         worthwhile = {case.recompute for case, peak in peaks.items() if saved >= WORTHWHILE_SHARE * peak}
         return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
+
+
+def _alike(traced: Traced, one: Case, other: Case) -> bool:
+    """Whether two traces make the same storages in the same order, of whatever sizes; kernels' own aside."""
+
+    def made(case: Case) -> list[tuple[Category, str, str]]:
+        events = traced[case].events if case in traced else ()
+        found = (e for e in events if isinstance(e, Alloc) and e.category not in OF_CUDA)
+        return [(e.category, e.module, e.phase) for e in found]
+
+    return made(one) == made(other)
 
 
 def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:
