@@ -352,6 +352,8 @@ def _incomplete(profile: ModelProfile) -> str | None:
             "device_input_bytes": point.recompute,
             "freed_bytes": not point.recompute,
         }
+        if any(size < 0 for moment in point.scratch_moments for size in moment):
+            return f"activations[{i}].scratch_moments has bytes below 0"
         for name, there in wanted.items():
             listed, count = getattr(point, name), len(profile.blocks) if there else 0
             if len(listed) != count or any(size < 0 for size in listed):

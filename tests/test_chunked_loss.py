@@ -255,7 +255,7 @@ def test_the_profile_has_points_in_chunks_with_lower_peaks_and_a_second_pass_of_
     profile = memplan.profile(model, {"input_ids": tokens, "labels": tokens}, precision="bf16")
     points = {(p.batch_size, p.recompute, p.loss_chunks): p for p in profile.activations}
     assert list(points)[:4] == [(4, False, 1), (4, True, 1), (1, False, 1), (1, True, 1)]
-    assert set(points) == {(b, r, c) for b in (1, 4) for r in (False, True) for c in (1, 8)}
+    assert set(points) == {(b, r, c) for b in (1, 2, 4) for r in (False, True) for c in (1, 8)}
     for (batch, recompute, chunks), point in points.items():
         if chunks == 1:
             continue

@@ -35,12 +35,30 @@ def rectifiers(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class Mean(nn.Module):
+    """Its sum has so many outputs in a large batch that no two blocks share one, and far fewer in a smaller one."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.mean(1))
+
+
+def encoder() -> nn.Module:
+    """Keeps copies of what is turned, which one sample does without."""
+    layer = nn.TransformerEncoderLayer(256, 4, 512, batch_first=True, norm_first=True, dropout=0.0)
+    return nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+
+
 TRAININGS = {
     "wide layers with biases": rows(rectifiers(1024, 6), 197, 1024),
     "narrow layers with biases": rows(rectifiers(96, 12), 1024, 96),
     "convolutions": rows(
         nn.Sequential(*[nn.Sequential(nn.Conv2d(64, 64, 3), nn.GELU()) for _ in range(6)]), 64, 56, 56
     ),
+    "one sample that is not half of two": rows(encoder(), 512, 256),
     "a language model": Training(GPT(layers=4, width=256), lambda size: torch.zeros(size, 16, dtype=torch.int64)),
 }
 
@@ -66,6 +84,19 @@ def test_no_batch_between_two_profiled_ones_has_a_peak_above_the_line_with_its_b
         rounded = 1 << 16
         assert exact.peak_bytes <= without_margins - given + rounded, size
         assert without_margins - given <= exact.peak_bytes * 1.07 + most_scratch, size
+
+
+def test_a_sum_that_no_blocks_share_in_a_large_batch_counts_with_what_they_share_in_a_smaller_one() -> None:
+    network = Mean(1024)
+    profile = profile_model(network, torch.empty(300, 1024, 1024, device="meta"), loss=loss_of, precision="bf16")
+    for size in (200, 263):
+        batch = torch.empty(size, 1024, 1024, device="meta")
+        alone = activations_of(profile_model(network, batch, loss=loss_of, precision="bf16"), Way(size), "cuda")
+        found = activations_of(profile, Way(size), "cuda")
+        assert alone is not None and found is not None
+        bare = found.upper_bytes - FIXED_MARGIN_BYTES["cuda"] - int(found.peak_bytes * (ACTIVATION_MARGIN - 1))
+        given = size * 1024 * 1024 * 4
+        assert found.peak_bytes < alone.peak_bytes <= bare - given
 
 
 @pytest.mark.parametrize("name", TRAININGS)
