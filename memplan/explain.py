@@ -226,9 +226,9 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
     percent = 100 * (candidate.seconds / best.seconds - 1)
     if percent >= 0.05:
         why_not = f"slower by {percent:.1f} %"
-    elif percent <= -0.05:
+    elif percent <= -0.05 and _moves_more(candidate, best):
         why_not = f"faster by {-percent:.1f} %, which is less than predictions tell, but more leaves the GPU"
-    elif candidate.offloaded_bytes > best.offloaded_bytes:
+    elif _moves_more(candidate, best):
         why_not = "as fast, but more leaves the GPU"
     else:
         why_not = "as fast, but of two equals the one with less recompute, larger micro-batches, less sharding is taken"
@@ -240,6 +240,11 @@ def _slower(problem: Problem, candidate: Candidate, best: Candidate) -> Alternat
         nvme_bytes=search.nvme_bytes(candidate.counts),
         why_not=why_not,
     )
+
+
+def _moves_more(candidate: Candidate, best: Candidate) -> bool:
+    away = [(c.offloaded_bytes, c.family.way.checkpoints is Tier.HOST) for c in (candidate, best)]
+    return away[0] > away[1]
 
 
 def _misfit(problem: Problem, family: Family, best: Candidate) -> Alternative:

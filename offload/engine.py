@@ -36,13 +36,14 @@ from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.ranks import Ranks, local_device
+from offload.released import Releasing, lost_parameter, own
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
 from offload.saver import Saver, Saving
 from offload.setup import (
     check_scheduler,
     close_all,
     close_at_exit,
-    feeding_a_gpu,
+    feed_a_gpu,
     grow_segments,
     move_buffers,
     moved,
@@ -63,14 +64,8 @@ from offload.watch import Watch
 from offload.weight_files import WeightFiles
 from offload.weights import WeightMover
 
-HOLDERS = (
-    *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
-    *("_guard", "_watch", "_passes", "_steps", "early_updates"),
-)
-"""What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
-
-class Engine:
+class Engine(Releasing):
     """Trains ``model`` as ``plan`` says.
 
     ``optimizer`` is one of torch's, or Lion, over the model's parameters, and of the plan's kind: its groups give the
@@ -118,6 +113,7 @@ class Engine:
         self.global_step = 0
         """Steps so far, those that were skipped too."""
         self._events = events
+        self.lost = lost_parameter(model)
         self._micro_batch = 0
         self._forward_step = 0
         """Value of ``global_step`` at the last forward pass with gradients."""
@@ -183,8 +179,8 @@ class Engine:
         for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
             self._closers.append(handle.remove)
         self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1), ranks)
-        on_host = update_bytes + needed.host_bytes > 0
-        self._closers += [self._gradients.close, self._saver.close, *feeding_a_gpu(device, updates_on_host=on_host)]
+        self._closers += [self._gradients.close, self._saver.close, own(self.model)]
+        feed_a_gpu(device, self._closers, updates_on_host=update_bytes + needed.host_bytes > 0)
         updating = (self._gradients, self._updater, self._mover, self.loss_scale)
         self._steps = Steps(
             self.states, self.hyperparameters, *updating, self._step_schedulers, self._saver.copied, device
@@ -202,6 +198,7 @@ class Engine:
     @explaining_shortage("forward")
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Forward. Tensors go to the device, and floating-point ones to bf16 or fp16 where the weights are."""
+        self.check_numbers()
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.precision is Precision.AMP)
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
@@ -256,6 +253,7 @@ class Engine:
 
     def _check_can_update(self) -> None:
         self._watch.check_none_lent()
+        self.hyperparameters.check()
         check_trainable(state.unit for state in self.states)
         if self._update_in_backward:
             check_early_updates(self.plan, self.max_grad_norm)
@@ -329,6 +327,7 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
         self.early_updates.check()
+        self.check_numbers()
         return whole.state_dict(self)
 
     def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
@@ -338,7 +337,8 @@ class Engine:
         (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
         """
         self.early_updates.check()
-        return whole.load_state_dict(self, tensors, strict)
+        found = whole.load_state_dict(self, tensors, strict)
+        return found if found.missing_keys else self.restored(found)
 
     def replace(self, state: UnitState, whole: unit_contents.Contents) -> None:
         """Put other numbers into a unit, wherever they live; between steps only."""
@@ -360,6 +360,7 @@ class Engine:
         if self._micro_batch:
             raise OffloadError("a checkpoint has no gradients: save after the last micro-batch's step(), not before")
         self.early_updates.check()
+        self.check_numbers()
         self._watch.check_none_lent()
         self._watch.check()
         self._steps.conclude()  # whether the last step counts
@@ -372,7 +373,7 @@ class Engine:
         """
         self._saver.close()  # the latest may be the one that is being written
         found = checkpoint.opened(Path(directory), tag)
-        return found.path, restore.load(self, found)
+        return self.restored((found.path, restore.load(self, found)))
 
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
@@ -395,5 +396,4 @@ class Engine:
         try:
             close_all(self._closers)
         finally:
-            for name in HOLDERS:
-                vars(self).pop(name, None)
+            self.release()

@@ -71,10 +71,29 @@ class Hyperparameters:
             raise OffloadError(
                 "the optimizer has state already; give the engine one that has not stepped, or resume from a checkpoint"
             )
+        own = set(model.parameters())
+        if foreign := sum(p not in own for group in optimizer.param_groups for p in group["params"]):
+            raise OffloadError(
+                f"the optimizer has {foreign} parameters that are not the model's; the engine would not clip, update "
+                "or save them: make them part of the model, or give them an optimizer of their own"
+            )
         self.optimizer, self.kind = optimizer, kind
         self.steps: dict[str, int] = {}
         """Updates of each parameter so far, by name: one that got no gradient was not updated."""
         self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+    def check(self) -> None:
+        """Raise OffloadError where somebody changed more of the optimizer than numbers of its groups."""
+        if self.optimizer.state:
+            raise OffloadError(
+                "the optimizer was given state after Engine(), which keeps its own: load a checkpoint of the engine "
+                "instead of the optimizer's state_dict"
+            )
+        if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self._group_of):
+            raise OffloadError(
+                "parameters came to the optimizer after Engine(), when it is settled which are trained: save a "
+                "checkpoint, and go on from it with a new model and engine"
+            )
 
     def begin_update(self, unit: Unit, present: set[str]) -> tuple[Segment, ...]:
         """How the unit's elements are updated now, and count it; parameters without gradient are left out."""

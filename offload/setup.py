@@ -30,6 +30,9 @@ from offload.state import weight_dtype
 FEEDING_CORES = 2
 """Cores that the update on the host leaves to the threads that feed a GPU."""
 
+_PASSING_OVER: list[object] = []
+"""One for each engine in this process that has the collector pass over what lasts."""
+
 
 class SupportsClose(Protocol):
     """Something with threads to end."""
@@ -69,11 +72,13 @@ def update_threads(device: torch.device, ranks: Ranks | None = None) -> int:
     return 1 if device.type == "cpu" else max(1, len(os.sched_getaffinity(0)) // sharing - FEEDING_CORES)
 
 
-def feeding_a_gpu(device: torch.device, *, updates_on_host: bool) -> list[Callable[[], None]]:
-    """Prepare this process for threads that feed a GPU; gives what undoes it."""
+def feed_a_gpu(device: torch.device, closers: list[Callable[[], None]], *, updates_on_host: bool) -> None:
+    """Prepare this process for threads that feed a GPU; what undoes it joins the ``closers``."""
     if device.type == "cpu":
-        return []
-    return [pass_over_what_lasts(), *([leave_cores_to_the_update()] if updates_on_host else [])]
+        return
+    closers.append(pass_over_what_lasts())
+    if updates_on_host:
+        closers.append(leave_cores_to_the_update())
 
 
 def leave_cores_to_the_update() -> Callable[[], None]:
@@ -85,10 +90,21 @@ def leave_cores_to_the_update() -> Callable[[], None]:
 
 
 def pass_over_what_lasts() -> Callable[[], None]:
-    """Let Python's collector leave alone what is there now: [Note: Python's collector]."""
+    """Let Python's collector leave alone what is there now: [Note: Python's collector].
+
+    Gives what undoes it, when whoever asked for it last is through.
+    """
     gc.collect()  # what is garbage by now would stay
     gc.freeze()
-    return gc.unfreeze
+    mine = object()
+    _PASSING_OVER.append(mine)
+
+    def undo() -> None:
+        _PASSING_OVER.remove(mine)
+        if not _PASSING_OVER:
+            gc.unfreeze()
+
+    return undo
 
 
 def check_can_run(plan: Plan) -> None:
@@ -121,8 +137,9 @@ def grow_segments(device: torch.device) -> None:
         (settings or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
     elif "expandable_segments:True" not in said.replace(" ", ""):
         warnings.warn(
-            "PYTORCH_ALLOC_CONF keeps the GPU's memory in segments that do not grow, and plans do not count what is "
-            "left over in those: training may run out of memory where the plan fits. Set expandable_segments:True",
+            "the environment (PYTORCH_ALLOC_CONF, PYTORCH_CUDA_ALLOC_CONF) keeps the GPU's memory in segments that do "
+            "not grow, and plans do not count what is left over in those: training may run out of memory where the "
+            "plan fits. Set expandable_segments:True",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -171,7 +171,7 @@ class Study:
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
-            allocated_bytes=max(peaks.values()),
+            allocated_bytes=max(peaks.values(), default=0),
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
             on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from offload.engine import Engine
-from offload.setup import feeding_a_gpu, grow_segments, pass_over_what_lasts
+from offload.setup import feed_a_gpu, grow_segments, pass_over_what_lasts
 from tests.models import GPT
 from tests.plans import RESIDENT, G, H, plan_for
 
@@ -38,9 +38,19 @@ def test_the_collector_passes_over_what_was_there_until_that_is_undone_but_not_o
     assert old() is None
 
 
+def test_the_collector_looks_at_everything_again_when_the_last_of_several_is_through() -> None:
+    first, second = pass_over_what_lasts(), pass_over_what_lasts()
+    first()
+    assert gc.get_freeze_count() > 0
+    second()
+    assert gc.get_freeze_count() == 0
+
+
 def test_where_the_cpu_computes_the_process_stays_as_it_is() -> None:
     threads, frozen = torch.get_num_threads(), gc.get_freeze_count()
-    assert feeding_a_gpu(torch.device("cpu"), updates_on_host=True) == []
+    closers: list = []
+    feed_a_gpu(torch.device("cpu"), closers, updates_on_host=True)
+    assert closers == []
     assert (torch.get_num_threads(), gc.get_freeze_count()) == (threads, frozen)
 
 
