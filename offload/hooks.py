@@ -8,7 +8,7 @@ weights of a unit that is trained never leave the device, the use lasts until al
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from offload.block_inputs import WaitingInput
 from offload.compiled import check_compiled, hookable
 from offload.dtensors import Distributed
+from offload.second_run import Changing, SecondRun
 from offload.unit import Unit
 from offload.weights import WeightReference
 
@@ -114,7 +115,13 @@ class _Recompute:
         called = hookable(module)
         self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
         if checkpoint.state(called) is None:
-            checkpoint(called, context_fn=lambda: (nullcontext(), _buffers_kept(module)))
+            changing: Changing = {}
+
+            def runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+                call = SecondRun(module, changing)
+                return call.first(), call.second()
+
+            checkpoint(called, context_fn=runs)
         self._state = checkpoint.state(called)
         self._state.enable_hook = True
 
@@ -136,17 +143,6 @@ def attach(
     # Ahead of all others, as those of units are.
     yield hookable(root).register_forward_pre_hook(lambda *_: listener.begin_call(), prepend=True)
     yield hookable(root).register_forward_hook(lambda *_: listener.end_call(), always_call=True)
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Running a module again must not count twice what it keeps in buffers, as batch norm's statistics."""
-    kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, before in kept:
-            buffer.data.copy_(before)
 
 
 def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,12 @@
 [Note: calls of the model itself]
 Between steps the model may be called without gradients, by itself or by its ``generate``: such a call is a pass of its
 own, from the model's pre-forward hook to its forward hook, and so is a call of a single unit.
+
+[Note: backwards of others]
+``torch.autograd.grad`` of what the engine computed, or the backward of another engine whose loss came through this one,
+is no pass, but uses units as one does: they begin, end and run again in it as in a backward of the engine's own, and
+when autograd is through nothing is in use. Where it makes a graph of its own (``create_graph``) that holds the weights
+where they are, past all hooks: units stay in use then, beyond the plan, until the next ``engine.backward`` is over.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,6 +77,10 @@ class Passes:
         self._order = CallOrder()
         self._called_alone = False
         """[Note: calls of the model itself]"""
+        self._others = False
+        """[Note: backwards of others]: units were used in one that goes on; failed ones end when a pass begins."""
+        self._others_graph = False
+        """Whether that one may be making a graph: gradients were on whenever it used a unit."""
 
     @contextmanager
     def forward(self, step: int) -> Iterator[None]:
@@ -86,6 +96,7 @@ class Passes:
     @contextmanager
     def backward(self, *, step_follows: bool) -> Iterator[None]:
         """A backward pass."""
+        self._others = False
         self._use_root()  # an evaluation in between may have let it go
         self._recomputed.begin_pass()
         try:
@@ -119,7 +130,26 @@ class Passes:
         needed = self._mover.streams or self._inputs.leave or self._meter.counts_saved
         return saved_tensors(self) if needed else nullcontext()
 
+    def _in_backward(self) -> bool:
+        return self._phase == "backward" or (self._phase is None and torch._C._current_graph_task_id() != -1)
+
+    def _in_others(self) -> None:
+        """A unit is used in what may be the backward of others. Gradients are on in a recompute of it, too."""
+        if self._phase is not None or not self._in_backward():
+            return
+        if not self._others:
+            self._others = self._others_graph = True
+            self._recomputed.begin_pass()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_others)
+        self._others_graph &= torch.is_grad_enabled()
+
+    def _end_others(self) -> None:
+        self._others, self.computing = False, None
+        if not self._others_graph:
+            self._mover.unuse_all()
+
     def _begin_forward(self) -> None:
+        self._others = False
         if self.early is not None:
             self.early.check()
         self._updater.check()
@@ -172,6 +202,7 @@ class Passes:
 
     def begin_use(self, name: str) -> None:
         """A unit is about to compute: have its weights, and start the fetches of the schedule."""
+        self._in_others()
         self.computing = name
         self._mover.use(name)
         if self._prefetcher.used(name):
@@ -188,7 +219,7 @@ class Passes:
 
     def recorded(self, name: str) -> None:
         """In backward it is a recompute that calls it."""
-        if self._phase == "backward":
+        if self._in_backward():
             self._recomputed.called(name)
 
     def bounded(self, name: str) -> None:
@@ -199,7 +230,7 @@ class Passes:
 
     def end_forward_use(self, name: str) -> int | None:
         """Its forward is over; a recompute's forward is part of its backward."""
-        if self._phase == "backward":
+        if self._in_backward():
             return None
         self._end_use(name)
         return self._order.ended()
@@ -213,18 +244,20 @@ class Passes:
             for over in self._order.over(call):
                 self._gradients.over(over)
         self.begin_use(name)
-        if self._phase == "backward":
+        if self._in_backward():
             self._recomputed.begin_backward(name)
 
     def end_backward_use(self, name: str) -> None:
         """The backward of one of its calls is over: it stays in use as long as a recompute has left others."""
-        if self._phase == "backward":
-            if self._recomputed.end_backward(name):
-                self._end_use(name)
-            elif self.computing == name:
-                self.computing = None
-            if self.early is not None:
-                self.early.passed(name)
+        if not self._in_backward():
+            return
+        self._in_others()
+        if self._recomputed.end_backward(name) and (self._phase is not None or not self._others_graph):
+            self._end_use(name)
+        elif self.computing == name:
+            self.computing = None
+        if self.early is not None and self._phase == "backward":
+            self.early.passed(name)
 
     def complete(self, name: str) -> None:
         """All gradients of a unit are there: without inputs that need one, its backward is over."""
@@ -263,6 +296,8 @@ class Passes:
             return packed.owner.fetch(packed)
         if packed.unit:
             self.begin_use(packed.unit)
+        else:
+            self._use_root()  # in a pass it is in use; the backward of others may come after one
         return self._mover.resolve(packed)
 
     def _end_use(self, name: str) -> None:
