@@ -6,9 +6,10 @@ A module gives values to its parameters by ``reset_parameters``, as PyTorch's ow
 before their parents. So a model whose parameters all come from ``reset_parameters`` gets, from the same seed, the
 numbers that building it for real gives, whatever the plan.
 
-Before, every value is NaN. What is NaN afterwards was set by nobody, and is refused by name. PyTorch counts the
-in-place changes of a tensor, on meta too: where building a model changed a parameter at other times than these methods
-do, ``__init__`` did something beside them that would be lost, and that is refused as well.
+Before, every value is NaN. What is NaN afterwards was set by nobody, and is refused by name. ``on_meta`` tells the
+story of each parameter (see [Note: stories]): where building a model did otherwise to it than these methods do, that
+would be lost, and is refused as well. Built under ``torch.device("meta")`` it has no story; then PyTorch's count of
+in-place changes is compared, which leaves out what is written through ``.data``.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from torch import nn
 
 from offload.errors import OffloadError
 from offload.on_meta import MAKER, make_real, reset_of
+from offload.stories import Repeating, Story, Writing, begin_story, sharing, story_of
 from offload.unit import Unit
 
 
@@ -35,6 +37,14 @@ class Initialiser:
         """Tensors without values so far, by identity."""
         self._built_changes: dict[int, int] = {}
         """In-place changes of each parameter while the model was built."""
+        self._stories: dict[int, tuple[Story, Story]] = {}
+        """What was done to each parameter when the model was built, and what its own initialisation does."""
+        self._repeating = Repeating(device)
+        if (names := sharing(model.named_parameters())) is not None:
+            raise OffloadError(
+                f"parameters {names[0]} and {names[1]} were built on meta with one memory, and would be made apart: "
+                "let them be one parameter (a.weight = b.weight), or build the model for real"
+            )
         self._decided: set[int] = set()
         """Parameters that transformers' code alone decides about."""
         self._makers = _makers(model)
@@ -92,7 +102,10 @@ class Initialiser:
             parameter = field.parameter
             if parameter.is_meta:
                 self._built_changes[id(parameter)] = parameter._version
+                built = story_of(parameter)
                 make_real(parameter, _without_values(parameter, torch.float32, self._device))
+                if built is not None:
+                    self._stories[id(parameter)] = (built, begin_story(parameter))
                 self._unset[id(parameter)] = (field.name, parameter)
 
     def _out_of_reach(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -102,10 +115,12 @@ class Initialiser:
 
     def _call(self, module: nn.Module, family: nn.Module | None, path: str) -> None:
         """Let the module's own code, and that of the model around it, set what is its own."""
+        real = [(b, b.clone()) for b in module.buffers() if not b.is_meta and id(b) not in self._unset]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), Writing():
                 for act in self._acts(module, family):
-                    act()
+                    told = [self._stories[id(p)] for p in module.parameters() if id(p) in self._stories]
+                    self._repeating.call(act, told)
         except Exception as error:
             said = str(error).strip().partition("\n")[0]
             away = " (a parameter of another unit of the plan is away then)" if "single memory location" in said else ""
@@ -114,6 +129,9 @@ class Initialiser:
                 f"built on meta: {type(error).__name__}: {said}{away}; build the model for real, or read its weights "
                 "from safetensors files"
             ) from error
+        with torch.no_grad():
+            for buffer, values in real:
+                buffer.copy_(values)
 
     def _acts(self, module: nn.Module, family: Any) -> Iterator[Callable[[], object]]:
         name = reset_of(module)
@@ -136,13 +154,23 @@ class Initialiser:
                 continue
             if _has_no_values(field.parameter):
                 raise OffloadError(_nobody_sets(field.name, field.parameter, self._model))
-            built, now = self._built_changes[id(field.parameter)], field.parameter._version
-            if built not in (0, now) and id(field.parameter) not in self._decided:
+            if (said := self._lost(field.parameter)) is not None:
                 raise OffloadError(
-                    f"parameter {field.name} was changed {built} times while the model was built, and its own "
-                    f"initialisation changes it {now} times: on meta the rest of what __init__ does to it would be "
-                    "lost. Move that into reset_parameters() or _init_weights(module), or build the model for real."
+                    f"parameter {field.name} was {said[0]} while the model was built, and its own initialisation "
+                    f"changes it {said[1]}: on meta the rest of what __init__ does to it would be lost. Move that into "
+                    "reset_parameters() or _init_weights(module), or build the model for real, without "
+                    "memplan.on_meta()."
                 )
+
+    def _lost(self, parameter: nn.Parameter) -> tuple[str, str] | None:
+        """What was done to it when the model was built, and what is done now, where those differ."""
+        if (stories := self._stories.get(id(parameter))) is None:
+            built, now = self._built_changes[id(parameter)], parameter._version
+            same = built in (0, now) or id(parameter) in self._decided
+            return None if same else (f"changed {built} times", f"{now} times")
+        told, made = stories
+        same = told.blank or (told.tells(made) and not self._repeating.is_like_a_copy(made))
+        return None if same else (told.described(), made.described().removeprefix("changed "))
 
     def _check_rest(self) -> None:
         for name, tensor in self._unset.values():

@@ -7,10 +7,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from offload.stories import Building, story_of
+
 SMALL_BYTES = 1 << 20
 """Parameters up to this size stay real where their module has no method that would make them again."""
 MAKER = "_first_values_by"
 """Attribute of a parameter on meta: the module that made it, where several share it."""
+
+_ORTHOGONAL = nn.init.orthogonal_
 
 
 def reset_of(module: nn.Module) -> str | None:
@@ -22,16 +26,18 @@ def reset_of(module: nn.Module) -> str | None:
 def on_meta() -> Iterator[None]:
     """A context in which modules make their parameters on meta, without memory.
 
-    What nobody could make again stays real: buffers, small parameters of modules without ``reset_parameters``, and
-    parameters that are put in the place of others, as loaded ones are. The engine makes the rest real, unit by unit.
+    What nobody could make again stays real: buffers, small parameters that have numbers as they come or whose module
+    has no ``reset_parameters``, and parameters that are put in the place of others or have numbers of tensors from
+    elsewhere, as loaded ones. The engine makes the rest real, unit by unit.
     """
     kept: dict[int, nn.Parameter] = {}
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or id(parameter) in kept:
             return None  # what is tied stays tied
-        replaces = module._parameters.get(name) is not None
-        if replaces or (reset_of(module) is None and parameter.nbytes <= SMALL_BYTES):
+        replaces, story = module._parameters.get(name) is not None, story_of(parameter)
+        makes_it = reset_of(module) is not None and story is not None and story.blank
+        if replaces or story is None or (not makes_it and parameter.nbytes <= SMALL_BYTES):
             kept[id(parameter)] = parameter
             return None
         abstract = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -41,10 +47,21 @@ def on_meta() -> Iterator[None]:
 
     # PyTorch's annotation leaves out that a hook may give another parameter.
     handle = register_module_parameter_registration_hook(registered)  # type: ignore[arg-type]
+    orthogonal, nn.init.orthogonal_ = nn.init.orthogonal_, _orthogonal_
     try:
-        yield
+        with Building():
+            yield
     finally:
+        nn.init.orthogonal_ = orthogonal
         handle.remove()
+
+
+def _orthogonal_(tensor: torch.Tensor, gain: float = 1, generator: torch.Generator | None = None) -> torch.Tensor:
+    """PyTorch's does nothing on meta, and would not be told; this one writes what that writes to a real tensor."""
+    if not tensor.is_meta:
+        return _ORTHOGONAL(tensor, gain, generator)
+    with torch.no_grad():
+        return tensor.copy_(torch.empty_like(tensor)).mul_(gain)
 
 
 def make_real(parameter: nn.Parameter, values: torch.Tensor) -> None:
