@@ -3,11 +3,14 @@
 import re
 
 from memplan.errors import MachineError
+from offload.plan import Tier
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _SIZE = re.compile(_NUMBER + r"(?:([kmgtp])(i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?\s*(?:[kmgtp]i?)?(?:b|bits?)?)(?:/s|ps)\s*", re.IGNORECASE | re.ASCII)
 _BITS = re.compile(_NUMBER + r"((?:[kmgtpKMGTP]i?)?)(?:b|[bB]its?)\s*", re.ASCII)
+OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
+"""What says the size of each tier."""
 
 
 def parse_bytes(text: str | int, what: str = "size") -> int:
@@ -57,3 +60,16 @@ def parse_rate(text: str, what: str = "rate") -> float:
     if rate == 0:
         raise MachineError(f"{what} is {text!r}; nothing could ever be moved at that rate")
     return float(rate)
+
+
+def grain_of(size: int) -> int:
+    """Of sizes that a person would write: about four digits."""
+    return 1 << 10 if size < 1 << 24 else 1 << 20 if size < 1 << 36 else 1 << 30
+
+
+def size_text(size: int) -> str:
+    """The exact size in the largest unit that divides it."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)
