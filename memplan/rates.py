@@ -127,7 +127,7 @@ class Rates:
             return cls.from_dict(json.loads(path.read_text()), str(path))
         except MachineError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MachineError(
                 f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
             ) from error

@@ -14,7 +14,7 @@ from memplan.memory import chain_order, placements_of
 from memplan.pipeline import timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
-from memplan.sizes import OPTIONS, grain_of, size_text
+from memplan.sizes import MOST_SAMPLES, OPTIONS, grain_of, size_text
 from memplan.spans import LANES
 from memplan.units import units_of
 from offload.plan import (
@@ -210,6 +210,8 @@ def check_wishes(machine: Machine, batch_size: int, target: Target) -> None:
     """What can be refused before anything is measured or profiled; raises PlanningError."""
     if batch_size < 1:
         raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
+    if batch_size > MOST_SAMPLES:
+        raise PlanningError(f"the batch size is {batch_size}; at most {MOST_SAMPLES:,} samples can be planned for")
     if batch_size % machine.gpus:
         raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
     if target is not Target.MEMPLAN and machine.device == "cpu":

@@ -12,16 +12,28 @@ _BITS = re.compile(_NUMBER + r"((?:[kmgtpKMGTP]i?)?)(?:b|[bB]its?)\s*", re.ASCII
 OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
 """What says the size of each tier."""
 
+MOST_BYTES = 1 << 60
+"""Of a size that is believed: with larger ones arithmetic in 64 bits would overflow."""
+MOST_COUNT = 100_000
+"""Of GPUs, or nodes, for the same reason."""
+MOST_SAMPLES = 1_000_000_000
+"""Of a step."""
+
 
 def parse_bytes(text: str | int, what: str = "size") -> int:
     """Bytes from ``24GiB`` (2^30 each), ``24G`` (the same, as tools of the field mean it), ``24GB`` (10^9), ``24``.
 
     Fractions are cut to whole bytes. Raises MachineError, naming ``what``.
     """
-    if isinstance(text, int):
-        if text < 0:
-            raise MachineError(f"{what} is {text}; a size can not be negative")
-        return text
+    size = text if isinstance(text, int) else _parsed(text, what)
+    if size < 0:
+        raise MachineError(f"{what} is {text}; a size can not be negative")
+    if size > MOST_BYTES:
+        raise MachineError(f"{what} is {text}; no machine has more than {MOST_BYTES >> 60} EiB, so write what there is")
+    return size
+
+
+def _parsed(text: str, what: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise MachineError(f"{what} is {text!r}; write a size such as 24GiB, 24GB, 512MiB or a number of bytes")

@@ -167,6 +167,7 @@ def test_a_machine_comes_from_a_file_or_from_a_calibration(tmp_path):
     ("text", "sentence"),
     [
         ("{", "is no JSON"),
+        ("[" * 5000 + "]" * 5000, "is no JSON that can be read"),
         ("{}", "describes no machine"),
         ("[]", "describes no machine"),
         ('{"schema": "memplan.machine/0"}', "is a machine file from another version: memplan.machine/0"),
