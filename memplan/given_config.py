@@ -109,6 +109,10 @@ class GivenConfig:
                 raise PlanningError(
                     f"{key} is {size}, and --from prices data parallelism only: leave it out to see what the rest costs"
                 )
+        if not 0 <= (ratio := view.value(f"{Z}.offload_optimizer.ratio")) <= 1:
+            raise PlanningError(
+                f"{Z}.offload_optimizer.ratio is {ratio}; it is the share that the CPU updates: write 0 to 1"
+            )
         if self._is_auto(f"{Z}.stage"):
             raise PlanningError(
                 f'{Z}.stage is "auto", which Accelerate or the Trainer fills in from arguments of its own: write the '

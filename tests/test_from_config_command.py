@@ -108,3 +108,17 @@ def test_a_stage_that_others_fill_in_must_be_given_as_a_number(memplan: Command)
     done = memplan("plan", "p.json", *MACHINE, "--from", given({**FAST, Z: {"stage": "auto"}}))
     assert done.code == 2
     assert 'zero_optimization.stage is "auto", which Accelerate or the Trainer fills in' in done.err
+
+
+def test_a_ratio_that_is_no_share_is_a_sentence(memplan: Command) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 7}}
+    done = memplan("plan", "p.json", *MACHINE, "--from", given({**FAST, Z: zero}))
+    assert done.code == 2
+    assert "offload_optimizer.ratio is 7; it is the share that the CPU updates: write 0 to 1" in done.err
+
+
+def test_a_calibration_that_is_a_list_is_a_sentence(memplan: Command) -> None:
+    Path("rates.json").write_text("[1]")
+    done = memplan("plan", "p.json", *MACHINE, "--calibration", "rates.json")
+    assert done.code == 2
+    assert "rates.json holds no object, so it is no calibration" in done.err
