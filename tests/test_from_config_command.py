@@ -122,3 +122,11 @@ def test_a_calibration_that_is_a_list_is_a_sentence(memplan: Command) -> None:
     done = memplan("plan", "p.json", *MACHINE, "--calibration", "rates.json")
     assert done.code == 2
     assert "rates.json holds no object, so it is no calibration" in done.err
+
+
+def test_an_error_that_is_carried_over_is_among_what_to_change(memplan: Command) -> None:
+    config = {**SLOW, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "max_grad_norm": 1.0}}}
+    done = memplan("plan", "p.json", *MACHINE, "--from", given(config), "--out", "out")
+    assert done.code == 0, done.err
+    said = " ".join(done.out[done.out.index("optimizer.params.max_grad_norm", done.out.index(" better")) :].split())
+    assert "still there" in said and "mended by you" in said
