@@ -58,6 +58,19 @@ def troubles(given: GivenConfig, better: Mapping[str, Any], facts: Facts) -> Ite
             yield f"In the better configuration {finding.path}: {finding.message}."
 
 
+def unmended(given: GivenConfig, better: Mapping[str, Any], facts: Facts) -> Iterator[Change]:
+    """What the linter calls an error in both: a plan decides nothing there, so it is carried over for them to mend."""
+    before = {finding.path for finding in lint_document(given.filled, facts) if finding.severity == "error"}
+    for finding in lint_document(parse_document(dumps(better)), facts):
+        if finding.severity == "error" and finding.path in before:
+            is_now = given.document.get(*finding.path.split("."))
+            yield Change(finding.path, UNWRITTEN if is_now is None else shown(is_now), _mend(finding.suggestion))
+
+
+def _mend(suggestion: str | None) -> str:
+    return f"still there, to be mended by you: {suggestion or 'leave it out'}"
+
+
 def effective(view: View, dotted: str) -> Any:
     """What a key comes to, where nothing is written its default at this stage."""
     if dotted == f"{Z}.stage":

@@ -10,7 +10,7 @@ from memplan.formatting import format_bytes
 from memplan.gpus import HostLink
 from memplan.machine import CONTEXT_BYTES, Machine, at_most, detect
 from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
-from memplan.sizes import parse_bytes, parse_rate
+from memplan.sizes import MOST_COUNT, parse_bytes, parse_rate
 from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 
@@ -65,8 +65,8 @@ def load_machine(path: Path) -> Machine:
         data = json.loads(path.read_text())
     except OSError as error:
         raise MachineError(f"the machine file {path} can not be read: {error.strerror}") from error
-    except ValueError as error:
-        raise MachineError(f"the machine file {path} is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise MachineError(f"the machine file {path} is no JSON that can be read: {error}") from error
     inner = data.get("machine") if isinstance(data, dict) else None
     machine = Machine.from_dict(inner if isinstance(inner, dict) else data, str(path))
     context = CONTEXT_BYTES if machine.device == "cuda" else 0
@@ -121,6 +121,8 @@ def _wishes(
     for option, count in (("--gpus", gpus), ("--nodes", nodes)):
         if count is not None and count < 1:
             raise MachineError(f"{option} is {count}; it must be at least 1")
+        if count is not None and count > MOST_COUNT:
+            raise MachineError(f"{option} is {count}; at most {MOST_COUNT:,} can be planned for")
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if gpu_bytes == 0:
         raise MachineError("--gpu-memory is 0; training needs some memory to compute in")

@@ -1,12 +1,12 @@
 """What ``--nvme`` says: a directory that is here, or a disk that is only described."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memplan.disks import inspect
 from memplan.errors import MachineError
 from memplan.formatting import format_bytes
-from memplan.machine import NVME_RESERVE_SHARE, Machine, with_directory
+from memplan.machine import Machine, with_directory, with_disk
 from memplan.sizes import is_rate, is_size, parse_bytes, parse_rate
 
 ASSUMED_DISK_BYTES = 1 << 40
@@ -65,7 +65,8 @@ def with_disk_here(machine: Machine, nvme: str | None) -> Machine:
 def with_described_disk(machine: Machine, nvme: str | None) -> Machine:
     """``machine``, which is described, with the disk that ``nvme`` does; raises MachineError.
 
-    Its size is the one that is said, else what is free in a directory of that name here, else an assumption.
+    Its size is the one that is said, else what is free in a directory of that name here, else an assumption. What kind
+    of disk is behind such a directory counts as on a machine that is here: it may be memory, or a network's.
     """
     if nvme is None:
         return machine
@@ -77,9 +78,9 @@ def with_described_disk(machine: Machine, nvme: str | None) -> Machine:
             f"--nvme {nvme} names no directory that is here, and no rate such as 7GB/s; of a machine that is "
             "elsewhere write the whole path"
         )
-    if size is None and here:
-        stat = os.statvfs(directory)
-        size = int(stat.f_bavail * stat.f_frsize * (1 - NVME_RESERVE_SHARE))
+    if here:
+        machine = with_disk(machine, inspect(directory.resolve(), trial=False), size)
+        return replace(machine, nvme_bytes_per_second=disk.bytes_per_second)
     if size is None:
         size = ASSUMED_DISK_BYTES
         assumed = f"{format_bytes(size)} a node are assumed"

@@ -53,8 +53,11 @@ Mounts = Sequence[Mount]
 """In the order in which they were mounted."""
 
 
-def inspect(directory: Path, mounts: Mounts | None = None) -> Disk:
-    """What ``directory`` is on; makes a file in it for a moment. Raises OSError where that can not be."""
+def inspect(directory: Path, mounts: Mounts | None = None, *, trial: bool = True) -> Disk:
+    """What ``directory`` is on; raises OSError where that can not be told.
+
+    A ``trial`` makes a file in it for a moment; without one nothing is written, and direct I/O counts as missing.
+    """
     kind = filesystem(directory, mounts)
     stat = os.statvfs(directory)
     return Disk(
@@ -63,7 +66,7 @@ def inspect(directory: Path, mounts: Mounts | None = None) -> Disk:
         filesystem=kind,
         network=kind in NETWORK,
         in_memory=kind in IN_MEMORY,
-        direct_io=_direct_io(directory),
+        direct_io=trial and _direct_io(directory),
     )
 
 

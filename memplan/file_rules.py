@@ -5,7 +5,8 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from memplan.errors import MachineError
-from offload.figures import BYTES, POSITIVE, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
+from memplan.sizes import MOST_BYTES, MOST_COUNT
+from offload.figures import POSITIVE, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
 
 OBJECT = Rule(lambda value: isinstance(value, Mapping), "an object")
 SOME_OBJECT = or_none(OBJECT)
@@ -14,10 +15,18 @@ INDICES = Rule(lambda value: isinstance(value, list) and all(map(whole(0).holds,
 SENTENCES = Rule(lambda value: isinstance(value, list) and all(map(TEXT.holds, value)), "a list of strings")
 SHARE = Rule(lambda value: number(0, 1).holds(value) and value > 0, "a number above 0 and at most 1")
 
+
+def _at_most(most: int, rule: Rule) -> Rule:
+    return Rule(lambda value: rule.holds(value) and value <= most, f"{rule.words} and at most {most}")
+
+
+BYTES = _at_most(MOST_BYTES, whole(0, "bytes"))
+COUNT = _at_most(MOST_COUNT, whole(1))
+
 MACHINE = {
     "device": Rule(lambda value: value in ("cuda", "cpu"), "'cuda' or 'cpu'"),
     "gpu_name": or_none(TEXT),
-    **dict.fromkeys(("gpus", "nodes"), whole(1)),
+    **dict.fromkeys(("gpus", "nodes"), COUNT),
     **dict.fromkeys(("gpu_bytes", "host_bytes", "nvme_bytes", "context_bytes"), BYTES),
     **dict.fromkeys(("memlock_bytes", "host_growth_bytes"), or_none(BYTES)),
     "nvme_dir": or_none(TEXT),
@@ -31,7 +40,7 @@ MACHINE = {
 LINK = {**dict.fromkeys(("generation", "width"), whole(1)), "c2c_bytes_per_second": or_none(POSITIVE)}
 DISK = {
     "directory": TEXT,
-    "free_bytes": BYTES,
+    "free_bytes": whole(0, "bytes"),  # file systems of a network say what they like
     "filesystem": or_none(TEXT),
     **dict.fromkeys(("network", "in_memory", "direct_io"), YES_OR_NO),
 }

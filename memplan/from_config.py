@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from memplan.activations import Way, largest_batch
-from memplan.changes import Change, changes, troubles
+from memplan.changes import Change, changes, troubles, unmended
 from memplan.configs.carried import carried
 from memplan.configs.deepspeed import ds_config
 from memplan.engines.deepspeed import DeepSpeed
@@ -92,7 +92,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
         mine = replace(mine, nvme_dir=disk)
     facts = Facts(gpus=machine.gpus, parameter_elements=tuple(p.elements for p in profile.parameters))
     errors = tuple(_errors(given, facts))
-    better, config, changed = _better(problem, machine, engine, given, mine, sound=not shortages and not errors)
+    better, config, changed = _better(problem, machine, engine, given, mine, facts, sound=not shortages and not errors)
     anew = config if better is not mine else None
     return Verdict(
         theirs=mine,
@@ -112,7 +112,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
 
 
 def _better(
-    problem: Problem, machine: Machine, engine: DeepSpeed, given: GivenConfig, mine: Plan, *, sound: bool
+    problem: Problem, machine: Machine, engine: DeepSpeed, given: GivenConfig, mine: Plan, facts: Facts, *, sound: bool
 ) -> tuple[Plan | None, dict[str, Any] | None, tuple[Change, ...]]:
     """The best for DeepSpeed, as a change of what is given, and the keys that it changes.
 
@@ -121,7 +121,7 @@ def _better(
     found = _best_for_deepspeed(problem, machine, engine)
     if found is not None:
         config = carried(ds_config(found)[0], given.document.root)
-        changed = tuple(changes(given, config, machine.gpus))
+        changed = (*changes(given, config, machine.gpus), *unmended(given, config, facts))
         if not sound or not changed or _seconds(found) * LEAST_SPEEDUP < _seconds(mine):
             return found, config, changed
     if not sound:

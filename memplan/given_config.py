@@ -18,6 +18,8 @@ PRECISIONS = {"fp32": Precision.FP32, "bf16": Precision.BF16, "fp16": Precision.
 """fp16 takes the bytes of bf16."""
 HALVES = {"bf16.enabled": Precision.BF16, "fp16.enabled": Precision.FP16}
 TRAIN, MICRO, STEPS = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+OTHER_PARALLELISM = ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size", "sequence_parallel_size")
+"""What divides the GPUs into fewer data-parallel ranks."""
 ALREADY = "{} is in the configuration already; leave it out beside --from"
 
 
@@ -74,6 +76,7 @@ class GivenConfig:
         ``profiled`` is the precision of a profile that is there already. Raises PlanningError where a wish contradicts
         the file, or one is needed and missing.
         """
+        self._check_ranks_and_stage()
         fills = {**self._precision(precision, profiled), **self._batch(gpus, batch_size)}
         return replace(self, fills={**self.fills, **fills})
 
@@ -98,6 +101,24 @@ class GivenConfig:
             if value == "auto" and self.view.stage in (schema().key((Z, name)).stages or range(4))
         ]
 
+    def _check_ranks_and_stage(self) -> None:
+        """Raise PlanningError for what the arithmetic here knows nothing of."""
+        view = View(self.document)
+        for key in OTHER_PARALLELISM:
+            if (size := view.value(key) or 1) > 1:
+                raise PlanningError(
+                    f"{key} is {size}, and --from prices data parallelism only: leave it out to see what the rest costs"
+                )
+        if not 0 <= (ratio := view.value(f"{Z}.offload_optimizer.ratio")) <= 1:
+            raise PlanningError(
+                f"{Z}.offload_optimizer.ratio is {ratio}; it is the share that the CPU updates: write 0 to 1"
+            )
+        if self._is_auto(f"{Z}.stage"):
+            raise PlanningError(
+                f'{Z}.stage is "auto", which Accelerate or the Trainer fills in from arguments of its own: write the '
+                "stage as a number"
+            )
+
     def _is_auto(self, dotted: str) -> bool:
         return self.document.get(*dotted.split(".")) == "auto"
 
@@ -120,6 +141,11 @@ class GivenConfig:
 
     def _batch(self, gpus: int, wish: int | None) -> dict[str, int]:
         open_ones = [key for key in (TRAIN, MICRO, STEPS) if self._is_auto(key)]
+        if wish is not None and self.document.get(TRAIN) is None and self.document.get(MICRO) is None:
+            raise PlanningError(
+                f"the configuration has neither {TRAIN} nor {MICRO}, and DeepSpeed stops without one: write "
+                f'"{TRAIN}": {wish} into it, and leave --batch-size out'
+            )
         if wish is not None and (not open_ones or self.values.train_batch_size is not None):
             raise PlanningError(ALREADY.format("--batch-size"))
         if not open_ones:

@@ -152,13 +152,20 @@ def with_directory(machine: Machine, directory: Path, size: int | None, mounts: 
     Raises MachineError where that can not be.
     """
     disk = _disk(directory, mounts)
+    at_most("--nvme", size, int(disk.free_bytes * (1 - NVME_RESERVE_SHARE)), f"free in {directory}")
+    return with_disk(machine, disk, size)
+
+
+def with_disk(machine: Machine, disk: Disk, size: int | None) -> Machine:
+    """``machine`` with ``size`` bytes of a disk as NVMe tier, by default what is free; one in memory takes the host's.
+
+    Raises MachineError where the host has not so much.
+    """
     free = int(disk.free_bytes * (1 - NVME_RESERVE_SHARE))
-    if size is not None:
-        at_most("--nvme", size, free, f"free in {directory}")
     if disk.in_memory:
         total = machine.host_bytes + (machine.gpu_bytes if machine.device == "cpu" else 0)
         size = min(free, total // 2) if size is None else size
-        machine = _without_host_memory(machine, size, directory)
+        machine = _without_host_memory(machine, size, disk.directory)
     return replace(
         machine,
         nvme_dir=disk.directory,

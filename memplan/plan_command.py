@@ -49,6 +49,7 @@ from profiler.profile import ModelProfile
 from profiler.source import load_source
 
 RATES_MARK, PLAN_MARK = '"schema": "memplan.rates/', '"schema": "memplan.plan/'
+BATCH_HELP = f"Samples of one optimizer step. If not given {DEFAULT_BATCH_SIZE}, or of a profile its own on each GPU."
 console = Console()
 errors = Console(stderr=True)
 
@@ -67,9 +68,7 @@ class Planned:
 
 def plan(
     file: File,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", "-b", min=1, help="Samples of one optimizer step; 8 if not given.")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", "-b", min=1, help=BATCH_HELP)] = None,
     seq: Seq = None,
     engine: Annotated[Target, typer.Option(help="Who will train: the plan is priced for it.")] = Target.MEMPLAN,
     machine: MachineName = None,
@@ -232,4 +231,9 @@ def _write(found: Planned, out: Path) -> None:
         (out / name).write_text(text)
         written.append(name)
     console.print(f"written into {out.resolve()}: {', '.join(written)}", highlight=False, soft_wrap=True)
+    # What lies here is ours: check_ours has refused anything else.
+    if old := [name for name in NAMES if name not in written and (out / name).exists()]:
+        for name in old:
+            (out / name).unlink()
+        console.print(f"removed from the plan before: {', '.join(old)}", highlight=False, soft_wrap=True)
     console.print(f"What they can not say of the plan is in {NOTES} and in their comments.", highlight=False)

@@ -73,9 +73,16 @@ REFERENCE = Rates(
 
 
 def rates_of(machine: Machine, precision: Precision) -> Rates:
-    """Those of a calibration of this machine; without one measured now; of a described machine the reference's."""
+    """Those of a calibration of this machine; without one measured now; of a described machine the reference's.
+
+    The reference's disk is a local one. A directory here that is on none, and whose rate nobody said, is measured.
+    """
     if machine.described:
-        return for_described(machine)
+        rates, disk = for_described(machine), machine.disk
+        if disk is None or not disk.trouble or machine.nvme_bytes_per_second is not None or not disk.directory.is_dir():
+            return rates
+        read, write = _disk_rates(disk.directory)
+        return replace(rates, nvme_read_bytes_per_second=read, nvme_write_bytes_per_second=write)
     facts = facts_here(machine.nvme_dir)
     if (calibrated := load_cached(facts)) is not None:
         return calibrated

@@ -127,14 +127,16 @@ class Rates:
             return cls.from_dict(json.loads(path.read_text()), str(path))
         except MachineError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise MachineError(
                 f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
             ) from error
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any], source: str = "the calibration") -> "Rates":
+    def from_dict(cls, data: Any, source: str = "the calibration") -> "Rates":
         """The inverse of ``save``'s JSON; raises MachineError, naming ``source``, for values that can not be."""
+        if not isinstance(data, dict):
+            raise MachineError(f"{source} holds no object, so it is no calibration; memplan calibrate --out writes one")
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
         own = {name: value for name, value in data.items() if name != "schema"}

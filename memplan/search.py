@@ -14,6 +14,7 @@ from memplan.memory import chain_order, placements_of
 from memplan.pipeline import timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
+from memplan.sizes import MOST_SAMPLES, OPTIONS, grain_of, size_text
 from memplan.spans import LANES
 from memplan.units import units_of
 from offload.plan import (
@@ -31,8 +32,6 @@ from offload.plan import (
 )
 from offload.residency import streamed_slot_bytes
 from profiler.profile import ModelProfile
-
-OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
 
 
 def plan(
@@ -211,6 +210,8 @@ def check_wishes(machine: Machine, batch_size: int, target: Target) -> None:
     """What can be refused before anything is measured or profiled; raises PlanningError."""
     if batch_size < 1:
         raise PlanningError(f"the batch size is {batch_size}; it must be at least 1")
+    if batch_size > MOST_SAMPLES:
+        raise PlanningError(f"the batch size is {batch_size}; at most {MOST_SAMPLES:,} samples can be planned for")
     if batch_size % machine.gpus:
         raise PlanningError(f"a batch of {batch_size} can not be divided evenly over {machine.gpus} GPUs")
     if target is not Target.MEMPLAN and machine.device == "cpu":
@@ -258,7 +259,7 @@ def _nothing_fits(problem: Problem, machine: Machine) -> NothingFits:
         return smallest_budget(of, tier, context.get(tier, 0))
 
     def option(tier: Tier, need: int) -> str:
-        return OPTIONS[tier].format(_size_text(need + context.get(tier, 0)))
+        return OPTIONS[tier].format(size_text(need + context.get(tier, 0)))
 
     wanted, start = problem, None
     if problem.attach_bytes(0) * problem.gpus_per_node > problem.budget.host_bytes:
@@ -311,7 +312,7 @@ def _offer(problem: Problem) -> str:
 def smallest_budget(problem: Problem, tier: Tier, reserve: int = 0) -> int | None:
     """The smallest budget of one tier with which something fits, the others as they are; ``None`` if none would do.
 
-    Rounded up so that with ``reserve`` it is a size that ``_size_text`` writes exactly.
+    Rounded up so that with ``reserve`` it is a size that ``size_text`` writes exactly.
     """
     if not feasible(problem.with_budget(tier, 1 << 60)):
         return None
@@ -319,7 +320,7 @@ def smallest_budget(problem: Problem, tier: Tier, reserve: int = 0) -> int | Non
     high = max(2 * low, 1 << 20)
     while not feasible(problem.with_budget(tier, high)):
         low, high = high, 2 * high
-    grain = _grain(high)
+    grain = grain_of(high)
     low, high = (low + reserve) // grain, -(-(high + reserve) // grain)
     while high - low > 1:
         middle = (low + high) // 2
@@ -328,16 +329,3 @@ def smallest_budget(problem: Problem, tier: Tier, reserve: int = 0) -> int | Non
         else:
             low = middle
     return high * grain - reserve
-
-
-def _grain(size: int) -> int:
-    """Of sizes that a person would write: about four digits."""
-    return 1 << 10 if size < 1 << 24 else 1 << 20 if size < 1 << 36 else 1 << 30
-
-
-def _size_text(size: int) -> str:
-    """The exact size in the largest unit that divides it."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size % (1 << power) == 0:
-            return f"{size >> power}{unit}"
-    return str(size)

@@ -3,11 +3,21 @@
 import re
 
 from memplan.errors import MachineError
+from offload.plan import Tier
 
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _SIZE = re.compile(_NUMBER + r"(?:([kmgtp])(i?b)?|b)?\s*", re.IGNORECASE | re.ASCII)
 _RATE = re.compile(r"\s*(\d+(?:\.\d+)?\s*(?:[kmgtp]i?)?(?:b|bits?)?)(?:/s|ps)\s*", re.IGNORECASE | re.ASCII)
 _BITS = re.compile(_NUMBER + r"((?:[kmgtpKMGTP]i?)?)(?:b|[bB]its?)\s*", re.ASCII)
+OPTIONS = {Tier.GPU: "--gpu-memory {}", Tier.HOST: "--host-memory {}", Tier.NVME: "--nvme DIR:{}"}
+"""What says the size of each tier."""
+
+MOST_BYTES = 1 << 60
+"""Of a size that is believed: with larger ones arithmetic in 64 bits would overflow."""
+MOST_COUNT = 100_000
+"""Of GPUs, or nodes, for the same reason."""
+MOST_SAMPLES = 1_000_000_000
+"""Of a step."""
 
 
 def parse_bytes(text: str | int, what: str = "size") -> int:
@@ -15,10 +25,15 @@ def parse_bytes(text: str | int, what: str = "size") -> int:
 
     Fractions are cut to whole bytes. Raises MachineError, naming ``what``.
     """
-    if isinstance(text, int):
-        if text < 0:
-            raise MachineError(f"{what} is {text}; a size can not be negative")
-        return text
+    size = text if isinstance(text, int) else _parsed(text, what)
+    if size < 0:
+        raise MachineError(f"{what} is {text}; a size can not be negative")
+    if size > MOST_BYTES:
+        raise MachineError(f"{what} is {text}; no machine has more than {MOST_BYTES >> 60} EiB, so write what there is")
+    return size
+
+
+def _parsed(text: str, what: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None:
         raise MachineError(f"{what} is {text!r}; write a size such as 24GiB, 24GB, 512MiB or a number of bytes")
@@ -57,3 +72,16 @@ def parse_rate(text: str, what: str = "rate") -> float:
     if rate == 0:
         raise MachineError(f"{what} is {text!r}; nothing could ever be moved at that rate")
     return float(rate)
+
+
+def grain_of(size: int) -> int:
+    """Of sizes that a person would write: about four digits."""
+    return 1 << 10 if size < 1 << 24 else 1 << 20 if size < 1 << 36 else 1 << 30
+
+
+def size_text(size: int) -> str:
+    """The exact size in the largest unit that divides it."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if size % (1 << power) == 0:
+            return f"{size >> power}{unit}"
+    return str(size)

@@ -814,7 +814,7 @@ OPTIMIZERS = [
         "Muon at ZeRO stage 3",
     ),
     Case(
-        "optimizer.type",
+        "optimizer.params.torch_adam",
         adamw(torch_adam=True) | optimizer("cpu", 2),
         adamw() | optimizer("cpu", 2),
         "the offloaded step is slow",

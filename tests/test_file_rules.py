@@ -12,7 +12,8 @@ from memplan.errors import MachineError
 from memplan.rates import Rates
 from tests.synthetic_profiles import RATES, machine_of
 
-BYTES = "it must be a whole number of bytes, at least 0"
+BYTES = "it must be a whole number of bytes, at least 0 and at most 1152921504606846976"
+COUNT = "it must be a whole number, at least 1 and at most 100000"
 MACHINE = machine_of(1 << 40, 1 << 40, 1 << 40)
 MEASURED = replace(RATES, device_bytes_per_second=1e12)
 MACHINE_CHANGES = [
@@ -25,9 +26,11 @@ MACHINE_CHANGES = [
     ("host_growth_bytes", "x", f"{BYTES}, or null"),
     ("device", "tpu", "it must be 'cuda' or 'cpu'"),
     ("device", None, "it must be 'cuda' or 'cpu'"),
-    ("gpus", 0, "it must be a whole number, at least 1"),
-    ("gpus", -2, "it must be a whole number, at least 1"),
-    ("gpus", "8", "it must be a whole number, at least 1"),
+    ("gpu_bytes", 10**30, BYTES),
+    ("gpus", 0, COUNT),
+    ("gpus", -2, COUNT),
+    ("gpus", "8", COUNT),
+    ("gpus", 10**20, COUNT),
     ("cores", "x", "it must be a whole number, at least 1, or null"),
     ("gpu_name", 5, "it must be a string, or null"),
     ("nvme_dir", 3, "it must be a string, or null"),

@@ -81,3 +81,52 @@ def test_a_file_with_auto_takes_batch_and_precision_from_the_command(memplan: Co
     assert done.code == 0, done.err
     assert "bf16.enabled true" in " ".join(done.out.split())
     assert "train_batch_size 8" in " ".join(done.out.split())
+
+
+def test_a_batch_that_is_not_in_the_file_must_be_written_into_it(memplan: Command) -> None:
+    config = given({"bf16": {"enabled": True}, Z: {"stage": 2}})
+    done = memplan("plan", "p.json", *MACHINE, "--from", config, "--batch-size", 32)
+    assert done.code == 2
+    assert 'write "train_batch_size": 32 into it, and leave --batch-size out' in done.err
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size"),
+        ({"tensor_parallel": {"tp": {"tp_size": 2}}}, "tensor_parallel.tp.tp_size"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+    ],
+)
+def test_other_parallelism_than_of_data_is_refused_by_name(memplan: Command, config: dict, key: str) -> None:
+    done = memplan("plan", "p.json", *MACHINE, "--from", given({**FAST, **config}))
+    assert done.code == 2
+    assert f"{key} is 2, and --from prices data parallelism only" in done.err
+
+
+def test_a_stage_that_others_fill_in_must_be_given_as_a_number(memplan: Command) -> None:
+    done = memplan("plan", "p.json", *MACHINE, "--from", given({**FAST, Z: {"stage": "auto"}}))
+    assert done.code == 2
+    assert 'zero_optimization.stage is "auto", which Accelerate or the Trainer fills in' in done.err
+
+
+def test_a_ratio_that_is_no_share_is_a_sentence(memplan: Command) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 7}}
+    done = memplan("plan", "p.json", *MACHINE, "--from", given({**FAST, Z: zero}))
+    assert done.code == 2
+    assert "offload_optimizer.ratio is 7; it is the share that the CPU updates: write 0 to 1" in done.err
+
+
+def test_a_calibration_that_is_a_list_is_a_sentence(memplan: Command) -> None:
+    Path("rates.json").write_text("[1]")
+    done = memplan("plan", "p.json", *MACHINE, "--calibration", "rates.json")
+    assert done.code == 2
+    assert "rates.json holds no object, so it is no calibration" in done.err
+
+
+def test_an_error_that_is_carried_over_is_among_what_to_change(memplan: Command) -> None:
+    config = {**SLOW, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "max_grad_norm": 1.0}}}
+    done = memplan("plan", "p.json", *MACHINE, "--from", given(config), "--out", "out")
+    assert done.code == 0, done.err
+    said = " ".join(done.out[done.out.index("optimizer.params.max_grad_norm", done.out.index(" better")) :].split())
+    assert "still there" in said and "mended by you" in said

@@ -1,6 +1,7 @@
 """Two hundred misspelt keys, generated over every level of the configuration."""
 
 import random
+from json import dumps
 
 import pytest
 
@@ -144,3 +145,40 @@ def test_the_right_spelling_is_nearest_to_itself():
             if name != ANY_KEY and key.status is None and ANY_KEY not in section.path:
                 assert nearest(name, section) == (*section.path, key.name)
                 assert likeness(name, name, 0) == 1
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "meant"),
+    [
+        (("optimizer", "params"), "lt", "lr"),
+        (("optimizer", "params"), "rl", "lr"),
+        (("optimizer", "params"), "kr", "lr"),
+        (("optimizer", "params"), "rps", "eps"),
+        (("optimizer", "params"), "pes", "eps"),
+        ((), "aoi", "aio"),
+        ((), "iao", "aio"),
+    ],
+)
+def test_one_slip_in_a_short_name_is_seen(section, name, meant):
+    root = {"train_batch_size": 8, "bf16": {"enabled": True}}
+    at = {"type": "AdamW", "params": {name: 1e-3}} if section else {"block_size": 1 << 20}
+    root["optimizer" if section else name] = at
+    (found,) = [f for f in lint_document(parse_document(dumps(root))) if f.path == ".".join((*section, name))]
+    assert found.suggestion == meant
+
+
+def test_a_device_in_place_of_its_section_is_written_as_one():
+    config = {"train_batch_size": 8, "zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}
+    found = [f for f in lint_document(parse_document(dumps(config))) if f.path == "zero_optimization.offload_optimizer"]
+    assert '{"device": "cpu"}' in [f.suggestion for f in found]
+
+
+def test_torch_adam_beside_an_offloaded_optimizer_is_itself_the_fault():
+    config = {
+        "train_batch_size": 8,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    }
+    paths = [f.path for f in lint_document(parse_document(dumps(config))) if f.severity == "warning"]
+    assert "optimizer.params.torch_adam" in paths
+    assert "optimizer.type" not in paths

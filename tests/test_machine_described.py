@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memplan import disks, quick_rates
 from memplan.described import describe, find_machine, load_machine
 from memplan.described_disk import ASSUMED_DISK_BYTES, DESCRIBED_DIRECTORY, Nvme, local_nvme, parse_nvme
 from memplan.errors import MachineError
 from memplan.gpus import HostLink
 from memplan.machine import CONTEXT_BYTES
+from offload.plan import Precision
 from profiler.device import devices
 from tests.synthetic_profiles import machine_of
 
@@ -165,6 +167,7 @@ def test_a_machine_comes_from_a_file_or_from_a_calibration(tmp_path):
     ("text", "sentence"),
     [
         ("{", "is no JSON"),
+        ("[" * 5000 + "]" * 5000, "is no JSON that can be read"),
         ("{}", "describes no machine"),
         ("[]", "describes no machine"),
         ('{"schema": "memplan.machine/0"}', "is a machine file from another version: memplan.machine/0"),
@@ -236,3 +239,27 @@ def test_a_described_disk_need_not_be_here(tmp_path):
     assert (machine.nvme_dir, machine.nvme_bytes, machine.disk) == (Path("/not/here"), 2 << 40, None)
     here = find_machine("h100", host_memory="1TiB", nvme=str(tmp_path))
     assert here.nvme_bytes > 0 and here.remarks == ()
+
+
+def on(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every directory is on a file system of that kind."""
+    monkeypatch.setattr(disks, "filesystem", lambda directory, mounts=None: kind)
+
+
+def test_a_described_machine_gives_host_memory_to_a_directory_here_that_is_in_memory(tmp_path, monkeypatch):
+    on("tmpfs", monkeypatch)
+    machine = find_machine("h100", host_memory="8GiB", nvme=f"{tmp_path}:3GiB")
+    assert (machine.host_bytes, machine.nvme_bytes) == (5 * GIB, 3 * GIB)
+    assert "takes host memory, not disk" in machine.remarks[-1]
+    with pytest.raises(MachineError, match=r"more than the 8\.00 GiB of host memory"):
+        find_machine("h100", host_memory="8GiB", nvme=f"{tmp_path}:9GiB")
+
+
+def test_a_network_mount_here_is_measured_for_a_described_machine_unless_its_rate_is_said(tmp_path, monkeypatch):
+    on("nfs4", monkeypatch)
+    monkeypatch.setattr(quick_rates, "_disk_rates", lambda directory: (3e8, 2e8))
+    machine = find_machine("h100", host_memory="8GiB", nvme=f"{tmp_path}:3GiB")
+    assert "a network mount" in machine.remarks[-1]
+    assert quick_rates.rates_of(machine, Precision.BF16).nvme_read_bytes_per_second == 3e8
+    told = find_machine("h100", host_memory="8GiB", nvme=f"{tmp_path}:3GiB:1GB/s")
+    assert quick_rates.rates_of(told, Precision.BF16).nvme_read_bytes_per_second == 1e9

@@ -290,3 +290,42 @@ def test_every_file_that_is_written_is_one_that_is_looked_for(memplan: Command, 
     for engine in ENGINES_FILES:
         assert memplan("plan", saved, *TWO_GPUS, "--engine", engine, "--out", engine).code == 0
         assert {p.name for p in (tmp_path / engine).iterdir()} <= {"plan.json", *NAMES}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--host-memory", "99999999999TiB"),
+        ("--gpu-memory", "99999999999TiB"),
+        ("--nvme", "7GB/s:99999999999TiB"),
+        ("--gpus", 10**20),
+        ("--batch-size", 10**20),
+    ],
+)
+def test_an_absurd_size_or_count_ends_in_a_sentence(memplan: Command, saved: Path, words: tuple) -> None:
+    done = memplan("plan", saved, *TWO_GPUS, *words)
+    assert done.code == 2
+    assert done.err.startswith("memplan: ") and done.err.count("\n") == 1
+    assert "no machine has more than 1 EiB" in done.err or "can be planned for" in done.err
+
+
+def test_without_a_batch_size_each_gpu_takes_the_profiles_and_help_says_so(
+    memplan: Command, saved: Path, tmp_path: Path
+) -> None:
+    assert memplan("plan", saved, *TWO_GPUS).code == 0
+    batch = ModelProfile.load(saved).batch_size
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.micro_batch_size * plan.gradient_accumulation_steps == batch
+    assert "of a profile its own on each GPU" in " ".join(memplan("plan", "--help").out.replace("│", " ").split())
+
+
+def test_files_of_the_plan_before_do_not_stay_beside_those_of_another_engine(
+    memplan: Command, saved: Path, tmp_path: Path
+) -> None:
+    assert memplan("plan", saved, *TWO_GPUS, "--engine", "fsdp2").code == 0
+    (tmp_path / "mine.py").write_text("mine = 1")
+    done = memplan("plan", saved, *TWO_GPUS, "--engine", "deepspeed")
+    assert done.code == 0
+    assert "removed from the plan before: accelerate-fsdp2.yaml, huggingface-fsdp2.json, lightning_fsdp2.py" in done.out
+    assert (tmp_path / "mine.py").exists()
+    assert not any((tmp_path / name).exists() for name in NAMES if "fsdp2" in name or "torchtitan" in name)

@@ -169,16 +169,17 @@ def test_each_rank_updates_what_its_stage_gives_it(target, stage):
 def test_the_changes_that_are_named_make_it_fit(target):
     profile = transformer(4, 3_000_000, 5_000_000, precision="bf16")
     small = machine_of(FIXED_MARGIN_BYTES["cuda"] + (20 << 20), 1 << 20, device="cuda", gpus=2)
+    small = replace(small, context_bytes=123_456)
     with pytest.raises(NothingFits) as refused:
         plan(profile, small, RATES, batch_size=4, target=target)
     assert str(target) in str(refused.value)
-    larger = small
-    for change in refused.value.changes:
-        size, option = change.split(" more in ")
+    (change,) = refused.value.changes
+    assert change in str(refused.value)
+    words, larger = change.split(), small
+    for option, size in zip(words[::2], words[1::2], strict=True):
         field = {"--gpu-memory": "gpu_bytes", "--host-memory": "host_bytes", "--nvme": "nvme_bytes"}[option]
-        # Sizes are written with three digits.
-        wanted = int(getattr(small, field) + parse_bytes(size) * 1.01)
-        larger = replace(larger, **{field: wanted})
+        less = small.context_bytes if option == "--gpu-memory" else 0
+        larger = replace(larger, **{field: parse_bytes(size.removeprefix("DIR:")) - less})
     plan(profile, larger, RATES, batch_size=4, target=target)
 
 

@@ -12,6 +12,7 @@ from memplan.family_plan import family_plan
 from memplan.formatting import format_bytes
 from memplan.machine import Machine
 from memplan.problem import Problem
+from memplan.sizes import OPTIONS, grain_of, size_text
 from offload.plan import Alternative, Plan, Prediction, Target, Tier
 
 ENGINES: dict[Target, WholeEngine] = {Target.DEEPSPEED: DeepSpeed(), Target.FSDP2: FSDP2()}
@@ -26,7 +27,7 @@ def plan_whole(problem: Problem, machine: Machine, engine: WholeEngine | None = 
     everything = price_all(problem, engine or ENGINES[problem.target])
     found = fitting(problem, everything)
     if not found:
-        raise _nothing_fits(problem, least_short(problem, everything))
+        raise _nothing_fits(problem, least_short(problem, everything), machine)
     best = found[0]
     others = [_alternative(problem, p, best) for p in _different(found)[1:ALTERNATIVES]]
     resident = min((p for p in everything if not p.setup.depth), key=lambda p: p.gpu_upper_bytes)
@@ -114,15 +115,21 @@ def _alternative(problem: Problem, priced: Priced, best: Priced) -> Alternative:
     )
 
 
-def _nothing_fits(problem: Problem, nearest: Priced) -> NothingFits:
+def _nothing_fits(problem: Problem, nearest: Priced, machine: Machine) -> NothingFits:
+    """What is short, and sizes with which the nearest setup fits: rounded up, as a person would write them."""
     short = nearest.shortage(problem)
-    options = {Tier.GPU: "--gpu-memory", Tier.HOST: "--host-memory", Tier.NVME: "--nvme"}
-    wanted = [f"{format_bytes(size)} more in {options[tier]}" for tier, size in short.items()]
+    wanted = []
+    for tier, shortage in short.items():
+        size = getattr(problem.budget, f"{tier.value}_bytes") + shortage
+        size += machine.context_bytes if tier is Tier.GPU else 0
+        grain = grain_of(size)
+        wanted.append(OPTIONS[tier].format(size_text(-(-size // grain) * grain)))
+    shortages = [f"{format_bytes(size)} more in the {tier.value} tier" for tier, size in short.items()]
     tier = max(short, key=short.__getitem__)
     return NothingFits(
         f"Nothing fits with {problem.target}: nearest is {describe_setup(problem, nearest)}, and it needs "
-        f"{' and '.join(wanted)}",
+        f"{' and '.join(shortages)}: {' '.join(wanted)}",
         tier.value,
         short[tier],
-        tuple(wanted),
+        (" ".join(wanted),),
     )

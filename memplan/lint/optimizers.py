@@ -87,7 +87,14 @@ def _with_zero(view: View, name: str) -> Iterator[Finding]:
     if name == "muon" and view.stage == 3 and view.value(f"{Z}.zero_quantized_gradients"):
         yield view.say("error", f"{Z}.zero_quantized_gradients", "does not go with Muon; DeepSpeed stops at start")
     torchs = bool(view.document.get("optimizer", "params", "torch_adam"))
-    if offloaded and (name not in PINNABLE or torchs) and view.stage > 0:
+    if offloaded and torchs and name in ("adam", "adamw") and view.stage > 0:
+        yield view.say(
+            "warning",
+            "optimizer.params.torch_adam",
+            "takes PyTorch's Adam instead of DeepSpeed's for the CPU: the offloaded step is slow",
+            "false",
+        )
+    elif offloaded and name not in PINNABLE and view.stage > 0:
         yield view.say(
             "warning",
             "optimizer.type",
@@ -99,7 +106,7 @@ def _with_zero(view: View, name: str) -> Iterator[Finding]:
     if offloaded and view.stage > 0 and (partly or masters) and (name not in ("adam", "adamw") or torchs):
         yield view.say(
             "error",
-            "optimizer.type",
+            "optimizer.params.torch_adam" if torchs else "optimizer.type",
             "a ratio below 1, super_offload and 16-bit masters need DeepSpeed's Adam for the CPU; DeepSpeed stops",
             "AdamW, without torch_adam",
         )

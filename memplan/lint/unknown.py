@@ -15,6 +15,8 @@ ELSEWHERE = 0.9
 """How much a key of another section counts beside one of the same section."""
 PART = 0.85
 """The likeness of a name whose words are all in another one, like micro_batch_size."""
+SHORT, ONE_SLIP = 3, 0.75
+"""Letters of names of which one slip leaves too little for a ratio, and the likeness that it then has."""
 SPELLINGS = ((r"isation", "ization"), (r"ise(r|d|s)?\b", r"ize\1"), (r"isi", "izi"), (r"our", "or"), (r"tre\b", "ter"))
 
 
@@ -104,11 +106,22 @@ def likeness(name: str, other: str, enough: float) -> float:
     words = set(plain.split("_"))
     if len(words) > 1 and words < set(against.split("_")):
         return max(PART, SequenceMatcher(None, plain, against, autojunk=False).ratio())
+    if len(against) <= SHORT and _one_slip(plain, against):
+        return ONE_SLIP
     matcher = SequenceMatcher(None, plain, against, autojunk=False)
     if matcher.real_quick_ratio() < enough or matcher.quick_ratio() < enough:
         return 0.0
     # A name that differs in its spelling only is nearer than one with another letter.
     return 0.99 if plain == against else min(matcher.ratio(), 0.98)
+
+
+def _one_slip(name: str, other: str) -> bool:
+    """Whether one letter is another one, or two neighbours are swapped."""
+    if len(name) != len(other):
+        return False
+    off = [i for i, (a, b) in enumerate(zip(name, other, strict=True)) if a != b]
+    swapped = len(off) == 2 and off[1] == off[0] + 1 and name[off[0]] + name[off[1]] == other[off[1]] + other[off[0]]
+    return len(off) == 1 or swapped
 
 
 @lru_cache(maxsize=4096)

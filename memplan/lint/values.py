@@ -133,6 +133,8 @@ def _auto(key: Key, checked: bool, say: Say) -> Finding:
 
 def _wrong_type(key: Key, value: Any, checked: bool, say: Say) -> Finding:
     wanted = " or ".join(dict.fromkeys(KIND_NAMES[kind] for kind in key.types if kind != "null"))
+    if key.name.startswith("offload_") and value in ("cpu", "nvme"):
+        return say("error", f"{shown(value)} is not {wanted}; DeepSpeed stops at start", f'{{"device": "{value}"}}')
     meant = meant_by(key.types, value)
     what = f"{shown(value)} is not {wanted}"
     if meant is not None and "bool" in key.types and isinstance(value, str):
