@@ -13,7 +13,7 @@ from memplan.memory import Counts
 from memplan.problem import Family, Problem
 from memplan.search import plan_of, problem_of
 from memplan.sharding import Sharding
-from offload.plan import Buckets, Budget, MomentFormat, OptimizerKind, Plan, Tier
+from offload.plan import Buckets, Budget, MomentFormat, Plan, Tier
 from offload.residency import footprint
 from tests.synthetic_profiles import RATES, machine_of, transformer
 
@@ -88,9 +88,8 @@ def test_model_state_on_the_gpu_is_counted_to_the_byte(stage, layout, counts):
     assert p.gpu_peak_bytes == p.phases["gpu"]["attach"] + p.made_for.activation_bytes
     assert audit(plan, problem.shapes) == []
     for key in ("gpu_peak_bytes", "gpu_upper_bytes"):
-        for off in (-1, 1):
-            found, *_ = audit(predicting(plan, **{key: getattr(p, key) + off}), problem.shapes)
-            assert found.startswith(f"prediction.{key} is")
+        found, *_ = audit(predicting(plan, **{key: getattr(p, key) - 1}), problem.shapes)
+        assert found.startswith(f"prediction.{key} is")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -98,7 +97,8 @@ def test_another_stage_than_the_bytes_were_counted_for_is_found(stage):
     plan, problem = planned(stage, (4, 1, 0), PARTLY_AWAY if stage == 3 else Counts(4, 3, 2, 2))
     for other in STAGES:
         found = audit(replace(plan, zero_stage=other), problem.shapes)
-        assert (other == stage) == (found == []), (stage, other, found)
+        # Stages 2 and 3 differ on the GPU only, and less than was predicted is no harm there.
+        assert (other == stage or (stage, other) == (2, 3)) == (found == []), (stage, other, found)
 
 
 @pytest.mark.parametrize("tier", list(Tier))
@@ -127,10 +127,3 @@ def test_the_ring_of_a_shared_update_is_counted():
     assert audit(predicting(shared, gpu_peak_bytes=peak, gpu_upper_bytes=upper), problem.shapes) == []
     (found,) = audit(predicting(shared, gpu_peak_bytes=peak - 1, gpu_upper_bytes=upper), problem.shapes)
     assert "model state on the gpu" in found
-
-
-def test_another_optimizer_than_the_bytes_were_counted_for_is_found_where_all_is_on_the_gpu():
-    plan, problem = planned(0, (1, 1, 0), Counts(0, 0, 0))
-    assert audit(plan, problem.shapes) == []
-    found, *_ = audit(replace(plan, optimizer=OptimizerKind.SGD), problem.shapes)
-    assert found.startswith("prediction.gpu_peak_bytes is")
