@@ -24,7 +24,7 @@ SOFTMAXES = frozenset(
 """Their kernels read rows that lie together, and copy what does not."""
 LARGEST_BLOCK = 512
 WARP = 32
-LARGEST_VECTOR = 4
+VECTORS = (1, 2, 4)
 FEWEST_VALUES, MOST_VALUES = 16, 256
 """That a thread should sum."""
 
@@ -40,6 +40,8 @@ class _Problem:
     """Length of the fastest dimension that is kept."""
     vector: int
     """Outputs that a thread makes at once."""
+    largest_vector: int
+    """The same where their number is divisible by more."""
 
 
 class PartialSums(NamedTuple):
@@ -64,25 +66,30 @@ def reduction_scratch(func: Any, args: Any, kwargs: Any, out: Any) -> PartialSum
         return NOTHING
     # Sums are kept in fp32 for 16-bit numbers.
     size = max(4, args[0].element_size())
-    block_threads = LARGEST_BLOCK // problem.vector
-    block_width = min(_power_below(problem.width // problem.vector, block_threads), WARP)
+    # In a smaller batch the outputs may be divisible by more.
+    vectors = [n for n in VECTORS if n <= problem.largest_vector]
+    held, most = _partial_sums(problem, problem.vector)[0], max(_partial_sums(problem, n)[1] for n in vectors)
+    return PartialSums(size * held, size * max(held, most))
+
+
+def _partial_sums(problem: "_Problem", vector: int) -> tuple[int, int]:
+    """How many are kept where a thread makes ``vector`` outputs, and at most with no more outputs than these."""
+    block_threads = LARGEST_BLOCK // vector
+    block_width = min(_power_below(problem.width // vector, block_threads), WARP)
     block_height = min(_power_below(problem.inputs, block_threads), block_threads // block_width)
-    block_width = min(_power_below(problem.width // problem.vector, block_threads), block_threads // block_height)
-    grid = -(-problem.outputs // problem.vector // block_width)
-    if problem.inputs < min(block_height * FEWEST_VALUES, MOST_VALUES):
-        return NOTHING
+    block_width = min(_power_below(problem.width // vector, block_threads), block_threads // block_height)
+    grid = -(-problem.outputs // vector // block_width)
     values = -(-problem.inputs // block_height)
+    if problem.inputs < min(block_height * FEWEST_VALUES, MOST_VALUES) or values < MOST_VALUES:
+        return 0, 0
     resident = MULTIPROCESSORS * (THREADS_A_MULTIPROCESSOR // (block_width * block_height))
-    if values < MOST_VALUES:
-        return NOTHING
     fewest, most = -(-values // MOST_VALUES), -(-values // FEWEST_VALUES)
-    sharing = max(min(-(-resident // grid), most), fewest) if grid <= resident else 1
-    outputs = block_width * problem.vector
+    sharing = max(min(-(-resident // grid), most), fewest) if 0 < grid <= resident else 1
+    outputs = block_width * vector
     # However many blocks an output is given to, together they are hardly more than are resident.
     blocks = min(grid, resident)
     blocks = max(blocks * fewest if fewest > 1 else 0, min(resident + blocks, blocks * most))
-    held = size * problem.outputs * sharing * outputs if sharing > 1 else 0
-    return PartialSums(held, max(held, size * outputs**2 * blocks))
+    return problem.outputs * sharing * outputs if sharing > 1 else 0, outputs**2 * blocks
 
 
 def softmax_scratch_bytes(func: Any, args: Any) -> int:
@@ -131,10 +138,10 @@ def _problem(x: torch.Tensor, summed: set[int], out: torch.Tensor) -> _Problem |
             break
         width *= size
     others = [stride for stride, _, _ in dims if stride >= step * width]
-    vector = LARGEST_VECTOR if step == 1 else 1
+    vector = largest = VECTORS[-1] if step == 1 else 1
     while any(n % vector for n in (width, *others)):
         vector //= 2
-    return _Problem(x.numel() // out.numel(), out.numel(), width, vector)
+    return _Problem(x.numel() // out.numel(), out.numel(), width, vector, largest)
 
 
 def _power_below(count: int, limit: int) -> int:
