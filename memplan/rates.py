@@ -136,10 +136,7 @@ class Rates:
     def from_dict(cls, data: Any, source: str = "the calibration") -> "Rates":
         """The inverse of ``save``'s JSON; raises MachineError, naming ``source``, for values that can not be."""
         if not isinstance(data, dict):
-            raise MachineError(
-                f"{source} is not a calibration that this version can read: it holds no object; memplan calibrate --out "
-                "writes one"
-            )
+            raise ValueError("it holds no object")
         if data.get("schema") != SCHEMA:
             raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
         own = {name: value for name, value in data.items() if name != "schema"}

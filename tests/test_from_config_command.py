@@ -121,7 +121,7 @@ def test_a_calibration_that_is_a_list_is_a_sentence(memplan: Command) -> None:
     Path("rates.json").write_text("[1]")
     done = memplan("plan", "p.json", *MACHINE, "--calibration", "rates.json")
     assert done.code == 2
-    assert "rates.json holds no object, so it is no calibration" in done.err
+    assert "rates.json is not a calibration that this version can read (it holds no object)" in done.err
 
 
 def test_an_error_that_is_carried_over_is_among_what_to_change(memplan: Command) -> None:

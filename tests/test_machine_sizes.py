@@ -26,7 +26,7 @@ def test_a_size_may_be_written_small(number, unit):
     assert parse_bytes(f"{number}{unit.lower()}") == parse_bytes(f"{number}{unit}")
 
 
-@given(st.integers(1, 10**4), st.sampled_from(sorted(UNITS)), st.sampled_from(["/s", "ps", "/S"]))
+@given(st.integers(1, 1000), st.sampled_from(sorted(UNITS)), st.sampled_from(["/s", "ps", "/S"]))
 def test_a_rate_is_a_size_a_second(number, unit, end):
     assert parse_rate(f"{number}{unit}{end}") == number * UNITS[unit]
     assert is_rate(f"{number}{unit}{end}")
