@@ -1,6 +1,6 @@
 """The whole of memplan in a few minutes on any computer: profile, plan, train with offload, watch.
 
-The compute device is the CPU with a GPU tier of 96 MiB beside it, the host tier is 32 MiB, and a temporary directory
+The compute device is the CPU with a GPU tier of 88 MiB beside it, the host tier is 20 MiB, and a temporary directory
 is the NVMe tier: too little for the model's state, so that all three tiers are used. Prints each command as it is run.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 MODEL = Path(__file__).parent / "gpt.py"
 STEPS, BATCH_SIZE = 240, 16
-BUDGETS = ("--gpu-memory", "96MiB", "--host-memory", "32MiB")
+BUDGETS = ("--gpu-memory", "88MiB", "--host-memory", "20MiB")
 
 
 def run(*words: object) -> int:
