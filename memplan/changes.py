@@ -9,7 +9,7 @@ from memplan.configs.carried import PLANNED
 from memplan.given_config import MICRO, STEPS, TRAIN, GivenConfig
 from memplan.lint.document import Document, parse_document
 from memplan.lint.kinds import shown
-from memplan.lint.rules import lint_document
+from memplan.lint.rules import errors_in, lint_document
 from memplan.lint.schema import schema
 from memplan.lint.view import OLD_NAMES, Facts, View, Z
 from memplan.unpriced import PRICED
@@ -51,24 +51,20 @@ def changes(given: GivenConfig, better: Mapping[str, Any], gpus: int) -> Iterato
 def troubles(given: GivenConfig, better: Mapping[str, Any], facts: Facts) -> Iterator[str]:
     """What the linter says of the better configuration and not of the person's own: keys of theirs that do not go with
     what is new."""
-    mine = lint_document(parse_document(dumps(better)), facts)
     before = {finding.path for finding in lint_document(given.filled, facts)}
-    for finding in mine:
-        if finding.severity == "error" and finding.path not in before:
+    for finding in errors_in(parse_document(dumps(better)), facts):
+        if finding.path not in before:
             yield f"In the better configuration {finding.path}: {finding.message}."
 
 
 def unmended(given: GivenConfig, better: Mapping[str, Any], facts: Facts) -> Iterator[Change]:
     """What the linter calls an error in both: a plan decides nothing there, so it is carried over for them to mend."""
-    before = {finding.path for finding in lint_document(given.filled, facts) if finding.severity == "error"}
-    for finding in lint_document(parse_document(dumps(better)), facts):
-        if finding.severity == "error" and finding.path in before:
+    before = {finding.path for finding in errors_in(given.filled, facts)}
+    for finding in errors_in(parse_document(dumps(better)), facts):
+        if finding.path in before:
             is_now = given.document.get(*finding.path.split("."))
-            yield Change(finding.path, UNWRITTEN if is_now is None else shown(is_now), _mend(finding.suggestion))
-
-
-def _mend(suggestion: str | None) -> str:
-    return f"still there, to be mended by you: {suggestion or 'leave it out'}"
+            mend = f"still there, to be mended by you: {finding.suggestion or 'leave it out'}"
+            yield Change(finding.path, UNWRITTEN if is_now is None else shown(is_now), mend)
 
 
 def effective(view: View, dotted: str) -> Any:

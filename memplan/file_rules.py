@@ -14,14 +14,7 @@ OBJECTS = Rule(lambda value: isinstance(value, list) and all(map(OBJECT.holds, v
 INDICES = Rule(lambda value: isinstance(value, list) and all(map(whole(0).holds, value)), "a list of whole numbers")
 SENTENCES = Rule(lambda value: isinstance(value, list) and all(map(TEXT.holds, value)), "a list of strings")
 SHARE = Rule(lambda value: number(0, 1).holds(value) and value > 0, "a number above 0 and at most 1")
-
-
-def _at_most(most: int, rule: Rule) -> Rule:
-    return Rule(lambda value: rule.holds(value) and value <= most, f"{rule.words} and at most {most}")
-
-
-BYTES = _at_most(MOST_BYTES, whole(0, "bytes"))
-COUNT = _at_most(MOST_COUNT, whole(1))
+BYTES, COUNT = whole(0, "bytes", MOST_BYTES), whole(1, most=MOST_COUNT)
 
 MACHINE = {
     "device": Rule(lambda value: value in ("cuda", "cpu"), "'cuda' or 'cpu'"),

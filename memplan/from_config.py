@@ -22,7 +22,7 @@ from memplan.levers import LEAST_SPEEDUP
 from memplan.lint.config import DsConfig
 from memplan.lint.kinds import shown
 from memplan.lint.precision import WIDTHS
-from memplan.lint.rules import lint_document
+from memplan.lint.rules import errors_in
 from memplan.lint.view import Facts
 from memplan.machine import Machine
 from memplan.problem import Family, Problem
@@ -210,9 +210,8 @@ def _seconds(plan: Plan) -> float:
 
 
 def _errors(given: GivenConfig, facts: Facts) -> Iterator[str]:
-    for finding in lint_document(given.filled, facts):
-        if finding.severity == "error":
-            yield f"Line {finding.line}, {finding.path}: {finding.message}."
+    for finding in errors_in(given.filled, facts):
+        yield f"Line {finding.line}, {finding.path}: {finding.message}."
 
 
 def _shortages(problem: Problem, priced: Priced) -> Iterator[str]:

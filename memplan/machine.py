@@ -152,8 +152,12 @@ def with_directory(machine: Machine, directory: Path, size: int | None, mounts: 
     Raises MachineError where that can not be.
     """
     disk = _disk(directory, mounts)
-    at_most("--nvme", size, int(disk.free_bytes * (1 - NVME_RESERVE_SHARE)), f"free in {directory}")
+    at_most("--nvme", size, _usable_bytes(disk), f"free in {directory}")
     return with_disk(machine, disk, size)
+
+
+def _usable_bytes(disk: Disk) -> int:
+    return int(disk.free_bytes * (1 - NVME_RESERVE_SHARE))
 
 
 def with_disk(machine: Machine, disk: Disk, size: int | None) -> Machine:
@@ -161,7 +165,7 @@ def with_disk(machine: Machine, disk: Disk, size: int | None) -> Machine:
 
     Raises MachineError where the host has not so much.
     """
-    free = int(disk.free_bytes * (1 - NVME_RESERVE_SHARE))
+    free = _usable_bytes(disk)
     if disk.in_memory:
         total = machine.host_bytes + (machine.gpu_bytes if machine.device == "cpu" else 0)
         size = min(free, total // 2) if size is None else size

@@ -18,11 +18,16 @@ class Rule(NamedTuple):
     """Of each value in an object."""
 
 
-def whole(least: int, unit: str = "") -> Rule:
-    """A whole number that is not below ``least``."""
+def whole(least: int, unit: str = "", most: int | None = None) -> Rule:
+    """A whole number that is not below ``least``, nor above ``most`` where there is one."""
     return Rule(
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= least,
-        f"a whole number{unit and ' of '}{unit}, at least {least}",
+        lambda value: (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value >= least
+            and (most is None or value <= most)
+        ),
+        f"a whole number{unit and ' of '}{unit}, at least {least}" + ("" if most is None else f" and at most {most}"),
     )
 
 

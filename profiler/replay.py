@@ -75,8 +75,7 @@ def peaks_by_phase(loop: Loop, leave_out: Collection[Category]) -> dict[str, int
 
 def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
     """The most bytes that tensors hold in the steady state, without the categories in ``leave_out``."""
-    steps = _walk(loop, leave_out)
-    return max((held for part, event, held in steps if part is loop.steady and isinstance(event, Alloc)), default=0)
+    return max(peaks_by_phase(loop, leave_out).values(), default=0)
 
 
 def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:

@@ -13,7 +13,7 @@ from profiler.contract import Loss, ModelSource, checked_batch, forward_with, pl
 from profiler.errors import ProfilerError
 from profiler.optimizers import check_optimizer
 from profiler.profile import ModelProfile
-from profiler.study import Batches, Chunked, Study
+from profiler.study import Batches, Chunked, Study, smaller_sizes
 from profiler.timed import find_target
 from profiler.trees import tensors_in
 
@@ -50,7 +50,7 @@ def profile_source(
         assumptions=lambda: source.assumptions,
         chunked=chunked,
     )
-    sizes = dict.fromkeys((batch_size, *range(1, min(2, batch_size) + 1)))
+    sizes = (batch_size, *smaller_sizes(batch_size))
     return study.profile({size: partial(source.example_batch, size) for size in sizes}, batch_size)
 
 
@@ -82,7 +82,7 @@ def profile_model(
         batch_size = next((len(t) for t in tensors_in(batch) if t.dim()), 1)
     batches: Batches = {batch_size: lambda: batch}
     if all(t.dim() and len(t) == batch_size for t in tensors_in(batch)):
-        batches |= {size: partial(_first, batch, size) for size in range(1, min(3, batch_size))}
+        batches |= {size: partial(_first, batch, size) for size in smaller_sizes(batch_size)}
     study = Study.of(
         model,
         forward=forward_with(loss),

@@ -40,6 +40,8 @@ from profiler.uncollected import uncollected
 
 Batches = dict[int, Callable[[], Any]]
 """What makes a batch of a size: that of the profile, one sample, and two."""
+FEWEST_SAMPLES = (1, 2)
+"""[Note: one sample is not half of two]"""
 Chunked = Callable[[nn.Module, int], nn.Module | None]
 """The model with its loss in so many chunks, to be called in its place; None where the model does not allow it."""
 LOSS_CHUNKS = 8
@@ -205,12 +207,11 @@ class Study:
                 except ProfilerError as error:
                     remarks.append(f"{case.described} is left out: {str(error).splitlines()[0]}")
 
-        largest, recomputes = max(batches), (False, True)[: 1 + bool(self.blocks)]
-        ends = [Case(size, recompute) for size in batches if size in (1, largest) for recompute in recomputes]
-        add(case for case in ends if case not in known)
-        # [Note: one sample is not half of two]
-        if any(not _alike(traced, case, case._replace(batch_size=largest)) for case in ends):
-            add(case._replace(batch_size=2) for case in ends if case.batch_size == 1 and 2 in batches and largest > 2)
+        whole = [Case(max(batches), recompute) for recompute in (False, True)[: 1 + bool(self.blocks)]]
+        ones, twos = ([case._replace(batch_size=n) for case in whole if n in batches] for n in FEWEST_SAMPLES)
+        add(case for case in dict.fromkeys((*whole, *ones)) if case not in traced)
+        if not all(_alike(traced, *pair) for pair in zip(ones, whole, strict=False)):
+            add(case for case in twos if case not in traced)
         in_chunks = self.chunked(self.model, LOSS_CHUNKS) if self.chunked else None
         if in_chunks is not None:
             # Where the loss is the peak, it is so most of all with a large batch and recomputed blocks.
@@ -232,6 +233,11 @@ class Study:
         return [c._replace(loss_chunks=chunks) for c in traced if c.loss_chunks == 1 and c.recompute in worthwhile]
 
 
+def smaller_sizes(batch_size: int) -> tuple[int, ...]:
+    """Of the batches below one of this size that are looked at, too."""
+    return tuple(size for size in FEWEST_SAMPLES if size < batch_size)
+
+
 def _alike(traced: Traced, one: Case, other: Case) -> bool:
     """Whether two traces make the same storages in the same order, of whatever sizes; kernels' own aside."""
 
@@ -240,7 +246,7 @@ def _alike(traced: Traced, one: Case, other: Case) -> bool:
         found = (e for e in events if isinstance(e, Alloc) and e.category not in OF_CUDA)
         return [(e.category, e.module, e.phase) for e in found]
 
-    return made(one) == made(other)
+    return one == other or made(one) == made(other)
 
 
 def _phase_peaks(peaks: Peaks, expandable: Peaks) -> PhasePeaks:

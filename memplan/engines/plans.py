@@ -14,6 +14,7 @@ from memplan.machine import Machine
 from memplan.problem import Problem
 from memplan.sizes import OPTIONS, grain_of, size_text
 from offload.plan import Alternative, Plan, Prediction, Target, Tier
+from offload.residency import aligned
 
 ENGINES: dict[Target, WholeEngine] = {Target.DEEPSPEED: DeepSpeed(), Target.FSDP2: FSDP2()}
 SPREAD = 0.3
@@ -122,8 +123,7 @@ def _nothing_fits(problem: Problem, nearest: Priced, machine: Machine) -> Nothin
     for tier, shortage in short.items():
         size = getattr(problem.budget, f"{tier.value}_bytes") + shortage
         size += machine.context_bytes if tier is Tier.GPU else 0
-        grain = grain_of(size)
-        wanted.append(OPTIONS[tier].format(size_text(-(-size // grain) * grain)))
+        wanted.append(OPTIONS[tier].format(size_text(aligned(size, grain_of(size)))))
     shortages = [f"{format_bytes(size)} more in the {tier.value} tier" for tier, size in short.items()]
     tier = max(short, key=short.__getitem__)
     return NothingFits(

@@ -44,3 +44,8 @@ def lint_document(document: Document, facts: Facts | None = None) -> tuple[Findi
     view = View(document, facts or Facts())
     found = {finding: None for rule in RULES for finding in rule(view)}
     return tuple(sorted(found, key=lambda finding: finding.line))
+
+
+def errors_in(document: Document, facts: Facts) -> list[Finding]:
+    """Of the findings those with which DeepSpeed does not run."""
+    return [finding for finding in lint_document(document, facts) if finding.severity == "error"]
