@@ -34,7 +34,7 @@ RANK_BITS = 8
 """Seconds that agree this far, to a quarter of a percent, are a tie: then what moves less is the better."""
 DOUBT = 0.02
 """Of seconds: a family is as fast as the fastest if no more than that separates them, for no prediction is better.
-Measured steps are 4 to 7 % off in the median, and those with state on the host are longer than predicted."""
+Measured steps are 7 % off in the median, and those with state on the host are longer than predicted."""
 UPDATE_COPIES = 5
 """fp32 tensors of one span that ``offload.optimizer.update_in_torch`` holds at once on a device."""
 FIRST_BATCH, LARGEST_BATCH = 256, 4096

@@ -2,8 +2,8 @@
 
 [Note: Python's collector]
 Some hundred thousand of the objects that it follows are imported modules', and a training step makes and drops
-thousands. So every few steps it looked through all of them, found nothing, and for a quarter of a second no thread
-issued anything: steps of 1.04 s took up to 1.38 s. Plain training is so far ahead of its GPU that it does not notice.
+thousands. So every few steps it looked through all of them, found nothing, and meanwhile no thread issued anything:
+steps of 1.04 s took up to 1.38 s. Plain training is so far ahead of its GPU that it does not notice.
 What there is when training begins is therefore passed over until the engine is closed; what comes later is not.
 """
 
