@@ -1,13 +1,16 @@
 """One training step through the tiers beside plain PyTorch with everything on the device, and beside the peers.
 
     python -m benchmarks.offload --model 3b --systems plain host host-shared deepspeed fsdp2 --nvme DIR
+    python -m benchmarks.offload --model 3b --systems plain host-ahead plain,clip=0 host-ahead,clip=0,update_gb=7
 
 Every system trains the same Llama on the same tokens: see ``benchmarks.systems``. Each runs in a process of its own,
-warmed up and timed for some steps, and the whole round is repeated, so that the systems alternate. A row gives the
-median step and its ratio to plain PyTorch's median.
+warmed up and timed for some steps, and the whole round is repeated, so that the systems alternate. Behind its name a
+system can have options of its own. A row gives the median step and its ratio to the median of plain PyTorch with the
+same batch and clipping.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -24,10 +27,27 @@ from benchmarks.common import HostPeak, save
 from benchmarks.systems import SYSTEMS, one_process, warm_up_steps
 
 GB = 1e9
+COMPARED = ("batch", "accumulation", "length", "clip")
+"""Options that plain PyTorch must have, too, to be compared with."""
 
 
-def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
+def options_of(args: argparse.Namespace, asked: str) -> tuple[str, argparse.Namespace]:
+    """The name of a system, and all options with those that stand behind it."""
+    name, *changes = asked.split(",")
+    if name not in SYSTEMS:
+        raise SystemExit(f"{name} is no system; there are {', '.join(SYSTEMS)}")
+    own = copy.copy(args)
+    for change in changes:
+        key, _, value = change.partition("=")
+        if key not in vars(args):
+            raise SystemExit(f"{asked}: {key} is no option")
+        setattr(own, key, type(getattr(args, key))(value))
+    return name, own
+
+
+def measure(args: argparse.Namespace, asked: str) -> dict[str, Any]:
     """Seconds of each timed step, losses, and the peaks of device and host."""
+    name, args = options_of(args, asked)
     cuda = torch.cuda.is_available()
     torch.backends.cuda.matmul.allow_tf32 = True
     if cuda and args.gpu_gb:
@@ -93,20 +113,28 @@ def row_of(name: str, each: list[dict[str, Any]], plain_seconds: float | None) -
     }
 
 
-def rows_of(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def rows_of(args: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The systems that have run."""
-    plain = row_of("plain", runs["plain"], None) if runs.get("plain") else {}
-    return [row_of(name, each, plain.get("step_seconds")) for name, each in runs.items() if each]
+    plain: dict[tuple[Any, ...], float] = {}
+    rows = []
+    for asked, each in runs.items():
+        if each:
+            name, own = options_of(args, asked)
+            alike = tuple(getattr(own, key) for key in COMPARED)
+            if name == "plain":
+                plain[alike] = row_of(asked, each, None).get("step_seconds", 0.0)
+            rows.append(row_of(asked, each, plain.get(alike)))
+    return rows
 
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     if "failed" in row:
-        return f"{row['system']:20} failed: {row['failed']}"
+        return f"{row['system']:48} failed: {row['failed']}"
     gpu = f"GPU {row['gpu_peak_bytes'] / GB:5.1f} GB" if row["gpu_peak_bytes"] else ""
     ratio = f"{row['ratio_to_plain']:5.2f} x" if row["ratio_to_plain"] else ""
     host = f"host {row['host_bytes'] / GB:5.1f} GB"
-    return f"{row['system']:20} {row['step_seconds']:7.3f} s {ratio} {gpu} {host} loss {row['losses'][-1]}"
+    return f"{row['system']:48} {row['step_seconds']:7.3f} s {ratio} {gpu} {host} loss {row['losses'][-1]}"
 
 
 def main() -> None:
@@ -124,7 +152,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=int, default=150, help="after which one system is given up")
     parser.add_argument("--nvme", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--systems", nargs="*", default=["plain", "resident", "host", "host-shared"], choices=SYSTEMS)
+    parser.add_argument("--systems", nargs="*", default=["plain", "resident", "host", "host-shared"])
     parser.add_argument("--name", help="of the result; as the model where none is given")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -136,6 +164,8 @@ def main() -> None:
             found = {"failed": f"{type(error).__name__}: {error}"[:300]}
         args.result.write_text(json.dumps(found))
         os._exit(0)  # threads and process groups of peers can hang at an ordinary exit
+    for asked in args.systems:
+        options_of(args, asked)  # before an hour has passed
     facts = {
         name: getattr(args, name)
         for name in ("model", "batch", "accumulation", "length", "clip", "gpu_gb", "update_gb", "steps", "rounds")
@@ -145,8 +175,8 @@ def main() -> None:
         for name, each in runs.items():
             each.append(in_child(args, name))
             print(f"  {name}: {each[-1].get('seconds', each[-1].get('failed'))}", flush=True)
-            save(f"offload-{args.name or args.model}", rows_of(runs), **facts)  # should the time end
-    for row in rows_of(runs):
+            save(f"offload-{args.name or args.model}", rows_of(args, runs), **facts)  # should the time end
+    for row in rows_of(args, runs):
         print(line(row))
 
 

@@ -85,8 +85,8 @@ class Tiers:
 
     Of several processes each trains its part of the batch, in stage 3.
 
-    The root unit (the embedding), which is in use all through a step and has a place on the device for that anyway,
-    keeps its weights and gradients in it; its state is where that of the layers is.
+    The root unit (the embedding) is in use all through a step and has a place on the device for that anyway: where
+    nothing else is said its weights and gradients stay there. Its state is where that of the layers is.
     """
 
     layers: tuple[Tier, Tier, Tier]
@@ -103,7 +103,8 @@ class Tiers:
     """Whether the first layers' gradients, which the device's update needs, have a place there and none on the host."""
     loss_chunks: int = 1
     checkpoints: Tier = Tier.GPU
-    root_on_device: bool = True
+    root: tuple[Tier, Tier] = (G, G)
+    """The root unit's parameters and gradients."""
 
     @property
     def learning_steps(self) -> int:
@@ -115,7 +116,6 @@ class Tiers:
         layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
         resident = round(self.resident * len(layers))
         parameters, gradients, state = self.layers
-        root = Placement("", G, G, state) if self.root_on_device else Placement("", *self.layers)
         share = self.share if args.clip else min(self.share, self.share_in_backward)
         slots = round(args.update_gb * 1e9 / streamed_slot_bytes(PIECE_ELEMENTS, StateFormat(Precision.BF16)))
         buckets = Buckets(prefetch_units=2)
@@ -136,7 +136,7 @@ class Tiers:
             device=_device(),
             gpus=world_size(),
             zero_stage=3 if world_size() > 1 else 0,
-            placements=(root, *map(placed, range(len(layers)))),
+            placements=(Placement("", *self.root, state), *map(placed, range(len(layers)))),
             buckets=buckets,
             micro_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulation,
@@ -263,8 +263,10 @@ SYSTEMS: dict[str, System] = {
     "host": Tiers((H, H, H)),
     "host-shared": Tiers((H, H, H), share=0.35),
     "host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=True),
-    "host-ahead-chunked": Tiers((H, H, H), share=0.55, ahead=True, loss_chunks=16, checkpoints=H),
-    "least": Tiers((H, H, H), loss_chunks=16, checkpoints=H, root_on_device=False),
+    "all-host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=True, root=(H, G)),
+    "host-ahead-chunked": Tiers((H, H, H), share=0.55, ahead=True, gradients_there=True, loss_chunks=16, checkpoints=H),
+    "gradients-chunked": Tiers((H, G, H), share=0.55, ahead=True, loss_chunks=16, checkpoints=H),
+    "least": Tiers((H, H, H), loss_chunks=16, checkpoints=H, root=(H, H)),
     "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, gradients_there=True, loss_chunks=16),
     "optimizer-nvme": Tiers((H, H, N)),
     "deepspeed": deepspeed_offloaded,

@@ -24,9 +24,9 @@ GRADIENT_PASSES = 3
 HOOKED_ISSUE_FACTOR = 1.1
 """How much longer it takes to issue a pass where each saved tensor goes through a hook: where weights come and go, or
 inputs of blocks wait on the host."""
-UNIT_CALLS = 3.0
+UNIT_CALLS = 1.6
 """For one unit in one pass: it is told where its use begins and ends."""
-GRADIENT_CALLS = 0.3
+GRADIENT_CALLS = 0.17
 """For one parameter's gradient in one micro-batch: taken away, gathered."""
 UPDATE_CALLS = 2.4
 """For one unit's update on the GPU."""

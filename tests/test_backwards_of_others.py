@@ -38,18 +38,22 @@ class Deep(nn.Module):
         return x
 
 
-def made(segments: str = "", recompute: tuple[str, ...] = ()) -> tuple[Engine, nn.Module]:
+def numbers(device: str) -> list[torch.Tensor]:
+    return [x.to(device) for x in vectors()]
+
+
+def made(device: str, segments: str = "", recompute: tuple[str, ...] = ()) -> tuple[Engine, nn.Module]:
     """An engine, and its model as plain PyTorch has it."""
     torch.manual_seed(0)
     model = Deep(segments)
-    plain = copy.deepcopy(model)
-    plan = plan_of(model, UNITS, recompute=recompute)
+    plain = copy.deepcopy(model).to(device)
+    plan = plan_of(model, UNITS, recompute=recompute, device=device)
     return Engine(model, plan, torch.optim.AdamW(model.parameters(), lr=1e-2)), plain
 
 
 def trained(engine: Engine, plain: nn.Module) -> None:
     """One more step is plain PyTorch's."""
-    x = vectors()[1]
+    x = vectors()[1].to(engine.plan.device)
     expected = plain(x).square().mean()
     loss = engine(x).square().mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -59,18 +63,18 @@ def trained(engine: Engine, plain: nn.Module) -> None:
     torch.optim.AdamW(plain.parameters(), lr=1e-2).step()
     state = engine.state_dict()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state[name], tensor.cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("segments", "recompute", "beyond"), [("", (), 0), ("", PATHS, 0), ("by hooks", (), SEGMENT - 2)]
 )
 def test_a_gradient_of_inputs_is_pytorchs_and_lets_units_go(
-    segments: str, recompute: tuple[str, ...], beyond: int
+    segments: str, recompute: tuple[str, ...], beyond: int, device: str
 ) -> None:
-    engine, plain = made(segments, recompute)
+    engine, plain = made(device, segments, recompute)
     with engine:
-        for x in vectors():
+        for x in numbers(device):
             z = x.requires_grad_()
             (found,), (expected,) = (torch.autograd.grad(f(z).sum(), z) for f in (engine, plain))
             assert torch.equal(found, expected)
@@ -78,10 +82,10 @@ def test_a_gradient_of_inputs_is_pytorchs_and_lets_units_go(
         trained(engine, plain)
 
 
-def test_a_graph_that_is_kept_fetches_its_weights_again() -> None:
-    engine, plain = made()
+def test_a_graph_that_is_kept_fetches_its_weights_again(device: str) -> None:
+    engine, plain = made(device)
     with engine:
-        z = vectors()[0].requires_grad_()
+        z = numbers(device)[0].requires_grad_()
         found, expected = engine(z).square().mean(), plain(z).square().mean()
         for _ in range(2):
             gradients = (torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in (found, expected))
@@ -91,10 +95,10 @@ def test_a_graph_that_is_kept_fetches_its_weights_again() -> None:
         assert engine.overflow_count == 0
 
 
-def test_one_that_fails_is_forgotten_in_the_next_pass() -> None:
-    engine, plain = made()
+def test_one_that_fails_is_forgotten_in_the_next_pass(device: str) -> None:
+    engine, plain = made(device)
     with engine:
-        z = vectors()[0].requires_grad_()
+        z = numbers(device)[0].requires_grad_()
         out = engine(z)
         handle = z.register_hook(lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -107,8 +111,8 @@ def test_one_that_fails_is_forgotten_in_the_next_pass() -> None:
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_gradient_penalty_is_plain_pytorchs(alone: bool) -> None:
-    engine, plain = made()
+def test_a_gradient_penalty_is_plain_pytorchs(alone: bool, device: str) -> None:
+    engine, plain = made(device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
 
     def loss(f: Engine | nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -118,7 +122,7 @@ def test_a_gradient_penalty_is_plain_pytorchs(alone: bool) -> None:
         return penalty if alone else f(x).square().mean() + penalty
 
     with engine:
-        for x in vectors():
+        for x in numbers(device):
             loss(plain, x).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -126,7 +130,7 @@ def test_a_gradient_penalty_is_plain_pytorchs(alone: bool) -> None:
             engine.step()
         state = engine.state_dict()
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state[name], tensor.cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -134,15 +138,15 @@ def test_a_gradient_penalty_is_plain_pytorchs(alone: bool) -> None:
     [("", (), 0), ("", PATHS, 0), ("by hooks", (), SEGMENT - 2), ("reentrant", (), SEGMENT - 2)],
 )
 def test_a_frozen_critic_in_the_backward_of_another_engine_lets_units_go(
-    segments: str, recompute: tuple[str, ...], beyond: int
+    segments: str, recompute: tuple[str, ...], beyond: int, device: str
 ) -> None:
-    maker, plain_maker = made()
-    critic, plain_critic = made(segments, recompute)
+    maker, plain_maker = made(device)
+    critic, plain_critic = made(device, segments, recompute)
     optimizer = torch.optim.AdamW(plain_maker.parameters(), lr=1e-2)
     with maker, critic:
         for model in (critic.model, plain_critic):
             model.requires_grad_(False)
-        for x in vectors():
+        for x in numbers(device):
             plain_critic(plain_maker(x)).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -151,4 +155,4 @@ def test_a_frozen_critic_in_the_backward_of_another_engine_lets_units_go(
         assert (maker.overflow_count, critic.overflow_count) == (0, beyond)
         state = maker.state_dict()
     for name, tensor in plain_maker.state_dict().items():
-        torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state[name], tensor.cpu(), rtol=1e-5, atol=1e-6)

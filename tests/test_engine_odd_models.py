@@ -32,11 +32,11 @@ def plan_of(model: nn.Module, units: dict[str, tuple], **changes: Any) -> Plan:
 
 
 def assert_trains_as_plain(model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> None:
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(model).to(plan.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     expected = []
     for x in inputs:
-        loss = plain(x)
+        loss = plain(x.to(plan.device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -52,7 +52,7 @@ def assert_trains_as_plain(model: nn.Module, plan: Plan, inputs: list[torch.Tens
         state = engine.state_dict()
     assert found == pytest.approx(expected, rel=1e-5)
     for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(state[name].float(), tensor.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state[name].float(), tensor.cpu().float(), rtol=1e-5, atol=1e-6)
 
 
 def vectors(count: int = 4) -> list[torch.Tensor]:
