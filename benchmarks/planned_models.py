@@ -68,6 +68,11 @@ def model_named(name: str) -> Model:
     return next(model for model in models() if model.name == name)
 
 
+def chosen_models(words: list[str]) -> list[Model]:
+    """Those whose names hold one of the words, or all."""
+    return [model for model in models() if not words or any(word in model.name for word in words)]
+
+
 def build(model: Model) -> nn.Module:
     """On the CPU, the same values every time."""
     torch.manual_seed(0)

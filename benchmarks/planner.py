@@ -4,9 +4,8 @@
 
 Every model is planned for budgets from ample to tight, and every plan is trained for a few steps by the engine with the
 allocator capped at the budget. ``batches`` then finds the largest micro-batch that each plan's placements really allow,
-and compares what the planner said of every batch size up to twice that. ``neighbours`` trains the candidates that the
-planner ranked next, beside the one that it chose. ``--predict`` measures nothing: today's code predicts the plans in
-``results`` again, and says which of their batches it would allow.
+and compares what the planner said of every batch size up to twice that. ``--predict`` measures nothing: today's code
+predicts the plans in ``results`` again, and says which of their batches it would allow.
 """
 
 import argparse
@@ -20,13 +19,12 @@ from typing import Any
 
 from benchmarks.common import save
 from benchmarks.planned_again import GIB, allow_again, allowed_by_margin, line, predict_again, setup_of, summary
-from benchmarks.planned_models import Model, model_named, models, profiled
+from benchmarks.planned_models import Model, chosen_models, model_named, profiled
 from benchmarks.planned_runs import largest_batch, run_plan
-from memplan.candidates import best_of, in_order, search
 from memplan.errors import NothingFits
 from memplan.machine import Machine, detect
 from memplan.rates import Rates
-from memplan.search import plan, plan_of, problem_of, with_more_slots
+from memplan.search import plan
 from offload.plan import Plan
 from profiler.profile import ModelProfile
 
@@ -92,7 +90,7 @@ def plans_part(args: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
     """Every model and budget: planned, trained, compared."""
     rows = []
     base = detect(args.nvme)
-    chosen = chosen_models(args)
+    chosen = chosen_models(args.models)
     profiles = profiles_of(chosen, args.calibration, [0, args.most] if args.batches else [0])
     for model in chosen:
         profile = profiles[model.name, 0]
@@ -127,39 +125,6 @@ def batches_row(model: Model, larger: ModelProfile, rates: Rates, found: Plan) -
     return {"largest_that_runs": real, **allowed, "most": most}
 
 
-def chosen_models(args: argparse.Namespace) -> list[Model]:
-    """Those whose names hold one of the words, or all."""
-    return [m for m in models() if not args.models or any(word in m.name for word in args.models)]
-
-
-def neighbours_part(args: argparse.Namespace, rates: Rates) -> None:
-    """The chosen candidate and those ranked next, all trained; then the chosen one again."""
-    rows = []
-    base = detect(args.nvme)
-    for model in chosen_models(args):
-        profile = profiled(model, rates, model.batch_size)
-        resident = plan(profile, base, rates, batch_size=model.batch_size)
-        machine = replace(base, gpu_bytes=int(resident.prediction.gpu_upper_bytes * 0.5))
-        problem = problem_of(profile, machine, rates, model.batch_size, None)
-        found = search(problem)
-        size = found[0].buckets.update_elements
-        others = [best_of(problem, family, size) for family in problem.families()]
-        fitting = [c for c in others if c is not None]
-        ranked = in_order(fitting, min(c.seconds for c in fitting))[: args.neighbours + 1]
-        run_plan(model, plan_of(problem, ranked[0], machine))  # the first one of a process is slower
-        for place, candidate in [*enumerate(ranked), (0, ranked[0])]:
-            chosen = replace(candidate, buckets=with_more_slots(problem, candidate))
-            measured = run_plan(model, plan_of(problem, chosen, machine))
-            rows.append(
-                {"model": model.name, "rank": place, "predicted_seconds": candidate.seconds, "measured": measured}
-            )
-            print(
-                f"{model.name} rank {place}: {candidate.seconds:.3f} {measured.get('seconds')} {candidate.family.way}",
-                flush=True,
-            )
-            save("planner-neighbours", rows)
-
-
 def main() -> None:
     """Run the parts, print lines, save the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,15 +135,11 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=256, help="the largest batch to try")
     parser.add_argument("--keep", type=Path, help="a directory for the profiles and plans")
     parser.add_argument("--predict", action="store_true", help="predict what was measured again; no GPU")
-    parser.add_argument("--neighbours", type=int, default=0, help="train so many candidates beside the chosen one")
     args = parser.parse_args()
     rates = Rates.load(args.calibration)
     if args.predict:
         predict_again(rates)
         allow_again(rates)
-        return
-    if args.neighbours:
-        neighbours_part(args, rates)
         return
     rows = plans_part(args, rates)
     print(summary(rows))

@@ -99,8 +99,9 @@ class Tiers:
     """The same without clipping: the update need not be faster than backward then, and the links have weights too."""
     ahead: bool = False
     """Whether ``--update-gb`` of the device's memory are for state that comes while backward runs."""
-    gradients_there: bool = False
-    """Whether the first layers' gradients, which the device's update needs, have a place there and none on the host."""
+    gradients_there: float = 0.0
+    """The part of the layers, the first ones, whose gradients have a place on the device and none on the host; with
+    clipping. The device's update needs those of its share."""
     loss_chunks: int = 1
     checkpoints: Tier = Tier.GPU
     root: tuple[Tier, Tier] = (G, G)
@@ -121,12 +122,12 @@ class Tiers:
         buckets = Buckets(prefetch_units=2)
         if share:
             buckets = replace(buckets, update_elements=PIECE_ELEMENTS, update_slots=max(3, slots) if self.ahead else 3)
-        of_the_device = round(share * (len(layers) - resident)) if self.gradients_there and args.clip else 0
+        there = round(self.gradients_there * (len(layers) - resident)) if args.clip else 0
 
         def placed(number: int) -> Placement:
             if number < resident:
                 return Placement(layers[number], G, G, G)
-            kept = G if number < resident + of_the_device else gradients
+            kept = G if number < resident + there else gradients
             return Placement(layers[number], parameters, kept, state)
 
         return Plan(
@@ -256,18 +257,21 @@ def _with_adamw(args: Namespace, model: nn.Module, optimizer: Any) -> Step:
     return step
 
 
+CHUNKED = Tiers((H, H, H), share=0.55, ahead=True, gradients_there=0.55, loss_chunks=16, checkpoints=H, root=(H, G))
+"""What a small GPU has room for: the loss in pieces, inputs of blocks on the host."""
+
 SYSTEMS: dict[str, System] = {
     "plain": plain,
     "resident": Tiers((G, G, G)),
     "optimizer-host": Tiers((G, H, H)),
     "host": Tiers((H, H, H)),
     "host-shared": Tiers((H, H, H), share=0.35),
-    "host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=True),
-    "all-host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=True, root=(H, G)),
-    "host-ahead-chunked": Tiers((H, H, H), share=0.55, ahead=True, gradients_there=True, loss_chunks=16, checkpoints=H),
-    "gradients-chunked": Tiers((H, G, H), share=0.55, ahead=True, loss_chunks=16, checkpoints=H),
+    "host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=0.6),
+    "all-host-ahead": Tiers((H, H, H), share=0.6, ahead=True, gradients_there=0.6, root=(H, G)),
+    "host-ahead-chunked": CHUNKED,
+    "host-ahead-chunked-less-host": replace(CHUNKED, gradients_there=0.9),
     "least": Tiers((H, H, H), loss_chunks=16, checkpoints=H, root=(H, H)),
-    "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, gradients_there=True, loss_chunks=16),
+    "gpu-and-host": Tiers((H, H, H), resident=0.5, share=0.55, ahead=True, gradients_there=0.55, loss_chunks=16),
     "optimizer-nvme": Tiers((H, H, N)),
     "deepspeed": deepspeed_offloaded,
     "fsdp2": fsdp2(offloaded=True),

@@ -24,9 +24,9 @@ from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 from profiler.roofline import ideal_seconds
 
-SECONDS, GRIDS_SECONDS = 42.0, 14.0
+SECONDS, GRIDS_SECONDS = 42.0, 11.0
 """What everything may take; and what the grids may take where the rest, which comes first, left less."""
-IMPORTANT_SECONDS = {"matmul": 2.5, "attention_causal": 3.5, "attention_masked": 2.0, "attention": 2.0}
+IMPORTANT_SECONDS = {"matmul": 2.0, "attention_causal": 2.5, "attention_masked": 1.0, "attention": 1.0}
 """What some grids at the beginning may take, by kind: each kernel of attention takes up to a second to be loaded."""
 GRID_SECONDS, LEAST_GRID_SECONDS = 6.0, 0.3
 """What another grid may take: then the rest of its points, which come in a random order, is left out."""
