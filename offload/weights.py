@@ -2,8 +2,10 @@
 
 [Note: parameters that are away]
 A parameter that is away keeps its shape, type and device: it is one NaN, expanded. Writing to it raises, and reading
-it can never pass for a number. During the first pass every operation is watched for such a read (``AwayGuard``), so
-that a model which uses a parameter outside of its module is refused with that parameter's name.
+it can never pass for a number. The same holds for weights that stay on the device while an update of them is under way
+elsewhere: from the step to the unit's next use nobody can wait for what is there. During the first pass every operation
+is watched for such a read (``AwayGuard``), so that a model which uses a parameter outside of its module is refused with
+that parameter's name.
 """
 
 from collections import deque
@@ -68,6 +70,7 @@ class WeightMover:
         self._slot_at: dict[int, Slot] = {}
         """Slots by the address of their buffer."""
         self._bound: set[str] = set()
+        """Units whose parameters are what lies in a slot, or on the device for good."""
         self._in_use: set[str] = set()
         self._updated: dict[str, Done] = {}
         # [Note: parameters that are away]
@@ -114,6 +117,7 @@ class WeightMover:
         if name in self._staying:
             if (updated := self._updated.pop(name, None)) is not None:
                 updated.wait()
+                self._show(self._states[name])
             return
         state = self._states[name]
         if name not in self._slot_of:
@@ -133,6 +137,7 @@ class WeightMover:
     def unuse_all(self) -> None:
         """Nothing computes: the step's passes are over."""
         self._in_use.clear()
+        self._nan.fill_(torch.nan)  # filling a parameter that is away, by its data say, fills this one
 
     def prefetch(self, fetch: Fetch) -> None:
         """Start a fetch of the schedule, if what it wants to displace is not in use."""
@@ -174,7 +179,10 @@ class WeightMover:
     def will_change(self, name: str, updated: Done) -> None:
         """The unit's weights are being updated: what is on the device is stale, what is fetched comes after."""
         self._updated[name] = updated
-        self.forget(name)
+        if name in self._staying:
+            self._unbind(self._states[name])
+        else:
+            self.forget(name)
 
     def forget(self, name: str) -> None:
         """What is on the device of this unit is stale: fetch it again before its next use."""
@@ -195,6 +203,7 @@ class WeightMover:
 
     def restore(self, name: str) -> None:
         """Make the unit what its tiers hold, whatever was done to its parameters; no update may be under way."""
+        self._nan.fill_(torch.nan)
         state = self._states[name]
         if state.on_device and state.device_weights is not None and state.host_weights is not None:
             state.device_weights[state.updated].copy_(state.host_weights)
@@ -209,20 +218,21 @@ class WeightMover:
 
     def address(self, name: str) -> Callable[[Field], int]:
         """Where the data of the unit's parameters lies now."""
-        state = self._states[name]
-        flat = state.device_weights if state.on_device else None
-        if flat is None and name in self._bound:
-            flat = self._slot_of[name].buffer
-        if flat is None:
+        if name not in self._bound:
             away = self._nan.data_ptr()
             return lambda _: away
+        state = self._states[name]
+        flat = state.device_weights if state.on_device else self._slot_of[name].buffer
+        assert flat is not None
         start, size = flat.data_ptr(), flat.itemsize
         return lambda field: start + field.start * size
 
     def settle(self) -> None:
-        """Wait for all updates that weights may still be under, without fetching them."""
-        for updated in list(self._updated.values()):
+        """Wait for all updates that weights may still be under; those that stay on the device can be read then."""
+        for name, updated in list(self._updated.items()):
             updated.synchronize()
+            if name in self._staying and name not in self._lent:
+                self._show(self._states[name])
 
     def is_resident(self, address: int) -> bool:
         """Whether weights that never leave the device lie there."""
@@ -259,7 +269,6 @@ class WeightMover:
             # Whatever comes next is ordered behind it on the same lane; only its failure must not be lost.
             slot.arrived.wait()
         self._unbind(slot.holds)
-        self._bound.discard(name)
         self._in_use.discard(name)
         del self._slot_of[name]
         slot.holds = slot.arrived = None
@@ -343,10 +352,10 @@ class WeightMover:
         if key not in self._views:
             self._views[key] = [field.view(flat) for field in state.unit.fields]
         _show_as(state, self._views[key])
-        if not state.on_device:
-            self._bound.add(state.unit.name)
+        self._bound.add(state.unit.name)
 
     def _unbind(self, state: UnitState) -> None:
+        self._bound.discard(state.unit.name)
         _show_as(state, self._nothing[state.unit.name])
 
 

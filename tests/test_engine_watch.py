@@ -44,6 +44,10 @@ def through_a_view(model: GPT) -> None:
     model.h[1].up.weight.detach()[2:5].zero_()
 
 
+def in_data(model: GPT) -> None:
+    model.h[1].up.weight.data.zero_()
+
+
 def assigned(model: GPT) -> None:
     model.h[1].up.weight.data = torch.ones(128, 32)
 
@@ -74,6 +78,7 @@ def test_a_changed_parameter_whose_update_runs_elsewhere_is_found_named_and_set_
         data = batches(6)
         for tokens in data[:2]:
             assert step(engine, tokens) == step(undisturbed, tokens)
+        engine.finish()
         how(model)
         with pytest.raises(OffloadError, match=r"parameter h\.1\..*engine\.gathered"):
             engine(data[2])
@@ -97,14 +102,57 @@ def test_a_parameter_that_is_away_is_not_replaced_unnoticed(
         step(engine, batches(1)[0])
 
 
-@pytest.mark.parametrize("placement", [AWAY, DISK])
+@pytest.mark.parametrize("placement", [MIRRORED, AWAY, DISK])
 @pytest.mark.parametrize("how", [in_place, loaded])
-def test_what_is_away_can_not_be_written_to(how: Callable[[GPT], None], placement: tuple, tmp_path: Path) -> None:
+def test_what_is_away_or_being_updated_can_not_be_written_to(
+    how: Callable[[GPT], None], placement: tuple, tmp_path: Path
+) -> None:
     model = model_of()
     with engine_for(model, placement, tmp_path) as engine:
         step(engine, batches(1)[0])
         with pytest.raises(RuntimeError, match="single memory location"):
             how(model)
+
+
+@pytest.mark.parametrize("fill", [in_data, through_a_view])
+@pytest.mark.parametrize("placement", [MIRRORED, AWAY, DISK])
+def test_what_is_away_or_being_updated_is_not_a_number_again_after_it_was_filled(
+    fill: Callable[[GPT], None], placement: tuple, tmp_path: Path
+) -> None:
+    model = model_of()
+    with engine_for(model, placement, tmp_path) as engine:
+        step(engine, batches(1)[0])
+        fill(model)
+        try:
+            step(engine, batches(1)[0])
+        except OffloadError as error:
+            assert "was changed in place" in str(error)
+            step(engine, batches(1)[0])
+        with torch.no_grad():
+            assert model.h[1].up.weight.isnan().all()
+
+
+@pytest.mark.parametrize("placement", [MIRRORED, (G, H, N)])
+def test_weights_on_the_device_are_not_a_number_until_their_update_is_waited_for(
+    placement: tuple, tmp_path: Path
+) -> None:
+    """Whatever reads them, a penalty or an average, must not take them for those of the step before."""
+    model = model_of()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    waits = [lambda e, x: e.finish(), lambda e, x: e.state_dict(), lambda e, x: e.model(x)]
+    with engine_for(model, placement, tmp_path) as engine, torch.no_grad():
+        for tokens, wait in zip(batches(3), waits, strict=True):
+            with torch.enable_grad():
+                plain(tokens).backward()
+                step(engine, tokens)
+            optimizer.step()
+            optimizer.zero_grad()
+            read = {n: p for n, p in model.named_parameters() if n.startswith("h.1.")}
+            assert all(p.isnan().all() for p in read.values())
+            wait(engine, tokens)
+            for name, parameter in read.items():
+                torch.testing.assert_close(parameter, plain.get_parameter(name))
 
 
 def test_a_write_to_weights_that_still_lie_in_a_slot_is_found(tmp_path: Path) -> None:
