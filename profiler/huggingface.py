@@ -155,7 +155,7 @@ class HuggingFaceSource(ModelSource):
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path.name} is not JSON: {error}") from error
     if isinstance(data, dict) and ("model_type" in data or "architectures" in data):
         return data

@@ -1,6 +1,7 @@
 """Machine and calibration files that somebody changed with an editor."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,18 @@ def test_what_is_inside_of_a_value_is_named_with_it(tmp_path: Path) -> None:
         load_machine(written(path, {**MACHINE.to_dict(), "link": link}))
 
 
-@pytest.mark.parametrize("rates", [[], [0.0], [float("nan")], ["fast"]])
-def test_a_curve_without_rates_is_none(rates: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ([], "collective: a curve of sizes (1,) and rates () is none"),
+        ([0.0], "collective.bytes_per_second is [0.0]; it must be a list of numbers above 0"),
+        ([float("nan")], "collective.bytes_per_second is [nan]; it must be a list of numbers above 0"),
+        (["fast"], "collective.bytes_per_second is ['fast']; it must be a list of numbers above 0"),
+    ],
+)
+def test_a_curve_without_rates_is_none(rates: list[Any], says: str, tmp_path: Path) -> None:
     curve = {"sizes_bytes": [1], "bytes_per_second": rates}
-    with pytest.raises(MachineError, match="is not a calibration that this version can read"):
+    with pytest.raises(MachineError, match=f"e.json: {re.escape(says)}"):
         Rates.load(written(tmp_path / "e.json", {**rates_data(tmp_path), "collective": curve}))
 
 

@@ -10,6 +10,8 @@ from profiler.errors import ProfileError
 from profiler.profile import ModelProfile
 from tests.synthetic_profiles import transformer
 
+AGAIN = "make it again: memplan profile --json"
+
 
 def read(data: dict[str, Any], path: Path) -> ModelProfile:
     path.write_text(json.dumps(data))
@@ -24,20 +26,20 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "value", "says"),
     [
-        (("batch_size",), "8", "batch_size is '8'; it must be a whole number"),
-        (("batch_size",), True, "batch_size is True; it must be a whole number"),
+        (("batch_size",), "8", "batch_size is '8'; it must be a whole number, at least 0"),
+        (("batch_size",), True, "batch_size is True; it must be a whole number, at least 0"),
         (("precision",), None, "precision is None; it must be a string"),
-        (("step_seconds",), "1 s", "step_seconds is '1 s'; it must be a number"),
-        (("blocks",), [7], "blocks.0 is 7; it must be a string"),
+        (("step_seconds",), "1 s", "step_seconds is '1 s'; it must be a number, at least 0"),
+        (("blocks",), [7], "blocks[0] is 7; it must be a string"),
         (
             ("activations", 1, "on_cpu_bytes"),
             "1GiB",
-            "activations.1.on_cpu_bytes is '1GiB'; it must be a whole number",
+            "activations[1].on_cpu_bytes is '1GiB'; it must be a whole number, at least 0",
         ),
         (
             ("activations", 0, "phase_bytes"),
             {"loss": 1.5},
-            "activations.0.phase_bytes.loss is 1.5; it must be a whole number",
+            "activations[0].phase_bytes.loss is 1.5; it must be a whole number, at least 0",
         ),
     ],
 )
@@ -50,4 +52,4 @@ def test_a_value_of_another_type_is_named(place: tuple[Any, ...], value: Any, sa
     path = tmp_path / "profile.json"
     with pytest.raises(ProfileError) as caught:
         read(data, path)
-    assert str(caught.value) == f"{path} is not a profile that this version can read: {says}"
+    assert str(caught.value) == f"{path} is not a profile that this version can read ({says}); {AGAIN}"
