@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 MOST_WHOLE = (1 << 63) - 1
 """Of a whole number that is believed: arithmetic in 64 bits would overflow, and a float can not hold any size."""
-_LONGEST_NAME = 120
+_LONGEST = 120
 
 
 class Rule(NamedTuple):
@@ -104,16 +104,17 @@ def strange(values: Mapping[str, Any], of: type, inside: str, again: str) -> str
 
 def place(inside: str, name: str | int) -> str:
     """Where a value is in its file, like ``placements[3].optimizer``; what is no plain name is quoted."""
-    if isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST_NAME:
+    if isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST:
         return f"{inside}.{name}" if inside else name
     return f"{inside}[{shown(name)}]"
 
 
 def shown(value: Any) -> str:
     """A value in a few words of one line, whatever is in it: what is nested without end, or long, is cut."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 _SHORT = Repr()
 _SHORT.maxlevel = 4
-_SHORT.maxstring = _SHORT.maxother = _LONGEST_NAME
+_SHORT.maxstring = _SHORT.maxother = _LONGEST

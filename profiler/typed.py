@@ -42,7 +42,7 @@ def without_schema(data: Any, schema: str, *derived: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise ProfilerError("it holds no object")
     if (found := data.get("schema")) != schema:
-        raise ProfilerError(f"its schema is {_SHORT.repr(found)}, and must be {schema!r}")
+        raise ProfilerError(f"its schema is {_shown(found)}, and must be {schema!r}")
     return {name: value for name, value in data.items() if name not in ("schema", *derived)}
 
 
@@ -101,16 +101,22 @@ def _holds(value: Any, kind: type) -> bool:
 
 def place(inside: str, name: str | int) -> str:
     """Where a value is in its file, like ``activations[1].modules``; what is no plain name is quoted."""
-    if isinstance(name, str) and name.isidentifier() and len(name) <= _SHORT.maxstring:
+    if isinstance(name, str) and name.isidentifier() and len(name) <= _LONGEST:
         return f"{inside}.{name}" if inside else name
-    return f"{inside}[{_SHORT.repr(name)}]"
+    return f"{inside}[{_shown(name)}]"
 
 
 def _other(at: str, value: Any, words: str) -> str:
-    return f"{at} is {_SHORT.repr(value)}; it must be {words}"
+    return f"{at} is {_shown(value)}; it must be {words}"
 
 
+def _shown(value: Any) -> str:
+    """A value in a few words of one line, whatever is in it: what is nested without end, or long, is cut."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+_LONGEST = 120
 _SHORT = Repr()
-"""Whatever is in a value, it is shown in a few words of one line."""
 _SHORT.maxlevel = 4
-_SHORT.maxstring = _SHORT.maxother = 120
+_SHORT.maxstring = _SHORT.maxother = _LONGEST
