@@ -1,6 +1,5 @@
 """Machines as people say they are: limits on what is here, a GPU by its name, a file from elsewhere."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from memplan.sharding import ASSUMED_INTER_NODE_BYTES_PER_SECOND
 from memplan.sizes import MOST_COUNT, parse_bytes, parse_rate
 from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
+from profiler.typed import parsed
 
 USUAL_WIDTH = 16
 """Lanes between host and card: every device that there is a description of has so many."""
@@ -62,11 +62,13 @@ def find_machine(
 def load_machine(path: Path) -> Machine:
     """The machine in a file, described: one of its own, or the ``machine`` of a calibration. Raises MachineError."""
     try:
-        data = json.loads(path.read_text())
+        data = parsed(path)
     except OSError as error:
         raise MachineError(f"the machine file {path} can not be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise MachineError(f"the machine file {path} is no JSON that can be read: {error}") from error
+    except ProfilerError as error:
+        raise MachineError(
+            f"the machine file {path} is no JSON that can be read ({error}); memplan calibrate writes one"
+        ) from error
     inner = data.get("machine") if isinstance(data, dict) else None
     machine = Machine.from_dict(inner if isinstance(inner, dict) else data, str(path))
     context = CONTEXT_BYTES if machine.device == "cuda" else 0

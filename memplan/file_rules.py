@@ -1,18 +1,28 @@
 """What the values of machine and calibration files must be: people write and change such files too."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from typing import Any
 
 from memplan.errors import MachineError
 from memplan.sizes import MOST_BYTES, MOST_COUNT
-from offload.figures import POSITIVE, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
+from offload.figures import (
+    POSITIVE,
+    TEXT,
+    TEXTS,
+    YES_OR_NO,
+    Rule,
+    each,
+    list_of,
+    number,
+    or_none,
+    strange,
+    whole,
+    wrong,
+)
 
 OBJECT = Rule(lambda value: isinstance(value, Mapping), "an object")
 SOME_OBJECT = or_none(OBJECT)
-OBJECTS = Rule(lambda value: isinstance(value, list) and all(map(OBJECT.holds, value)), "a list of objects")
-INDICES = Rule(lambda value: isinstance(value, list) and all(map(whole(0).holds, value)), "a list of whole numbers")
-SENTENCES = Rule(lambda value: isinstance(value, list) and all(map(TEXT.holds, value)), "a list of strings")
+OBJECTS, INDICES = list_of(OBJECT, "objects"), list_of(whole(0), "whole numbers")
 SHARE = Rule(lambda value: number(0, 1).holds(value) and value > 0, "a number above 0 and at most 1")
 BYTES, COUNT = whole(0, "bytes", MOST_BYTES), whole(1, most=MOST_COUNT)
 
@@ -28,7 +38,7 @@ MACHINE = {
     **dict.fromkeys(("nvlink", "nvme_bytes_per_second"), or_none(POSITIVE)),
     **dict.fromkeys(("link", "disk"), SOME_OBJECT),
     "numa_nodes": OBJECTS,
-    "remarks": SENTENCES,
+    "remarks": TEXTS,
 }
 LINK = {**dict.fromkeys(("generation", "width"), whole(1)), "c2c_bytes_per_second": or_none(POSITIVE)}
 DISK = {
@@ -61,18 +71,17 @@ RATES = {
     "spread": number(0, 1),
     **dict.fromkeys(("source", "fingerprint"), TEXT),
     "facts": each(TEXT),
-    "skipped": SENTENCES,
+    "tables": each(list_of(TEXTS, "lists of strings")),
+    "skipped": TEXTS,
     **dict.fromkeys(("kernels", "machine"), SOME_OBJECT),
+}
+CURVE = {
+    "sizes_bytes": list_of(whole(1, "bytes"), "whole numbers, at least 1"),
+    "bytes_per_second": list_of(POSITIVE, "numbers above 0"),
 }
 
 
-def check_values(data: Mapping[str, Any], rules: Mapping[str, Rule], of: type, source: str, prefix: str = "") -> None:
+def check_values(data: Mapping[str, Any], rules: Mapping[str, Rule], of: type, source: str, inside: str = "") -> None:
     """Raise MachineError, naming ``source``, the key and what it must be, for data that is not as ``of`` needs it."""
-    known = {field.name: field.default is MISSING and field.default_factory is MISSING for field in fields(of)}
-    for name, needed in known.items():
-        if needed and name not in data:
-            raise MachineError(f"{source}: {prefix}{name} is missing; memplan calibrate makes such files")
-    if strange := [name for name in data if name not in known]:
-        raise MachineError(f"{source}: {prefix}{strange[0]} is nothing that this version knows; take it out")
-    if said := wrong(data, rules, prefix):
+    if said := strange(data, of, inside, "memplan calibrate makes such files") or wrong(data, rules, inside):
         raise MachineError(f"{source}: {said}")

@@ -73,15 +73,16 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
     values = given.values
     batch, micro, steps = values.batch_sizes(machine.gpus)
     problem = problem_of(profile, machine, rates, batch, given.precision, Target.DEEPSPEED)
-    if micro > largest_batch(profile):
+    ways = [way for blocks in _recomputed(problem) if problem.knows(way := Way(micro, blocks))]
+    if not ways:
         raise PlanningError(
             f"the profile knows micro-batches up to {largest_batch(profile)} and the configuration has {micro}: profile"
             f" the model with --batch-size {micro}"
         )
     engine = _engine(given)
     tried = [
-        (_priced(problem, engine, values, Way(micro, blocks), steps, zero_init), zero_init)
-        for blocks in _recomputed(problem)
+        (_priced(problem, engine, values, way, steps, zero_init), zero_init)
+        for way in ways
         for zero_init in ((False, True) if values.stage == 3 else (False,))
     ]
     theirs, zero_init = min(tried, key=lambda t: sum(t[0].shortage(problem).values()))

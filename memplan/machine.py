@@ -25,6 +25,7 @@ from memplan.file_rules import DISK, LINK, MACHINE, NUMA_NODE, check_values
 from memplan.formatting import format_bytes
 from memplan.gpus import Gpu, HostLink, all_joined, find_gpus
 from memplan.host import ROOT, HostMemory, NumaNode, host_memory, memlock_bytes, numa_nodes, usable_cores
+from offload.figures import place, shown
 from profiler.device import Device, find_device
 from profiler.errors import ProfilerError
 
@@ -103,12 +104,13 @@ class Machine:
     @classmethod
     def from_dict(cls, data: Any, source: str = "the machine file") -> "Machine":
         """What ``to_dict`` wrote; raises MachineError, naming ``source``, for anything else."""
-        if not isinstance(data, dict) or not str(data.get("schema")).startswith(SCHEMA.partition("/")[0] + "/"):
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if not isinstance(schema, str) or not schema.startswith(SCHEMA.partition("/")[0] + "/"):
             raise MachineError(f"{source} describes no machine; memplan calibrate writes one that does")
-        if data["schema"] != SCHEMA:
+        if schema != SCHEMA:
             raise MachineError(
-                f"{source} is a machine file from another version: {data['schema']}, and this version reads {SCHEMA}; "
-                "write it again with this one's memplan calibrate"
+                f"{source} is a machine file from another version: {shown(schema)[1:-1]}, and this version "
+                f"reads {SCHEMA}; write it again with this one's memplan calibrate"
             )
         machine = _from_fields({name: value for name, value in data.items() if name != "schema"}, source)
         if machine.gpus % machine.nodes:
@@ -276,11 +278,11 @@ def _from_fields(data: dict[str, Any], source: str) -> Machine:
     link, disk, directory = data.get("link"), data.get("disk"), data.get("nvme_dir")
     nodes = data.get("numa_nodes", ())
     if link is not None:
-        check_values(link, LINK, HostLink, source, "link.")
+        check_values(link, LINK, HostLink, source, "link")
     if disk is not None:
-        check_values(disk, DISK, Disk, source, "disk.")
+        check_values(disk, DISK, Disk, source, "disk")
     for i, node in enumerate(nodes):
-        check_values(node, NUMA_NODE, NumaNode, source, f"numa_nodes.{i}.")
+        check_values(node, NUMA_NODE, NumaNode, source, place("numa_nodes", i))
     return Machine(
         **{
             **data,

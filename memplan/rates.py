@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from memplan.errors import MachineError
-from memplan.file_rules import RATES, check_values
-from offload.figures import POSITIVE
+from memplan.file_rules import CURVE, RATES, check_values
+from offload.figures import POSITIVE, place, shown
 from offload.plan import Precision
 from profiler.calibration import Calibration
+from profiler.errors import ProfilerError
+from profiler.typed import parsed, without_schema
 
 PLANNED = (Precision.FP32, Precision.AMP, Precision.BF16)
 """Precisions that plans are made for: nobody has measured an update in fp16 yet."""
@@ -33,7 +35,8 @@ class Curve:
         sizes, rates = self.sizes_bytes, self.bytes_per_second
         ascending = all(a < b for a, b in pairwise((0, *sizes)))
         if not sizes or len(sizes) != len(rates) or not ascending or not all(map(POSITIVE.holds, rates)):
-            raise ValueError(f"a curve of sizes {sizes} and rates {rates} is none")
+            told = f"a curve of sizes {shown(sizes)} and rates {shown(rates)} is none"
+            raise ValueError(f"{told}: sizes ascend from above 0, and each has a rate above 0")
 
     @classmethod
     def flat(cls, bytes_per_second: float) -> "Curve":
@@ -124,30 +127,43 @@ class Rates:
     def load(cls, path: Path) -> "Rates":
         """Read what ``save`` wrote; raises MachineError for a file that this version can not read."""
         try:
-            return cls.from_dict(json.loads(path.read_text()), str(path))
-        except MachineError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise MachineError(
-                f"{path} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
-            ) from error
+            data = parsed(path)
+        except OSError as error:
+            raise MachineError(f"the calibration {path} can not be read: {error.strerror}") from error
+        except ProfilerError as error:
+            raise _foreign(str(path), error) from error
+        return cls.from_dict(data, str(path))
 
     @classmethod
     def from_dict(cls, data: Any, source: str = "the calibration") -> "Rates":
         """The inverse of ``save``'s JSON; raises MachineError, naming ``source``, for values that can not be."""
-        if not isinstance(data, dict):
-            raise ValueError("it holds no object")
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
-        own = {name: value for name, value in data.items() if name != "schema"}
+        try:
+            own = without_schema(data, SCHEMA)
+        except ProfilerError as error:
+            raise _foreign(source, error) from error
         check_values(own, RATES, cls, source)
         for name in ("host_to_device", "device_to_host", "collective"):
-            check_values(own[name], {}, Curve, source, f"{name}.")
-            own[name] = Curve(*(tuple(own[name][part]) for part in ("sizes_bytes", "bytes_per_second")))
+            check_values(own[name], CURVE, Curve, source, name)
+            try:
+                own[name] = Curve(*(tuple(own[name][part]) for part in ("sizes_bytes", "bytes_per_second")))
+            except ValueError as error:
+                raise MachineError(f"{source}: {name}: {error}") from error
         for name in ("compute_flops_per_second", "cpu_update_seconds", "gpu_update_seconds", "streamed_update_seconds"):
+            if other := [key for key in own[name] if key not in list(Precision)]:
+                known = ", ".join(Precision)
+                raise MachineError(f"{source}: {place(name, other[0])} is of no precision that is known: {known}")
             own[name] = {Precision(key): value for key, value in own[name].items()}
-        kernels = own.get("kernels")
-        own["kernels"] = Calibration.from_dict(kernels) if kernels is not None else None
+        try:
+            kernels = own.get("kernels")
+            own["kernels"] = Calibration.from_dict(kernels, "kernels") if kernels is not None else None
+        except ProfilerError as error:
+            raise _foreign(source, error) from error
         own["tables"] = {name: tuple(tuple(row) for row in rows) for name, rows in own.get("tables", {}).items()}
         own["skipped"] = tuple(own.get("skipped", ()))
         return cls(**own)
+
+
+def _foreign(source: str, error: ProfilerError) -> MachineError:
+    return MachineError(
+        f"{source} is not a calibration that this version can read ({error}); make it again: memplan calibrate"
+    )

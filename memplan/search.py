@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from memplan.activations import ways_of
 from memplan.bounds import cpu_lanes
 from memplan.candidates import Candidate, FamilySearch, feasible, search
 from memplan.engines.plans import plan_whole
@@ -14,7 +15,7 @@ from memplan.memory import chain_order, placements_of
 from memplan.pipeline import timeline
 from memplan.problem import Problem, profiled_optimizer
 from memplan.rates import PLANNED, Rates
-from memplan.sizes import MOST_SAMPLES, OPTIONS, grain_of, size_text
+from memplan.sizes import MOST_PARAMETERS, MOST_SAMPLES, OPTIONS, grain_of, size_text
 from memplan.spans import LANES
 from memplan.units import units_of
 from offload.plan import (
@@ -180,11 +181,17 @@ def problem_of(
         raise PlanningError(
             f"the profile was made in {profiled.value}; profile again with --precision {precision.value} to plan for it"
         )
-    if profiled not in rates.compute_flops_per_second or profiled not in rates.cpu_update_seconds:
+    measured = (rates.compute_flops_per_second, rates.cpu_update_seconds, rates.gpu_update_seconds)
+    if any(profiled not in rate for rate in measured):
         raise PlanningError(f"the rates say nothing about {profiled.value}; measure them in that precision")
     check_wishes(machine, batch_size, target)
-    if not profile.activations:
+    if not ways_of(profile):
         raise PlanningError("the profile says nothing about activations; make it again with this version")
+    if profile.parameter_elements > MOST_PARAMETERS:
+        raise PlanningError(
+            f"{profile.model} has {profile.parameter_elements:.3g} parameters; at most {MOST_PARAMETERS:.3g} can be "
+            "planned for"
+        )
     shapes = units_of(profile)
     if not any(s.trainable_elements for s in shapes):
         raise PlanningError(f"{profile.model} has no parameter that is trained")

@@ -16,6 +16,8 @@ MOST_BYTES = 1 << 60
 """Of a size that is believed: with larger ones arithmetic in 64 bits would overflow."""
 MOST_COUNT = 100_000
 """Of GPUs, or nodes, for the same reason."""
+MOST_PARAMETERS = MOST_BYTES >> 6
+"""Of a model, for the same reason: that is more than the bytes of one with its state."""
 MOST_SAMPLES = 1_000_000_000
 """Of a step."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import PlanError
+from offload.plan_file import built, parsed, without_schema
 from offload.plan_rules import first_wrong
 
 SCHEMA = "memplan.plan/2"
@@ -305,57 +306,16 @@ class Plan:
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read ``plan.json``; raises PlanError when the file is not a valid plan."""
+        data = parsed(path)
         try:
-            return cls.from_dict(json.loads(path.read_text()))
+            return cls.from_dict(data)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-        except FileNotFoundError as error:
-            raise PlanError(f"{path} does not exist; memplan plan writes one") from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{path} is not a plan that this version can read: {error}") from error
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Plan":
-        """The inverse of ``to_dict``; unknown keys are refused."""
-        for part in ("parameter_shapes", "buckets", "budget", "prediction"):
-            if part in data and not isinstance(data[part], dict):
-                raise PlanError(f"{part} is {data[part]!r}; it must be an object")
-        fields = dict(data)
-        schema = fields.pop("schema", None)
-        if schema != SCHEMA:
-            raise ValueError(f"schema is {schema!r}, expected {SCHEMA!r}")
-        return cls(
-            **{
-                **fields,
-                "parameter_shapes": {name: tuple(shape) for name, shape in data["parameter_shapes"].items()},
-                "precision": Precision(data["precision"]),
-                "placements": tuple(_placement(p) for p in data["placements"]),
-                "buckets": Buckets(**data["buckets"]),
-                "recompute": tuple(data["recompute"]),
-                "budget": Budget(**data["budget"]),
-                "prediction": _prediction(data["prediction"]),
-                "reasons": tuple(data["reasons"]),
-                "alternatives": tuple(Alternative(**a) for a in data["alternatives"]),
-                "target": Target(data["target"]),
-                "checkpoints": Tier(data["checkpoints"]),
-                # Plans of before there was a choice are for AdamW.
-                "optimizer": OptimizerKind(data.get("optimizer", OptimizerKind.ADAMW)),
-                "moments": MomentFormat(data.get("moments", MomentFormat.FP32)),
-            }
-        )
-
-
-def _placement(data: dict[str, str]) -> Placement:
-    return Placement(data["unit"], Tier(data["parameters"]), Tier(data["gradients"]), Tier(data["optimizer"]))
-
-
-def _prediction(data: dict[str, Any]) -> Prediction:
-    between, made_for = data.get("step_seconds_range"), data.get("made_for")
-    if made_for is not None:
-        kinds = {"precision": Precision, "recompute": tuple, "checkpoints": Tier}
-        made_for = MadeFor(**{**made_for, **{name: kind(made_for[name]) for name, kind in kinds.items()}})
-    between = tuple(between) if isinstance(between, list) else between
-    return Prediction(**{**data, "step_seconds_range": between, "made_for": made_for})
+    def from_dict(cls, data: Any) -> "Plan":
+        """The inverse of ``to_dict``; raises PlanError, naming the place, for anything else."""
+        return built(cls, without_schema(data, SCHEMA))
 
 
 def _check(plan: Plan) -> None:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from offload.figures import BYTES, TEXT, YES_OR_NO, Rule, each, number, or_none, whole, wrong
+from offload.figures import BYTES, TEXT, TEXTS, YES_OR_NO, Rule, each, list_of, number, or_none, place, whole, wrong
 
-SHAPE = Rule(lambda shape: isinstance(shape, tuple) and all(map(whole(0).holds, shape)), "a list of whole numbers")
+SHAPE = list_of(whole(0), "whole numbers")
 SECONDS = or_none(number())
 RANGE = Rule(
     lambda pair: pair is None or (isinstance(pair, tuple) and [number().holds(end) for end in pair] == [True, True]),
@@ -18,6 +18,8 @@ RULES = {
         "device": Rule(lambda device: device in ("cuda", "cpu"), "'cuda' or 'cpu'"),
         **dict.fromkeys(WHOLE, whole(1)),
         "zero_stage": Rule(lambda stage: whole(0).holds(stage) and stage < 4, "0, 1, 2 or 3"),
+        "shard_gpus": whole(0),
+        **dict.fromkeys(("recompute", "reasons"), TEXTS),
         "gpu_update_share": number(0, 1),
         "nvme_dir": or_none(TEXT),
         "on_meta": YES_OR_NO,
@@ -40,11 +42,22 @@ RULES = {
         "phases": each(each(BYTES)),
     },
     "prediction.made_for": {
+        "device": TEXT,
+        "recompute": TEXTS,
         **dict.fromkeys(("micro_batch_size", "loss_chunks"), whole(1)),
         **dict.fromkeys(("activation_bytes", "activation_upper_bytes", "checkpoint_bytes", "batch_elements"), BYTES),
     },
 }
 """By the part of a plan that they are for."""
+RULES_OF_EACH = {
+    "placements": {"unit": TEXT},
+    "alternatives": {
+        **dict.fromkeys(("description", "why_not"), TEXT),
+        "step_seconds": SECONDS,
+        **dict.fromkeys(("gpu_peak_bytes", "host_bytes", "nvme_bytes"), BYTES),
+    },
+}
+"""By the list of a plan, for each of its entries."""
 
 
 def first_wrong(plan: Any) -> str | None:
@@ -53,6 +66,10 @@ def first_wrong(plan: Any) -> str | None:
         found = plan
         for name in filter(None, part.split(".")):
             found = getattr(found, name)
-        if found is not None and (said := wrong(vars(found), rules, part and f"{part}.")):
+        if found is not None and (said := wrong(vars(found), rules, part)):
             return said
+    for part, rules in RULES_OF_EACH.items():
+        for i, entry in enumerate(getattr(plan, part)):
+            if said := wrong(vars(entry), rules, place(part, i)):
+                return said
     return None

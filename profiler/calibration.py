@@ -7,7 +7,7 @@ take. It depends on the sizes of the operation, so it is kept on a grid and inte
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from math import exp, log, prod
 from pathlib import Path
 from statistics import median
@@ -15,6 +15,7 @@ from typing import Any
 
 from profiler.device import KERNEL_SECONDS
 from profiler.errors import ProfilerError
+from profiler.typed import parsed, place, typed, without_schema
 
 SCHEMA = "memplan.calibration/2"
 
@@ -120,16 +121,13 @@ class Calibration:
         return {"schema": SCHEMA, **data}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "Calibration":
-        """The inverse of ``to_dict``; raises ValueError, KeyError or TypeError for other data."""
-        own = {name: value for name, value in data.items() if name != "schema"}
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}; measure again")
-        own["rates"] = {
-            name: Rate(tuple(map(tuple, r["axes"])), tuple(r["fractions"]), r["least_seconds"])
-            for name, r in own["rates"].items()
-        }
-        return cls(**{**own, "skipped": tuple(own["skipped"])})
+    def from_dict(cls, data: Any, at: str = "") -> "Calibration":
+        """The inverse of ``to_dict``; raises ProfilerError for other data, naming the place inside of ``at``."""
+        read = typed(cls, without_schema(data, SCHEMA), at)
+        for name, rate in read.rates.items():
+            if said := _no_grid(rate):
+                raise ProfilerError(f"{place(place(at, 'rates'), name)} {said}")
+        return read
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""
@@ -142,13 +140,27 @@ class Calibration:
         Raises ProfilerError when the file is neither, or a machine's without a GPU.
         """
         try:
-            data = json.loads(path.read_text())
-            kernels = data.get("kernels", data)
+            data = parsed(path)
+            inside = isinstance(data, dict) and "kernels" in data
+            kernels = data["kernels"] if inside else data
             if kernels is not None:
-                return cls.from_dict(kernels)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ProfilerError(f"{path} is not a calibration that this version can read: {error}") from error
+                return cls.from_dict(kernels, "kernels" if inside else "")
+        except (OSError, ProfilerError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            raise ProfilerError(
+                f"{path} is not a calibration that this version can read ({said}); make it again: memplan calibrate"
+            ) from error
         raise ProfilerError(f"{path} was measured on a machine without a GPU, so it has no rates of kernels")
+
+
+def _no_grid(rate: Rate) -> str | None:
+    """Why nothing could be interpolated in it."""
+    if any(not axis or axis[0] <= 0 or any(a >= b for a, b in pairwise(axis)) for axis in rate.axes):
+        return "has an axis whose sizes do not ascend from above 0"
+    if len(rate.fractions) != (points := prod(map(len, rate.axes))):
+        return f"has {len(rate.fractions)} fractions; they must be as many as its axes have points, {points}"
+    known = [fraction for fraction in rate.fractions if fraction is not None]
+    return None if known and min(known) > 0 else "must have fractions, all above 0 or null"
 
 
 def _constant(fraction: float, kernels: int = 1) -> Rate:

@@ -155,11 +155,12 @@ class HuggingFaceSource(ModelSource):
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{path.name} is not JSON: {error}") from error
     if isinstance(data, dict) and ("model_type" in data or "architectures" in data):
         return data
-    kind = next((kind for key, kind in NOT_A_MODEL.items() if key in data), "some other JSON file")
+    known = data if isinstance(data, dict) else {}
+    kind = next((kind for key, kind in NOT_A_MODEL.items() if key in known), "some other JSON file")
     raise SourceError(
         f"{path.name} is {kind}: a transformers {CONFIG_NAME} with a model_type, or a .py file, is what can be profiled"
     )

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from profiler.errors import ProfileError
+from profiler.errors import ProfileError, ProfilerError
 from profiler.events import PHASES
-from profiler.mistyped import mistyped
+from profiler.typed import parsed, typed, without_schema
 
 SCHEMA = "memplan.profile/5"
 
@@ -318,60 +318,44 @@ class ModelProfile:
     @classmethod
     def load(cls, path: Path) -> "ModelProfile":
         """Read ``profile.json``; raises ProfileError when the file is not one."""
+        again = "make it again: memplan profile --json"
         try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ProfileError(f"{path} is not a profile that this version can read: {error}") from error
+            return cls.from_dict(parsed(path))
+        except FileNotFoundError as error:
+            raise ProfileError(f"{path} does not exist; memplan profile --json writes one") from error
+        except (OSError, ProfilerError) as error:
+            said = error.strerror if isinstance(error, OSError) else error
+            raise ProfileError(f"{path} is not a profile that this version can read ({said}); {again}") from error
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "ModelProfile":
-        """The inverse of ``to_dict``."""
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema is {data.get('schema')!r}, expected {SCHEMA!r}")
-        own: dict[str, Any] = {name: value for name, value in data.items() if name not in _DERIVED}
-        for name, kind in _ROWS.items():
-            own[name] = tuple(kind(**row) for row in data[name])
-        own["activations"] = tuple(_point(row) for row in data["activations"])
-        own["parameters"] = tuple(
-            ParameterProfile(**{**p, "shape": tuple(p["shape"]), "aliases": tuple(p["aliases"])})
-            for p in data["parameters"]
-        )
-        own["peaks"], own["first_peaks"] = PhasePeaks(**data["peaks"]), PhasePeaks(**data["first_peaks"])
-        own["blocks"], own["assumptions"] = tuple(data["blocks"]), tuple(data["assumptions"])
-        read = cls(**own)
-        if said := mistyped(read, cls, "") or _incomplete(read):
-            raise ValueError(said)
+    def from_dict(cls, data: Any) -> "ModelProfile":
+        """The inverse of ``to_dict``; raises ProfilerError, naming the place, for anything else."""
+        read = typed(cls, without_schema(data, SCHEMA, "totals", "uncounted_ops"))
+        if said := _incomplete(read):
+            raise ProfilerError(said)
         return read
 
 
 def _incomplete(profile: ModelProfile) -> str | None:
-    """What is wrong with the lists by block, which are as long as there are blocks, or empty."""
+    """What is wrong with lists that must have entries, or one for each block, and with counts that must be above 0."""
+    for name in ("layers", "parameters", "activations"):
+        if not getattr(profile, name):
+            return f"{name} is empty; it must have entries"
+    if profile.layers[0].path:
+        return f"layers[0].path is {profile.layers[0].path!r}; the first layer must be the model itself, ''"
+    if profile.batch_size < 1:
+        return "batch_size is 0; it must be at least 1"
     for i, point in enumerate(profile.activations):
+        for name in ("batch_size", "loss_chunks"):
+            if getattr(point, name) < 1:
+                return f"activations[{i}].{name} is 0; it must be at least 1"
         wanted = {
             "input_bytes": point.recompute,
             "device_input_bytes": point.recompute,
             "freed_bytes": not point.recompute,
         }
-        if any(size < 0 for moment in point.scratch_moments for size in moment):
-            return f"activations[{i}].scratch_moments has bytes below 0"
         for name, there in wanted.items():
             listed, count = getattr(point, name), len(profile.blocks) if there else 0
-            if len(listed) != count or any(size < 0 for size in listed):
-                return f"activations[{i}].{name} has {len(listed)} entries; they must be {count}, from 0 on"
+            if len(listed) != count:
+                return f"activations[{i}].{name} has {len(listed)} entries; it must have {count}, one for each block"
     return None
-
-
-def _point(row: dict[str, Any]) -> ActivationPoint:
-    listed = {name: tuple(row[name]) for name in ("input_bytes", "device_input_bytes", "freed_bytes")}
-    modules = tuple(ModuleSeconds(**m) for m in row["modules"])
-    moments = tuple((scratch, beside) for scratch, beside in row["scratch_moments"])
-    return ActivationPoint(**{**row, **listed, "modules": modules, "scratch_moments": moments})
-
-
-_DERIVED = frozenset({"schema", "totals", "uncounted_ops"})
-_ROWS: dict[str, Any] = {
-    "layers": LayerProfile,
-    "operations": OperationProfile,
-    "timeline": MemoryPoint,
-    "peak_contents": Holding,
-}

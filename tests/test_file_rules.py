@@ -1,6 +1,7 @@
 """Machine and calibration files that somebody changed with an editor."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from memplan.described import load_machine
 from memplan.errors import MachineError
 from memplan.rates import Rates
+from profiler.calibration import Calibration
+from profiler.errors import ProfilerError
 from tests.synthetic_profiles import RATES, machine_of
 
 BYTES = "it must be a whole number of bytes, at least 0 and at most 1152921504606846976"
@@ -88,6 +91,11 @@ def test_what_is_inside_of_a_value_is_named_with_it(tmp_path: Path) -> None:
     for values, says in (
         ({"compute_flops_per_second": compute}, "compute_flops_per_second.fp32 is 0.0; it must be a number above 0"),
         (
+            {"gpu_update_seconds": {"fp8": 1.0}},
+            "gpu_update_seconds.fp8 is of no precision that is known: fp32, amp, bf16, fp16",
+        ),
+        ({"tables": {"a": [1]}}, "tables.a is [1]; it must be a list of lists of strings"),
+        (
             {"collective": {"sizes_bytes": [1]}},
             "collective.bytes_per_second is missing; memplan calibrate makes such files",
         ),
@@ -100,10 +108,18 @@ def test_what_is_inside_of_a_value_is_named_with_it(tmp_path: Path) -> None:
         load_machine(written(path, {**MACHINE.to_dict(), "link": link}))
 
 
-@pytest.mark.parametrize("rates", [[], [0.0], [float("nan")], ["fast"]])
-def test_a_curve_without_rates_is_none(rates: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        ([], "collective: a curve of sizes (1,) and rates () is none"),
+        ([0.0], "collective.bytes_per_second is [0.0]; it must be a list of numbers above 0"),
+        ([float("nan")], "collective.bytes_per_second is [nan]; it must be a list of numbers above 0"),
+        (["fast"], "collective.bytes_per_second is ['fast']; it must be a list of numbers above 0"),
+    ],
+)
+def test_a_curve_without_rates_is_none(rates: list[Any], says: str, tmp_path: Path) -> None:
     curve = {"sizes_bytes": [1], "bytes_per_second": rates}
-    with pytest.raises(MachineError, match="is not a calibration that this version can read"):
+    with pytest.raises(MachineError, match=f"e.json: {re.escape(says)}"):
         Rates.load(written(tmp_path / "e.json", {**rates_data(tmp_path), "collective": curve}))
 
 
@@ -111,3 +127,25 @@ def test_what_was_saved_is_read_again(tmp_path: Path) -> None:
     rates_data(tmp_path)
     assert Rates.load(tmp_path / "rates.json") == MEASURED
     assert load_machine(written(tmp_path / "e.json", MACHINE.to_dict())).gpu_bytes == MACHINE.gpu_bytes
+
+
+@pytest.mark.parametrize(
+    ("rate", "says"),
+    [
+        (
+            {"axes": [[1.0, 4.0]], "fractions": [0.5]},
+            "has 1 fractions; they must be as many as its axes have points, 2",
+        ),
+        ({"axes": [[4.0, 1.0]], "fractions": [0.5, 0.5]}, "has an axis whose sizes do not ascend from above 0"),
+        ({"axes": [], "fractions": [0.0]}, "must have fractions, all above 0 or null"),
+    ],
+)
+def test_rates_of_kernels_that_nothing_can_be_told_from_are_named(
+    rate: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    kernels = {**Calibration("x", {}, {}).to_dict(), "rates": {"matmul/fp32": rate}}
+    path = written(tmp_path / "e.json", {**rates_data(tmp_path), "kernels": kernels})
+    with pytest.raises(MachineError, match=re.escape(f"(kernels.rates['matmul/fp32'] {says}); make it again")):
+        Rates.load(path)
+    with pytest.raises(ProfilerError, match=re.escape(f"(kernels.rates['matmul/fp32'] {says}); make it again")):
+        Calibration.load(path)

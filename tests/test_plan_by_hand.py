@@ -19,6 +19,7 @@ from tests.plans import RESIDENT, counted, plan_for
 
 AWAY = (Tier.HOST, Tier.HOST, Tier.HOST)
 
+GONE = object()
 BYTES = "it must be a whole number of bytes, at least 0"
 
 
@@ -93,6 +94,93 @@ def test_a_value_that_can_not_be_is_named_with_what_it_must_be(
     with pytest.raises(PlanError) as caught:
         Plan.load(path)
     assert str(caught.value) == f"{path}: {says}"
+
+
+AGAIN = "make the plan again with memplan plan"
+TIERS = "it must be 'gpu', 'host' or 'nvme'"
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (
+            ("placements", 2, "optimizer"),
+            "hbm",
+            ": placements[2].optimizer is 'hbm'; it must be 'gpu', 'host' or 'nvme'",
+        ),
+        (("placements", 0, "parameters"), 3, ": placements[0].parameters is 3; it must be 'gpu', 'host' or 'nvme'"),
+        (("placements", 1, "unit"), None, ": placements[1].unit is None; it must be a string"),
+        (("placements", 1), "h.0", ": placements[1] is 'h.0'; it must be an object"),
+        (("placements",), {}, ": placements is {}; it must be a list"),
+        (("recompute",), "h.0", ": recompute is 'h.0'; it must be a list"),
+        (("recompute",), [1], ": recompute is (1,); it must be a list of strings"),
+        (("precision",), "fp8", ": precision is 'fp8'; it must be 'fp32', 'amp', 'bf16' or 'fp16'"),
+        (("shard_gpus",), "all", ": shard_gpus is 'all'; it must be a whole number, at least 0"),
+        (("gpus",), 10**30, f": gpus is {10**30}; it must be below 2^63"),
+        pytest.param(
+            ("prediction", "step_seconds"),
+            10**400,
+            f": prediction.step_seconds is {10**17}...{'0' * 19}; it must be below 2^63",
+            id="what no float holds",
+        ),
+        (("buckets", "speed"), 1, ": buckets.speed is nothing that this version knows; take it out"),
+        (("a key\nwith a line",), 1, ": ['a key\\nwith a line'] is nothing that this version knows; take it out"),
+        (("buckets",), GONE, f": buckets is missing; {AGAIN}"),
+        (("placements", 3, "gradients"), GONE, f": placements[3].gradients is missing; {AGAIN}"),
+        (("prediction", "made_for", "device"), GONE, f": prediction.made_for.device is missing; {AGAIN}"),
+        (
+            ("schema",),
+            "memplan.plan/1",
+            f": it is not a plan that this version can read: its schema is 'memplan.plan/1', and must be "
+            f"'memplan.plan/2'; {AGAIN}",
+        ),
+        (
+            ("schema",),
+            GONE,
+            f": it is not a plan that this version can read: it names no schema, and must be 'memplan.plan/2'; {AGAIN}",
+        ),
+    ],
+)
+def test_a_place_that_is_not_as_it_must_be_is_named_with_what_is_there_and_what_to_do(
+    place: tuple[Any, ...], value: Any, says: str, tmp_path: Path
+) -> None:
+    data = json.loads(json.dumps(planned().to_dict()))
+    *before, last = place
+    part = data
+    for name in before:
+        part = part[name]
+    if value is GONE:
+        del part[last]
+    else:
+        part[last] = value
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    assert str(caught.value) == f"{path}{says}"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (DEEP, f" is not a plan: it is nested too deeply; {AGAIN}"),
+        ("[1]", f": it is not a plan, for it holds [1] and no object; {AGAIN}"),
+        ("{", " is not a plan: it is no JSON that can be read (Expecting property name enclosed in double quotes"),
+        ("", " is not a plan: it is no JSON that can be read (Expecting value: line 1 column 1 (char 0)); "),
+    ],
+)
+def test_a_file_that_is_no_plan_is_said_to_be_none(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(PlanError) as caught:
+        Plan.load(path)
+    assert str(caught.value).startswith(f"{path}{says}")
+
+
+def test_a_plan_that_is_no_file_says_why_it_can_not_be_read(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="can not be read: Is a directory"):
+        Plan.load(tmp_path)
 
 
 def test_what_a_prediction_was_made_for_is_read_again(tmp_path: Path) -> None:

@@ -27,6 +27,25 @@ TIE = 1 + 2**-7
 """Counts of one family whose seconds agree to a quarter of a percent are a tie, decided by what moves less."""
 
 
+@pytest.mark.parametrize("target", [Target.MEMPLAN, Target.DEEPSPEED])
+@pytest.mark.parametrize("left_out", range(6))
+def test_what_could_not_be_traced_is_no_way_to_train(left_out: int, target: Target) -> None:
+    profile = transformer(2, inputs=0.1, precision="bf16")
+    points = profile.activations
+    assert len(points) == 6
+    profile = replace(profile, activations=(*points[:left_out], *points[left_out + 1 :]))
+    machine = machine_of(1 << 40, 1 << 40, device="cuda", gpus=2)
+    problem = problem_of(profile, machine, RATES, 8, None, target)
+    assert all(problem.knows(family.way) for family in problem.families())
+    assert plan(profile, machine, RATES, batch_size=8, target=target).micro_batch_size in (1, 2, 4)
+
+
+def test_a_model_with_more_parameters_than_can_be_counted_is_refused() -> None:
+    profile = transformer(1, 1 << 55)
+    with pytest.raises(PlanningError, match=r"Synthetic has 3.6e\+16 parameters; at most 1.8e\+16 can be planned for"):
+        problem_of(profile, machine_of(1 << 40, 1 << 40), RATES, 4, None)
+
+
 def every_count(units: int):
     for state in range(units + 1):
         for gradients, parameters in itertools.product(range(state + 1), repeat=2):
