@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from memplan.activations import Way, largest_batch
+from memplan.activations import Way, activations_of, largest_batch
 from memplan.changes import Change, changes, troubles, unmended
 from memplan.configs.carried import carried
 from memplan.configs.deepspeed import ds_config
@@ -81,7 +81,7 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
     engine = _engine(given)
     tried = [
         (_priced(problem, engine, values, Way(micro, blocks), steps, zero_init), zero_init)
-        for blocks in _recomputed(problem)
+        for blocks in _recomputed(problem, micro)
         for zero_init in ((False, True) if values.stage == 3 else (False,))
     ]
     theirs, zero_init = min(tried, key=lambda t: sum(t[0].shortage(problem).values()))
@@ -130,9 +130,10 @@ def _better(
     return mine, {**given.document.root, **sizes}, ()
 
 
-def _recomputed(problem: Problem) -> list[int]:
-    known = {p.recompute for p in problem.profile.activations}
-    return [0, len(problem.profile.blocks)] if True in known and problem.profile.blocks else [0]
+def _recomputed(problem: Problem, micro: int) -> list[int]:
+    """How many blocks may be recomputed: none, and all where the profile knows that of this micro-batch."""
+    counts = dict.fromkeys((0, len(problem.profile.blocks)))
+    return [n for n in counts if activations_of(problem.profile, Way(micro, n), problem.device) is not None]
 
 
 def _engine(given: GivenConfig) -> DeepSpeed:

@@ -118,9 +118,13 @@ class Problem:
 
     def activations(self, way: Way) -> Activations:
         """Bytes beside the model's state."""
-        found = self.once(("activations", way), lambda: activations_of(self.profile, way, self.device))
+        found = self._activations(way)
         assert found is not None  # families are made from what was profiled
         return found
+
+    def _activations(self, way: Way) -> Activations | None:
+        """The same; ``None`` where a trace failed, so that the profile knows of this way smaller batches or none."""
+        return self.once(("activations", way), lambda: activations_of(self.profile, way, self.device))
 
     def passes(self, way: Way) -> PassSeconds:
         """Seconds of one micro-batch by unit."""
@@ -174,7 +178,9 @@ class Problem:
         for sharding in self.shardings():
             for recomputed, checkpoints, chunks in ways_of(self.profile):
                 for micro in self.micro_batch_sizes():
-                    yield Family(sharding, Way(micro, recomputed, checkpoints, chunks), self.gpu_batch_size // micro)
+                    way = Way(micro, recomputed, checkpoints, chunks)
+                    if self._activations(way) is not None:
+                        yield Family(sharding, way, self.gpu_batch_size // micro)
 
     def once(self, key: object, make: Callable[[], T]) -> T:
         """What ``make`` makes, kept under ``key``."""
