@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from offload.axes import Axes, axes_of, check_tensor_parallel
 from offload.plan import Plan
 from offload.setup import check_can_run
+from offload.shared_memory import check_memory
 from offload.unit import check_model, check_recompute
 from offload.update_in_backward import check_early_updates
 
@@ -25,6 +26,7 @@ def checked_axes(
     check_can_run(plan)
     check_model(plan, model)
     check_recompute(plan, model)
+    check_memory(model)
     if update_in_backward:
         check_early_updates(plan, max_norm)
     axes = axes_of(plan, model, mesh)
