@@ -123,13 +123,12 @@ def initialize(
     if not isinstance(plan, Plan):
         plan = Plan.load(Path(plan))
     check_plan(plan, model)
-    files = Path(weights) if weights is not None else None
     engine = Engine(
         model,
         plan,
         optimizer,
         max_grad_norm=max_grad_norm,
-        weights=files,
+        weights=weights,
         grad_scaler=grad_scaler,
         update_in_backward=update_in_backward,
         mesh=mesh,

@@ -73,7 +73,8 @@ def judge(profile: ModelProfile, machine: Machine, rates: Rates, given: GivenCon
     values = given.values
     batch, micro, steps = values.batch_sizes(machine.gpus)
     problem = problem_of(profile, machine, rates, batch, given.precision, Target.DEEPSPEED)
-    ways = [way for blocks in _recomputed(problem) if problem.knows(way := Way(micro, blocks))]
+    none_and_all = dict.fromkeys((0, len(profile.blocks)))
+    ways = [way for recomputed in none_and_all if problem.knows(way := Way(micro, recomputed))]
     if not ways:
         raise PlanningError(
             f"the profile knows micro-batches up to {largest_batch(profile)} and the configuration has {micro}: profile"
@@ -129,11 +130,6 @@ def _better(
         return None, None, ()
     sizes = dict(zip((TRAIN, MICRO, STEPS), given.values.batch_sizes(machine.gpus), strict=True))
     return mine, {**given.document.root, **sizes}, ()
-
-
-def _recomputed(problem: Problem) -> list[int]:
-    known = {p.recompute for p in problem.profile.activations}
-    return [0, len(problem.profile.blocks)] if True in known and problem.profile.blocks else [0]
 
 
 def _engine(given: GivenConfig) -> DeepSpeed:

@@ -1,13 +1,22 @@
 """What must be right about model, plan and processes before an engine allocates anything."""
 
+import math
+import warnings
+from collections import defaultdict
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from offload.axes import Axes, axes_of, check_tensor_parallel
+from offload.errors import OffloadError
 from offload.plan import Plan
 from offload.setup import check_can_run
+from offload.shared_memory import check_memory
+from offload.state import weight_dtype
 from offload.unit import check_model, check_recompute
 from offload.update_in_backward import check_early_updates
 
@@ -17,17 +26,55 @@ def checked_axes(
     plan: Plan,
     mesh: DeviceMesh | None,
     max_norm: float | None,
-    weights: Path | None,
+    weights: str | Path | None,
     *,
     update_in_backward: bool,
 ) -> Axes | None:
     """Of the processes that train; raises PlanError and OffloadError for what this version can not do."""
     check_can_run(plan)
+    _check_norm(max_norm)
     check_model(plan, model)
     check_recompute(plan, model)
+    check_memory(model)
     if update_in_backward:
         check_early_updates(plan, max_norm)
     axes = axes_of(plan, model, mesh)
     files = weights is not None, "reading first values from files (weights)"
     check_tensor_parallel(axes, plan, model, (files, (update_in_backward, "update_in_backward")))
+    _warn_of_types(model, plan)
     return axes
+
+
+def _check_norm(max_norm: Any) -> None:
+    """Raise OffloadError for what gradients can not be clipped to."""
+    if max_norm is not None and (not isinstance(max_norm, Real) or math.isnan(max_norm) or max_norm < 0):
+        raise OffloadError(
+            f"max_grad_norm is {max_norm!r}; it must be the largest norm of the gradients, a number of at least 0, or "
+            "None, which does not clip"
+        )
+
+
+def _warn_of_types(model: nn.Module, plan: Plan) -> None:
+    """Say which of a model's parameters compute in another type than they had beside others that do not."""
+    names: dict[torch.dtype, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            names[parameter.dtype].append(name)
+    kept = weight_dtype(plan.precision)
+    changed = [
+        f"{first}{f' and {len(others)} more' if others else ''}, of {_said(dtype)}, become {_said(kept)}"
+        for dtype, (first, *others) in names.items()
+        if dtype != kept
+    ]
+    if len(names) > 1 and changed:
+        warnings.warn(
+            "the model has parameters of several types, and the engine gives all of them that of the plan's precision "
+            f"({plan.precision}): {'; '.join(changed)}. Where that is not meant, plan in another precision, or "
+            "give all parameters one type before Engine()",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _said(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -93,7 +93,7 @@ class Engine(Releasing):
         lr_scheduler: Any = None,
         max_grad_norm: float | None = None,
         events: EventLog | None = None,
-        weights: Path | None = None,
+        weights: str | Path | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         *,
         update_in_backward: bool = False,
@@ -125,7 +125,7 @@ class Engine(Releasing):
             raise
         close_at_exit(self)
 
-    def _attach(self, weights: Path | None, axes: Axes | None) -> None:
+    def _attach(self, weights: str | Path | None, axes: Axes | None) -> None:
         """Allocate the tiers and move the model into them, unit by unit."""
         plan, device, shards = self.plan, self.device, Shards.of(self.plan)
         files = WeightFiles(weights, self.model) if weights is not None else None

@@ -7,6 +7,7 @@ again (recompute), until the gradients of the module's inputs are known. Where n
 weights of a unit that is trained never leave the device, the use lasts until all of the unit's parameters have theirs.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -26,7 +27,7 @@ from offload.unit import Unit
 from offload.weights import WeightReference
 
 KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
-"""What transformers' blocks call the cache among their keyword arguments."""
+"""What transformers' blocks call the cache among their arguments."""
 
 
 class Saved(NamedTuple):
@@ -105,11 +106,13 @@ class _Recompute:
     """A module whose activations are computed again in backward, until ``remove``."""
 
     def __init__(self, module: nn.Module, listener: Listener) -> None:
+        names = _positions(module)
+
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if not torch.is_grad_enabled():
                 return None
             listener.begin_recomputed(args)
-            return args, _without_cache(kwargs)
+            return _without_cache(names, args, kwargs)
 
         # Ahead of the recompute's own hook, which saves the arguments.
         called = hookable(module)
@@ -145,9 +148,23 @@ def attach(
     yield hookable(root).register_forward_hook(lambda *_: listener.end_call(), always_call=True)
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A block that runs twice would append to its key-value cache twice; training needs none."""
-    return {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
+def _positions(module: nn.Module) -> list[str]:
+    """What its forward calls the arguments that are given by position."""
+    wrapped = getattr(module, "_orig_mod", module)  # torch.compile's own forward names none
+    parameters = inspect.signature(wrapped.forward).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _without_cache(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block that runs twice would append to its key-value cache twice; training needs none.
+
+    Some models give it by position, as GPT-2 does.
+    """
+    named = [*names[: len(args)], *[""] * (len(args) - len(names))]
+    given = tuple(None if _is_cache(name, value) else value for name, value in zip(named, args, strict=True))
+    return given, {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
 
 
 def _is_cache(name: str, value: Any) -> bool:

@@ -26,6 +26,7 @@ DEFAULTS: dict[OptimizerKind, Callable[..., torch.optim.Optimizer]] = {
     OptimizerKind.SGD_MOMENTUM: partial(torch.optim.SGD, momentum=0.9),
 }
 REFUSED = ("amsgrad", "maximize", "differentiable")
+ACCUMULATED = "initial_accumulator_value"
 
 
 def default_optimizer(
@@ -122,6 +123,8 @@ class Hyperparameters:
         group = self.optimizer.param_groups[index]
         if self.kind is OptimizerKind.SGD and group["momentum"]:
             raise OffloadError("SGD was given momentum after the engine was made without; make both anew")
+        if self.kind is OptimizerKind.ADAGRAD:  # torch's sums begin with what it was made with, in every group
+            group = group | {ACCUMULATED: self.optimizer.defaults[ACCUMULATED]}
         return _READERS[self.kind](group, step)
 
 
@@ -160,7 +163,7 @@ def _momentum(group: dict[str, Any], step: int) -> UpdateStep:
 
 def _adagrad(group: dict[str, Any], step: int) -> UpdateStep:
     rate, rate_decay, eps, decay = _numbers(group, "lr", "lr_decay", "eps", "weight_decay")
-    return AdagradStep(rate, rate_decay, eps, float(group["initial_accumulator_value"]), decay, step)
+    return AdagradStep(rate, rate_decay, eps, float(group[ACCUMULATED]), decay, step)
 
 
 _READERS: dict[OptimizerKind, Reader] = {

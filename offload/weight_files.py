@@ -54,8 +54,9 @@ class WeightFiles:
     The files' headers are read, and compared with the model, when this is made; the tensors when they are asked for.
     """
 
-    def __init__(self, path: Path, model: nn.Module) -> None:
+    def __init__(self, path: str | Path, model: nn.Module) -> None:
         """``path`` is a file, or a folder with one or with shards and their index. Raises WeightsError."""
+        path = Path(path)
         self._path, self._model = path, model
         if not (files := files_of(path)):
             raise WeightsError(

@@ -91,6 +91,10 @@ def state_dict(engine: "Engine") -> dict[str, Any]:
 
 def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) -> KeyDifference:
     """See ``Engine.load_state_dict``."""
+    if not isinstance(tensors, Mapping):
+        raise OffloadError(
+            f"load_state_dict() takes tensors by name, as state_dict() gives them, not a {type(tensors).__name__}"
+        )
     engine.finish()
     targets = engine.model.state_dict(keep_vars=True)
     difference = KeyDifference([k for k in targets if k not in tensors], [k for k in tensors if k not in targets])
@@ -206,4 +210,4 @@ def _check_keys(targets: dict[str, Any], tensors: Mapping[str, Any], difference:
 
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - NAMED_AT_MOST} more" if len(keys) > NAMED_AT_MOST else ""
-    return ", ".join(keys[:NAMED_AT_MOST]) + more
+    return ", ".join(map(str, keys[:NAMED_AT_MOST])) + more

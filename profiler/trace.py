@@ -1,5 +1,6 @@
 """One fake training step of a model, as a stream of events."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -30,7 +31,7 @@ AUTOCAST = {"amp": torch.bfloat16, "amp-fp16": torch.float16}
 PRECISIONS = ("fp32", *AUTOCAST, "bf16")
 
 KEY_VALUE_CACHES = frozenset({"past_key_values", "past_key_value", "layer_past"})
-"""What transformers' blocks call the cache among their keyword arguments."""
+"""What transformers' blocks call the cache among their arguments."""
 
 Forward = Callable[[nn.Module, Any], torch.Tensor]
 """Runs the model on a batch and returns the loss to call backward on."""
@@ -246,8 +247,7 @@ class _Step:
         return tensor
 
     def _checkpointed(self, forward: Callable[..., Any], path: str, *args: Any, **kwargs: Any) -> Any:
-        # A block that runs twice would append to a key-value cache twice; training needs none.
-        kwargs = {name: None if name in KEY_VALUE_CACHES else value for name, value in kwargs.items()}
+        args, kwargs = _without_cache(forward, args, kwargs)
         given = (t for t in args if isinstance(t, torch.Tensor) and t.requires_grad)
         self.inputs = frozenset(s._cdata for t in given if (s := t.untyped_storage()).nbytes() == t.nbytes)
         # What is not among the arguments themselves is kept, too, by the call that is to be repeated.
@@ -269,6 +269,22 @@ class _Step:
         self.recorder.events.append(Gradient(name))
         if parameter.grad is not None:
             self.recorder.retag(parameter.grad, Category.GRADIENT)
+
+
+def _without_cache(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block that runs twice would append to its key-value cache twice, by position or name; training needs none."""
+    parameters = inspect.signature(forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [*names[: len(args)], *[""] * (len(args) - len(names))]
+    given = tuple(None if _is_cache(name, value) else value for name, value in zip(named, args, strict=True))
+    return given, {name: None if _is_cache(name, value) else value for name, value in kwargs.items()}
+
+
+def _is_cache(name: str, value: Any) -> bool:
+    """Whether it is an object that a block appends to; tensors and tuples (prefix tuning's) are not."""
+    return name in KEY_VALUE_CACHES and not isinstance(value, torch.Tensor | tuple)
 
 
 def _autocast(precision: str) -> AbstractContextManager[None]:

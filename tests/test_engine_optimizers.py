@@ -84,6 +84,23 @@ def test_twenty_steps_in_fp32_through_every_tier_end_where_its_own_steps_do(name
         assert apart(found[parameter_name], parameter.detach()) <= tolerance, parameter_name
 
 
+def test_adagrad_begins_every_groups_sums_with_the_value_that_it_was_made_with_as_torch_does(tmp_path: Path) -> None:
+    def make(given: list[dict]) -> torch.optim.Adagrad:
+        given[0]["initial_accumulator_value"] = 0.7
+        return torch.optim.Adagrad(given, lr=1e-2, initial_accumulator_value=0.1)
+
+    torch.manual_seed(0)
+    model = GPT()
+    plain = copy.deepcopy(model)
+    data = batches(3)
+    with engine_for(model, make, plan_for(model, EVERY_TIER, tmp_path, optimizer=OptimizerKind.ADAGRAD)) as engine:
+        losses_of(engine, data)
+        found = engine.state_dict()
+    train_plainly(plain, make, data)
+    for parameter_name, parameter in plain.named_parameters():
+        assert apart(found[parameter_name], parameter.detach()) <= 1e-5, parameter_name
+
+
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16])
 @pytest.mark.parametrize("name", CASES)
 def test_masters_move_by_less_than_a_weight_of_16_bits_can_tell(

@@ -69,6 +69,14 @@ def test_files_in_other_types_fill_fp32_masters(dtype: torch.dtype, tmp_path: Pa
     assert all(torch.equal(found[name], p.float()) for name, p in source.named_parameters())
 
 
+def test_a_folder_may_be_named_as_a_string(tmp_path: Path) -> None:
+    source, model = GPT(), GPT()
+    folder = save(saved(source), tmp_path / "weights")
+    with Engine(model, plan_for(model, (AWAY,)), weights=str(folder)) as engine:
+        found = engine.state_dict()
+    assert all(torch.equal(found[name], p) for name, p in source.named_parameters())
+
+
 def test_training_goes_on_from_them(tmp_path: Path) -> None:
     source = GPT()
     save_file(saved(source), tmp_path / WHOLE)
