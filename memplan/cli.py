@@ -1,6 +1,9 @@
 """The command line: reads words, calls the library, turns errors into sentences and exit codes.
 
 Exit codes: 0 done, 1 training failed or errors found, 2 bad input, 3 nothing fits, 130 interrupted.
+
+[Note: late imports] Pages are drawn with plotly and the dashboard with textual, whose imports take longer than many a
+command: who writes no page and watches no run does not wait for them.
 """
 
 import gc
@@ -45,8 +48,6 @@ from memplan.options import (
 from memplan.plan_command import plan as plan_command
 from memplan.plan_command import planned_for, remark
 from memplan.processes import run_in_processes, without_options
-from memplan.profile_page import write_profile_page
-from memplan.report import write_report
 from memplan.show_measured import measured_table
 from memplan.show_profile import profile_tables
 from memplan.show_rates import rates_tables
@@ -64,6 +65,7 @@ from profiler.profile import ModelProfile
 from profiler.run import profile_source
 from profiler.source import load_source
 from profiler.trace import PRECISIONS
+from profiler.uncollected import uncollected
 from tui import watch as watch_run
 from tui.errors import RunError
 
@@ -82,6 +84,7 @@ PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 paramete
 
 
 @app.command()
+@uncollected()
 def profile(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
@@ -113,8 +116,7 @@ def profile(
     chunked = in_chunks if json is not None else None
     found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration, chunked)
     console.print(profile_tables(found, depth))
-    writers = ((write_profile_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json))
-    for write, path in writers:
+    for write, path in ((_write_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json)):
         if path is not None:
             write(found, path)
             console.print(f"written: {path}", highlight=False)
@@ -122,6 +124,12 @@ def profile(
         batch = source.example_batch(batch_size)
         measured = measure_step(source.build(), batch, source.forward, precision, optimizer, clip)
         console.print(measured_table(found, measured))
+
+
+def _write_page(found: ModelProfile, path: Path) -> None:
+    from memplan.profile_page import write_profile_page  # [Note: late imports]
+
+    write_profile_page(found, path)
 
 
 @app.command()
@@ -239,6 +247,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The page; RUN/report.html if not given.")] = None,
 ) -> None:
     """The same as an HTML page, in one file."""
+    from memplan.report import write_report  # [Note: late imports]
+
     target = out or run / "report.html"
     write_report(run, target)
     console.print(f"written: {target}")
@@ -286,7 +296,7 @@ def doctor(
         raise typer.Exit(TRAINING_FAILED)
 
 
-app.command()(plan_command)
+app.command()(uncollected()(plan_command))
 app.command()(lint)
 
 
@@ -309,6 +319,8 @@ def main() -> None:
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    finally:
+        gc.freeze()  # nor what is there at the end, which takes Python half a second
 
 
 def _say(error: ValueError) -> None:

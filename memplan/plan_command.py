@@ -41,7 +41,6 @@ from memplan.rates import PLANNED, Rates
 from memplan.search import check_wishes, precision_of
 from memplan.show_timeline import timeline_view
 from memplan.show_verdict import BETTER, verdict_tables
-from memplan.timeline_page import write_timeline_page
 from memplan.train import default_precision
 from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
@@ -125,6 +124,8 @@ def plan(
             for step in steps:
                 console.print(timeline_view(step, console.width), highlight=False)
         if html is not None:
+            from memplan.timeline_page import write_timeline_page  # [Note: late imports] in memplan/cli.py
+
             write_timeline_page(steps, html)
             console.print(f"written: {html}", highlight=False)
     if verdict is not None and verdict.better is None:

@@ -12,9 +12,9 @@ The loop is the one people write::
 What is left of one step (the loss, what modules keep) lives until the next forward has replaced it.
 """
 
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 
 from profiler.allocator import ALIGNMENT_BYTES, CachingAllocator, round_up
@@ -50,6 +50,17 @@ class Loop:
     first: Storages
     steady: Storages
 
+    @cached_property
+    def before_steady(self) -> dict[int, Alloc]:
+        """What the setup and the first step leave, by id."""
+        alive: dict[int, Alloc] = {}
+        for event in (*self.setup, *self.first):
+            if isinstance(event, Alloc):
+                alive[event.id] = event
+            else:
+                alive.pop(event.id, None)
+        return alive
+
 
 def replay(loop: Loop, allocator: CachingAllocator) -> tuple[Peaks, Peaks]:
     """The peaks of the first step and of the steady state, as this allocator has them."""
@@ -65,10 +76,10 @@ def peaks_by_phase(loop: Loop, leave_out: Collection[Category]) -> dict[str, int
     It is what an allocator that grows its segments has allocated: it cuts blocks to size.
     """
     peaks: dict[str, int] = {}
-    before = 0
-    for part, event, held in _walk(loop, leave_out):
-        if part is loop.steady:
-            peaks[event.phase] = max(peaks.get(event.phase, before), held)
+    before, after = _held(loop, leave_out)
+    for event, held in zip(loop.steady, after, strict=True):
+        if held > peaks.setdefault(event.phase, before):
+            peaks[event.phase] = held
         before = held
     return peaks
 
@@ -80,8 +91,9 @@ def allocated_peak(loop: Loop, leave_out: Collection[Category]) -> int:
 
 def held_bytes(loop: Loop, leave_out: Collection[Category]) -> int:
     """What tensors hold in the steady state when backward begins, without the categories in ``leave_out``."""
-    before = (held for part, e, held in _walk(loop, leave_out) if part is not loop.steady or e.phase in (FORWARD, LOSS))
-    return max(deque(before, maxlen=1), default=0)
+    before, after = _held(loop, leave_out)
+    last = (held for e, held in zip(reversed(loop.steady), reversed(after), strict=True) if e.phase in (FORWARD, LOSS))
+    return next(last, before)
 
 
 def scratch_moments(loop: Loop, leave_out: Collection[Category]) -> tuple[tuple[int, int], ...]:
@@ -90,20 +102,18 @@ def scratch_moments(loop: Loop, leave_out: Collection[Category]) -> tuple[tuple[
     Scratch is the most that it is in any smaller batch, too. Of all moments those that have more of one than any with
     as much of the other, most scratch first.
     """
-    alive: dict[int, tuple[int, int]] = {}
-    held_scratch = most_scratch = 0
+    alive = {e.id: _scratch(e) for e in loop.before_steady.values() if e.category is Category.SCRATCH}
+    held_scratch, most_scratch = (sum(sizes) for sizes in zip((0, 0), *alive.values(), strict=True))
     moments = set()
-    for part, event, held in _walk(loop, leave_out):
+    for event, held in zip(loop.steady, _held(loop, leave_out)[1], strict=True):
         if isinstance(event, Free):
             size, most = alive.pop(event.id, (0, 0))
             held_scratch, most_scratch = held_scratch - size, most_scratch - most
             continue
         if event.category is Category.SCRATCH:
-            size = round_up(event.bytes, ALIGNMENT_BYTES)
-            most = max(size, round_up(event.most_bytes, ALIGNMENT_BYTES))
-            alive[event.id] = size, most
+            alive[event.id] = size, most = _scratch(event)
             held_scratch, most_scratch = held_scratch + size, most_scratch + most
-        if most_scratch and part is loop.steady:
+        if most_scratch:
             moments.add((most_scratch, held - held_scratch))
     found: list[tuple[int, int]] = []
     for moment in sorted(moments, reverse=True):
@@ -112,18 +122,25 @@ def scratch_moments(loop: Loop, leave_out: Collection[Category]) -> tuple[tuple[
     return tuple(found)
 
 
-def _walk(loop: Loop, leave_out: Collection[Category]) -> Iterator[tuple[Storages, Alloc | Free, int]]:
-    """Every event with its part of the loop, and what tensors hold after it, as if ``leave_out`` did not exist."""
-    sizes: dict[int, int] = {}
-    held = 0
-    for part in (loop.setup, loop.first, loop.steady):
-        for event in part:
-            if isinstance(event, Free):
-                held -= sizes.pop(event.id, 0)
-            elif event.category not in leave_out:
-                sizes[event.id] = round_up(event.bytes, ALIGNMENT_BYTES)
-                held += sizes[event.id]
-            yield part, event, held
+def _scratch(event: Alloc) -> tuple[int, int]:
+    size = round_up(event.bytes, ALIGNMENT_BYTES)
+    return size, max(size, round_up(event.most_bytes, ALIGNMENT_BYTES))
+
+
+def _held(loop: Loop, leave_out: Collection[Category]) -> tuple[int, list[int]]:
+    """Bytes of tensors before the steady step and after each of its events, as if ``leave_out`` did not exist."""
+    alive = loop.before_steady.values()
+    sizes = {e.id: round_up(e.bytes, ALIGNMENT_BYTES) for e in alive if e.category not in leave_out}
+    before = held = sum(sizes.values())
+    after: list[int] = []
+    for event in loop.steady:
+        if isinstance(event, Free):
+            held -= sizes.pop(event.id, 0)
+        elif event.category not in leave_out:
+            sizes[event.id] = size = round_up(event.bytes, ALIGNMENT_BYTES)
+            held += size
+        after.append(held)
+    return before, after
 
 
 def _play(allocator: CachingAllocator, events: Storages) -> dict[str, int]:
@@ -144,11 +161,12 @@ def _play(allocator: CachingAllocator, events: Storages) -> dict[str, int]:
 
 def training_loop(trace: Trace, optimizer: str, clip: bool = False) -> Loop:
     """The first two steps of the loop with this optimizer, which clips gradients by their norm if asked."""
-    body = [e for e in trace.events if isinstance(e, Alloc | Free) and e.phase in (FORWARD, LOSS, BACKWARD)]
+    storages = [e for e in trace.events if isinstance(e, (Alloc, Free))]
+    body = [e for e in storages if e.phase in (FORWARD, LOSS, BACKWARD)]
     made = [e for e in body if isinstance(e, Alloc)]
     ended = {e.id for e in body if isinstance(e, Free)}
     left = [e for e in made if e.id not in ended and e.category not in LASTING]
-    span = 1 + max((e.id for e in trace.events if isinstance(e, Alloc)), default=0)
+    span = 1 + max((e.id for e in storages if isinstance(e, Alloc)), default=0)
     again = {e.id for e in left}
     trained = [p for p in trace.parameters if p.has_gradient]
     fresh = count(2 * span)
@@ -170,5 +188,5 @@ def training_loop(trace: Trace, optimizer: str, clip: bool = False) -> Loop:
         step += optimizer_events(optimizer, trained, number == 0, lambda: next(fresh))
         step += [Free(e.id + shift, STEP) for e in left if e.category is Category.GRADIENT]
         steps.append(step)
-    setup = [e for e in trace.events if isinstance(e, Alloc | Free) and e.phase == SETUP]
+    setup = [e for e in storages if e.phase == SETUP]
     return Loop(setup, *steps)

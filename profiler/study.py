@@ -16,7 +16,7 @@ from profiler.allocator import CachingAllocator, ExpandableAllocator
 from profiler.blame import explained
 from profiler.checkpoints import checkpoints_on_host, freed_bytes, input_bytes, staying_bytes
 from profiler.errors import ProfileError, ProfilerError
-from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Alloc, Call, Category, Op
+from profiler.events import BACKWARD, FORWARD, LOSS, MODEL_STATE, OF_CUDA, PHASES, Alloc, Call, Category, Event, Op
 from profiler.gradients_taken import gradients_taken
 from profiler.layers import layer_profiles, operation_profiles, repeated_blocks
 from profiler.profile import ActivationPoint, ModelProfile, ParameterProfile, PhasePeaks
@@ -115,7 +115,8 @@ class Study:
         study = replace(self, blocks=tuple(path for path in called if path in self.blocks))
         traced, remarks = study._further_traces(batches, {plain: trace})
         points = [study._point(case, t) for case, t in traced.items()]
-        points += [point for case, t in traced.items() if (point := study._point_on_host(case, t)) is not None]
+        on_host = [study._on_host(point, t) for point, t in zip(points, traced.values(), strict=True)]
+        points += [point for point in on_host if point is not None]
         remarks = [s for t in traced.values() for s in t.assumptions] + remarks
         return study._summed_up(trace, batch, tuple(points), tuple(dict.fromkeys(remarks)))
 
@@ -166,35 +167,42 @@ class Study:
         return training_loop(trace, self.optimizer, self.clip)
 
     def _point(self, case: Case, trace: Trace) -> ActivationPoint:
-        taken = gradients_taken(trace.events, {p.name: p.bytes for p in trace.parameters})
-        loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
-        peaks = peaks_by_phase(loop, leave_out=ENGINES_STATE)
         inputs = input_bytes(trace.events, self.blocks) if case.recompute else ()
         return ActivationPoint(
             batch_size=case.batch_size,
             recompute=case.recompute,
-            allocated_bytes=max(peaks.values(), default=0),
             executed_flops=sum(e.flops or 0 for e in trace.events if isinstance(e, Op)),
-            on_cpu_bytes=allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
             loss_chunks=case.loss_chunks,
             input_bytes=inputs,
             device_input_bytes=inputs,
-            phase_bytes={phase: peaks[phase] for phase in (FORWARD, LOSS, BACKWARD) if phase in peaks},
-            held_bytes=held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
             freed_bytes=() if case.recompute else freed_bytes(trace.events, self.blocks),
-            scratch_moments=scratch_moments(loop, leave_out=ENGINES_STATE),
             given_bytes=trace.given_bytes,
             modules=module_seconds(self.model, trace, self.target, self.blocks) if self.target else (),
+            **self._bytes(trace, trace.events),
         )
 
-    def _point_on_host(self, case: Case, trace: Trace) -> ActivationPoint | None:
-        """The same trace with the recomputed blocks' inputs on the host; None where nothing would wait there."""
-        events = checkpoints_on_host(trace.events) if case.recompute else None
+    def _on_host(self, point: ActivationPoint, trace: Trace) -> ActivationPoint | None:
+        """The same step with the recomputed blocks' inputs on the host; None where nothing would wait there."""
+        events = checkpoints_on_host(trace.events) if point.recompute else None
         if events is None:
             return None
-        moved = replace(trace, events=tuple(events))
         staying = staying_bytes(trace.events, self.blocks)
-        return replace(self._point(case, moved), checkpoints_on_host=True, device_input_bytes=staying)
+        # Its operations are the same; what is held when is not.
+        held = self._bytes(trace, events)
+        return replace(point, checkpoints_on_host=True, device_input_bytes=staying, **held)
+
+    def _bytes(self, trace: Trace, events: Iterable[Event]) -> dict[str, Any]:
+        """What a point holds and when, by its fields, if the step has these events."""
+        taken = gradients_taken(events, {p.name: p.bytes for p in trace.parameters})
+        loop = training_loop(replace(trace, events=tuple(taken)), self.optimizer)
+        peaks = peaks_by_phase(loop, leave_out=ENGINES_STATE)
+        return {
+            "allocated_bytes": max(peaks.values(), default=0),
+            "on_cpu_bytes": allocated_peak(loop, leave_out=ENGINES_STATE | OF_CUDA),
+            "phase_bytes": {phase: peaks[phase] for phase in (FORWARD, LOSS, BACKWARD) if phase in peaks},
+            "held_bytes": held_bytes(loop, leave_out=ENGINES_STATE | OF_CUDA),
+            "scratch_moments": scratch_moments(loop, leave_out=ENGINES_STATE),
+        }
 
     def _further_traces(self, batches: Batches, known: Traced) -> tuple[Traced, list[str]]:
         """The known traces and those of the other points; one that fails is left out, with a sentence on why."""

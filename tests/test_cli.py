@@ -303,3 +303,9 @@ def test_doctor_says_what_it_found(tmp_path: Path) -> None:
     done = memplan("doctor", "--nvme", tmp_path, folder=tmp_path)
     assert done.returncode in (0, 1)
     assert "PyTorch" in done.stdout
+
+
+def test_commands_without_a_page_or_a_dashboard_load_neither_plotly_nor_textual() -> None:
+    code = "import sys, memplan.cli; print(sorted({'plotly', 'textual'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

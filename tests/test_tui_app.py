@@ -6,7 +6,8 @@ import json
 import pytest
 
 from tests.fake_run import make_events, write_run
-from tui import Dashboard, RunError, watch
+from tui import RunError, watch
+from tui.app import Dashboard
 from tui.widgets import Panel
 
 

@@ -9,7 +9,7 @@ import pytest
 from memplan.report import write_report
 from tests.fake_run import folded, rank_events, write_ranks, write_run
 from tests.test_tui_app import settled
-from tui import Dashboard
+from tui.app import Dashboard
 from tui.ranks import RankRow, height, rank_rows, shown, table, verdict
 from tui.source import RankTails
 from tui.view import RunView, fold
