@@ -84,7 +84,6 @@ PRECISIONS_HELP = "amp and amp-fp16: autocast to bf16 or fp16 over fp32 paramete
 
 
 @app.command()
-@uncollected()
 def profile(
     file: File,
     batch_size: BatchSize = DEFAULT_BATCH_SIZE,
@@ -114,7 +113,8 @@ def profile(
         check_measurable()
     # Only a planner reads what the loss in pieces takes, and that costs further traces.
     chunked = in_chunks if json is not None else None
-    found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration, chunked)
+    with uncollected():  # from the building on; what is measured runs with collections, as training does
+        found = profile_source(source, batch_size, precision, optimizer, clip, device, calibration, chunked)
     console.print(profile_tables(found, depth))
     for write, path in ((_write_page, html), (write_flamegraph, flamegraph), (ModelProfile.save, json)):
         if path is not None:
