@@ -134,15 +134,17 @@ def test_what_is_away_or_being_updated_is_not_a_number_again_after_it_was_filled
 
 @pytest.mark.parametrize("placement", [MIRRORED, (G, H, N)])
 def test_weights_on_the_device_are_not_a_number_until_their_update_is_waited_for(
-    placement: tuple, tmp_path: Path
+    placement: tuple, tmp_path: Path, device: str
 ) -> None:
     """Whatever reads them, a penalty or an average, must not take them for those of the step before."""
     model = model_of()
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(model).to(device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     waits = [lambda e, x: e.finish(), lambda e, x: e.state_dict(), lambda e, x: e.model(x)]
-    with engine_for(model, placement, tmp_path) as engine, torch.no_grad():
-        for tokens, wait in zip(batches(3), waits, strict=True):
+    plan = plan_for(model, (placement,), tmp_path, device=device)
+    optimizer_of_model = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with Engine(model, plan, optimizer_of_model) as engine, torch.no_grad():
+        for tokens, wait in zip([x.to(device) for x in batches(3)], waits, strict=True):
             with torch.enable_grad():
                 plain(tokens).backward()
                 step(engine, tokens)
