@@ -20,7 +20,8 @@ ISSUE_COLUMNS = np.isin(np.arange(4), (FORWARD_ISSUE, BACKWARD_ISSUE)).astype(fl
 GRADIENT_PASSES = 3
 """Of a gradient through the device's memory, in each micro-batch: read, added to what is there, written."""
 # What the engine costs the CPU beside the model, in calls of a small module (``Rates.call_seconds``), so that it
-# follows the machine. Fitted to 31 steps without offloading on two H200 machines (benchmarks/planner.py).
+# follows the machine. Fitted to 42 steps of a ViT on two H200 machines, most of them bound by the CPU
+# (benchmarks/neighbours.py); the update's to 31 steps without offloading (benchmarks/planner.py).
 HOOKED_ISSUE_FACTOR = 1.1
 """How much longer it takes to issue a pass where each saved tensor goes through a hook: where weights come and go, or
 inputs of blocks wait on the host."""
