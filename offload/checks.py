@@ -5,7 +5,6 @@ import warnings
 from collections import defaultdict
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +31,7 @@ def checked_axes(
 ) -> Axes | None:
     """Of the processes that train; raises PlanError and OffloadError for what this version can not do."""
     check_can_run(plan)
-    _check_norm(max_norm)
+    check_norm(max_norm)
     check_model(plan, model)
     check_recompute(plan, model)
     check_memory(model)
@@ -45,7 +44,7 @@ def checked_axes(
     return axes
 
 
-def _check_norm(max_norm: Any) -> None:
+def check_norm(max_norm: object) -> None:
     """Raise OffloadError for what gradients can not be clipped to."""
     if max_norm is not None and (not isinstance(max_norm, Real) or math.isnan(max_norm) or max_norm < 0):
         raise OffloadError(

@@ -24,7 +24,7 @@ from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.axes import Axes
 from offload.block_inputs import BlockInputs
-from offload.checks import checked_axes
+from offload.checks import check_norm, checked_axes
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.divided_gradients import collector
 from offload.errors import OffloadError
@@ -254,6 +254,7 @@ class Engine(Releasing):
     def _check_can_update(self) -> None:
         self._watch.check_none_lent()
         self.hyperparameters.check()
+        check_norm(self.max_grad_norm)
         check_trainable(state.unit for state in self.states)
         if self._update_in_backward:
             check_early_updates(self.plan, self.max_grad_norm)

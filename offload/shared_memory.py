@@ -1,6 +1,10 @@
-"""Parameters that share memory with others: moved one by one they would come apart, and training with them."""
+"""Parameters that share memory with others: moved one by one they would come apart, and training with them.
+
+Others are parameters, buffers, and tensors that modules have as plain attributes.
+"""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +32,7 @@ class _Place(NamedTuple):
 
 
 def check_memory(model: nn.Module) -> None:
-    """Raise OffloadError where a parameter has bytes of another parameter or of a buffer.
+    """Raise OffloadError where a parameter has bytes of another parameter, of a buffer or of a module's attribute.
 
     One that several modules have is one parameter, and neighbours in one piece of memory (cuDNN's) share nothing.
     """
@@ -48,8 +52,9 @@ def _places(model: nn.Module) -> dict[torch.device, list[_Place]]:
     """Of all tensors that have addresses, by device."""
     found: dict[torch.device, list[_Place]] = defaultdict(list)
     known: set[int] = set()
-    named = [(name, "parameter", p) for name, p in model.named_parameters()]
-    for name, kind, tensor in named + [(name, "buffer", b) for name, b in model.named_buffers()]:
+    named: list[tuple[str, str, torch.Tensor]] = [(name, "parameter", p) for name, p in model.named_parameters()]
+    named += [(name, "buffer", b) for name, b in model.named_buffers()]
+    for name, kind, tensor in (*named, *_attributes(model)):
         local = local_of(tensor.detach())
         absent = local.is_meta or local.layout is not torch.strided or is_traceable_wrapper_subclass(local)
         if id(tensor) in known or absent or not local.numel():
@@ -59,6 +64,14 @@ def _places(model: nn.Module) -> dict[torch.device, list[_Place]]:
         start = local.data_ptr()
         found[local.device].append(_Place(start, start + (last + 1) * local.itemsize, name, kind, local))
     return found
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            # Old weight_norm and spectral_norm write ``weight`` from ``weight_orig`` before every forward.
+            if isinstance(value, torch.Tensor) and f"{key}_orig" not in module._parameters:
+                yield f"{path}.{key}".removeprefix("."), "attribute", value
 
 
 def _share(one: _Place, other: _Place) -> bool:

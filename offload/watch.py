@@ -4,6 +4,8 @@
 A parameter that is away, or whose update runs elsewhere, has other copies; writing to what the model shows of it is
 lost, or lasts until the next update. Three cheap questions a parameter tell: is it still the one in its module, does
 its data lie where the engine put it, and has torch counted a change (``_version``; assigning ``data`` counts none).
+One question a module tells whether it is still part of the model, or of what took its place: torch.compile's wrappers
+have the same parameters, another block would train by nobody.
 Weights whose update runs on the device have no other copy: they may be changed as in plain PyTorch. What is written
 through ``parameter.data`` in place is counted nowhere, and not found.
 """
@@ -36,13 +38,20 @@ class Watch:
             s.unit.name: [(module, key, f) for f in s.unit.fields for module, key in holders[id(f.parameter)]]
             for s in states
         }
+        self._children = [
+            (parent, key, child, f"{name}.{key}".removeprefix("."))
+            for name, parent in model.named_modules()
+            for key, child in parent._modules.items()
+            if child is not None and next(child.parameters(), None) is not None
+        ]
         self._versions: dict[str, int] = {}
         self._lent: set[str] = set()
         for state in states:
             self._note(state)
 
     def check(self) -> None:
-        """Raise OffloadError, naming one, where parameters were changed; they are as before then."""
+        """Raise OffloadError, naming one, where modules or parameters were changed; they are as before then."""
+        self._check_modules()
         found = {s.unit.name: how for s in self._states if (how := self._changed(s)) is not None}
         if not found:
             return
@@ -54,6 +63,16 @@ class Watch:
             f"{next(iter(found.values()))} behind the engine's back, which keeps other copies of it, and was set back; "
             "change parameters inside of `with engine.gathered(...)`, or all of them by engine.load_state_dict()"
         )
+
+    def _check_modules(self) -> None:
+        for parent, key, child, name in self._children:
+            now = parent._modules.get(key)
+            if now is not child and (now is None or set(now.parameters()) != set(child.parameters())):
+                parent._modules[key] = child
+                raise OffloadError(
+                    f"another module took the place of {name} after Engine(), which trains the parameters that it was "
+                    "made with; it was set back: change the model first, and then make the engine"
+                )
 
     def check_none_lent(self) -> None:
         """Raise OffloadError inside of ``gathered``."""

@@ -40,6 +40,18 @@ def test_a_norm_to_clip_to_that_is_none_is_refused_before_anything_is_allocated(
     assert not model.h[0].up.weight.isnan().any()
 
 
+def test_a_norm_that_is_assigned_later_is_looked_at_before_it_clips() -> None:
+    model = GPT()
+    with Engine(model, plan_for(model, (RESIDENT,))) as engine:
+        engine.backward(engine(batches(1)[0]))
+        engine.max_grad_norm = -1.0
+        with pytest.raises(OffloadError, match=r"^max_grad_norm is -1\.0; it must be"):
+            engine.step()
+        engine.max_grad_norm = 1.0
+        engine.step()
+        assert engine.global_step == 1
+
+
 @pytest.mark.parametrize("norm", [None, 0, 1, 0.5, float("inf")])
 def test_a_norm_to_clip_to_is_a_number_of_at_least_zero_or_none(norm: float | None) -> None:
     model = GPT()

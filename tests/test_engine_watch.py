@@ -1,6 +1,7 @@
 """A parameter changed behind the engine's back is found before training goes on with half of it."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,6 +170,39 @@ def test_a_write_to_weights_that_still_lie_in_a_slot_is_found(tmp_path: Path) ->
         with pytest.raises(OffloadError, match=r"h\.3\.up\.weight was changed in place"):
             engine(batches(1)[0])
         assert all(torch.equal(before[n], t) for n, t in engine.state_dict().items())
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, MIRRORED, AWAY])
+@pytest.mark.parametrize("key", ["h.1", "h.1.up", "head"])
+def test_another_module_in_the_place_of_one_is_found_named_and_set_back(
+    key: str, placement: tuple, tmp_path: Path
+) -> None:
+    model = model_of()
+    parent, _, child = key.rpartition(".")
+    with engine_for(model, placement, tmp_path) as engine:
+        step(engine, batches(1)[0])
+        before = engine.state_dict()
+        was = model.get_submodule(key)
+        setattr(model.get_submodule(parent), child, copy.deepcopy(was))
+        with pytest.raises(OffloadError, match=rf"another module took the place of {re.escape(key)} after Engine\(\)"):
+            step(engine, batches(1)[0])
+        assert model.get_submodule(key) is was
+        assert all(torch.equal(before[n], t) for n, t in engine.state_dict().items())
+        step(engine, batches(1)[0])
+
+
+def test_a_wrapper_of_a_module_may_take_its_place(tmp_path: Path) -> None:
+    model, plain = model_of(), model_of()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    with engine_for(model, AWAY, tmp_path) as engine:
+        model.h[1] = nn.Sequential(model.h[1])
+        for tokens in batches(3):
+            plain(tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step(engine, tokens)
+        engine.finish()
+        assert all(torch.equal(p, t) for p, t in zip(plain.parameters(), engine.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("what", ["save", "load", "load_state_dict", "gathered", "evaluation", "close"])

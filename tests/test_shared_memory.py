@@ -53,6 +53,10 @@ def a_buffer(model: Two) -> None:
     model.b.register_buffer("weight_before", model.a.weight.detach())
 
 
+def an_attribute(model: Two) -> None:
+    model.b.before = model.a.weight.detach()[2:4]
+
+
 SHARED: dict[Callable[[Two], None], tuple[str, str]] = {
     of_anothers_data: ("parameter a.weight", "parameter b.weight"),
     transposed: ("parameter a.weight", "parameter b.weight"),
@@ -61,6 +65,7 @@ SHARED: dict[Callable[[Two], None], tuple[str, str]] = {
     frozen: ("parameter a.weight", "parameter b.weight"),
     bits_of_it: ("parameter a.weight", "parameter b.weight"),
     a_buffer: ("parameter a.weight", "buffer b.weight_before"),
+    an_attribute: ("parameter a.weight", "attribute b.before"),
 }
 
 
@@ -106,14 +111,27 @@ def one_parameter_as_a_buffer(model: Two) -> None:
     model.b.register_buffer("same", model.a.weight)
 
 
+def an_attribute_of_a_buffer(model: Two) -> None:
+    model.register_buffer("one", torch.ones(4))
+    model.other = model.one[1:]
+
+
 def buffers_of_each_other(model: Two) -> None:
     model.register_buffer("one", torch.ones(4))
     model.register_buffer("other", model.one[1:])
 
 
-@pytest.mark.parametrize(
-    "lay", [in_one_piece, columns_of_one_matrix, one_parameter_twice, one_parameter_as_a_buffer, buffers_of_each_other]
-)
+NOT_SHARED = [
+    in_one_piece,
+    columns_of_one_matrix,
+    one_parameter_twice,
+    one_parameter_as_a_buffer,
+    an_attribute_of_a_buffer,
+    buffers_of_each_other,
+]
+
+
+@pytest.mark.parametrize("lay", NOT_SHARED)
 @pytest.mark.parametrize("tiers", [AWAY, RESIDENT, (G, H, H)])
 def test_parameters_that_share_no_byte_with_others_train_as_with_plain_pytorch(
     lay: Callable[[Two], None], tiers: tuple
