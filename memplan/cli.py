@@ -27,7 +27,8 @@ from memplan.doctor import checks
 from memplan.errors import MemplanError, NothingFits, TrainingFailed
 from memplan.export import Dtype
 from memplan.export import export as export_run
-from memplan.formatting import format_bytes
+from memplan.formatting import format_bytes, format_count
+from memplan.imported import import_checkpoint
 from memplan.launch import ALONE, Place, joined, told_by_first, were_restarted
 from memplan.lint.command import lint
 from memplan.options import (
@@ -55,7 +56,7 @@ from memplan.train import INTERRUPTED, TrainingOptions, prepare_run
 from memplan.train import train as run_training
 from offload.chunked_loss import in_chunks
 from offload.errors import OffloadError, PlanError
-from offload.plan import Plan
+from offload.plan import OptimizerKind, Plan
 from offload.watchdog import TIMEOUT_SECONDS
 from profiler.errors import ProfilerError
 from profiler.flamegraph import write_flamegraph
@@ -267,6 +268,27 @@ def export(
     what = f"{len(written.files)} file{'s' * (len(written.files) > 1)}, {format_bytes(written.size_bytes)}"
     said = f"written: {out} ({what} in {written.dtype}, of {written.checkpoint.path.name})"
     console.print(said, highlight=False, soft_wrap=True)
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder of DeepSpeed's checkpoints, or one of them; of ZeRO's stages 1 to 3.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run that gets it as its newest checkpoint.")],
+    optimizer: Annotated[
+        OptimizerKind | None, typer.Option(help="Adam or AdamW, where the checkpoint does not say which.")
+    ] = None,
+) -> None:
+    """A checkpoint of DeepSpeed's as a run to go on with, in any plan, or to export. Needs no GPU, nor DeepSpeed."""
+    written = import_checkpoint(checkpoint, out, optimizer)
+    for sentence in written.left_out:
+        errors.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
+    found = written.found
+    made = f"step {found.step} of {written.optimizer}, {found.ranks} ranks in stage {found.stage}"
+    said = f"written: {written.path} ({format_count(written.parameters)} parameters, {made})"
+    console.print(said, highlight=False, soft_wrap=True)
+    console.print(f"go on: memplan train MODEL --plan PLAN --out {out} --resume", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -1,14 +1,19 @@
-"""The checkpoints of a run: when one is due, what is told of it, and which one a resumed run goes on from."""
+"""The checkpoints of a run: when one is due, what is told of it, which one a resumed run goes on from, and how."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from offload import checkpoint
 from offload.checkpoint import Checkpoint
 from offload.engine import Engine
 from offload.errors import CheckpointError
 from offload.events import EventLog
+from offload.hyperparameters import default_optimizer
+from offload.plan import Plan
 from offload.saver import Saving
 
 
@@ -73,10 +78,35 @@ def to_resume(directory: Path, micro_batch_size: int) -> tuple[Checkpoint, list[
     Raises CheckpointError where there is none, or its data can not go on with this micro-batch.
     """
     found, damaged = checkpoint.newest_whole(directory)
-    used = found.training["client_state"]["micro_batch_size"]
-    if used != micro_batch_size:
+    warnings = [f"{sentence}; going on from {found.path.name}, the one before" for sentence in damaged]
+    if (position := _position(found)) is None:
+        warnings.append(f"{found.path} does not say where its data was, so that begins at its first batch")
+    elif position["micro_batch_size"] != micro_batch_size:
         raise CheckpointError(
-            f"{found.path} was trained in micro-batches of {used}, the plan has {micro_batch_size}: "
-            "the data could not go on where it was; keep the micro-batch"
+            f"{found.path} was trained in micro-batches of {position['micro_batch_size']}, the plan has "
+            f"{micro_batch_size}: the data could not go on where it was; keep the micro-batch"
         )
-    return found, [f"{sentence}; going on from {found.path.name}, the one before" for sentence in damaged]
+    return found, warnings
+
+
+def batches_drawn(found: Checkpoint) -> int:
+    """Micro-batches that the run had drawn from its data, for all processes."""
+    position = _position(found)
+    return position["batches"] if position is not None else 0
+
+
+def _position(found: Checkpoint) -> dict[str, Any] | None:
+    """As ``memplan train`` keeps it; None in a checkpoint of somebody's own loop, or one that was imported."""
+    kept = found.training["client_state"]
+    return kept if isinstance(kept, dict) and kept.keys() == {"batches", "micro_batch_size"} else None
+
+
+def optimizer_of(plan: Plan, model: nn.Module, learning_rate: float, found: Checkpoint | None) -> torch.optim.Optimizer:
+    """The plan's, with the parameter groups of the checkpoint that the run goes on from, or one group."""
+    parameters = dict(model.named_parameters())
+    groups = found.training.get("group_parameters") if found is not None else None
+    first, *others = [[parameters[name] for name in group if name in parameters] for group in groups or [parameters]]
+    optimizer = default_optimizer(plan.optimizer, first, lr=learning_rate)
+    for group in others:
+        optimizer.add_param_group({"params": [p for p in group if p.requires_grad]})
+    return optimizer

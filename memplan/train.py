@@ -24,12 +24,11 @@ from memplan.first_values import Start, start_of
 from memplan.formatting import format_bytes
 from memplan.launch import ALONE, Place, blamed, together
 from memplan.progress import INTERRUPTED, Progress
-from memplan.saving import RunCheckpoints, to_resume
+from memplan.saving import RunCheckpoints, batches_drawn, optimizer_of, to_resume
 from offload import checkpoint, restore, watchdog
 from offload.engine import Engine
 from offload.errors import CheckpointError, OffloadError, WeightsError
 from offload.events import EventLog
-from offload.hyperparameters import default_optimizer
 from offload.plan import Plan, Precision
 from offload.store import check_directory
 from profiler.blame import user_traceback
@@ -154,7 +153,11 @@ class _Run:
         model.train()
         self.parameters = sum(p.numel() for p in model.parameters())
         check_plan(plan, model)
-        optimizer = default_optimizer(plan.optimizer, model.parameters(), lr=options.learning_rate)
+        self._found: checkpoint.Checkpoint | None = None
+        self._warnings: list[str] = []
+        if options.resume:
+            self._found, self._warnings = to_resume(run_dir / CHECKPOINTS, plan.micro_batch_size)
+        optimizer = optimizer_of(plan, model, options.learning_rate, self._found)
         max_norm = options.max_grad_norm
         try:
             self.engine = Engine(model, plan, optimizer, max_grad_norm=max_norm, events=events, weights=start.weights)
@@ -179,15 +182,13 @@ class _Run:
         """Restore the checkpoint when resuming, put the data where it was, and announce the run."""
         engine, plan, options, folder = self.engine, self.plan, self.options, self.run_dir / CHECKPOINTS
         self.batches = self.source.train_batches(plan.micro_batch_size)
-        warnings: list[str] = []
-        if options.resume:
-            found, warnings = to_resume(folder, plan.micro_batch_size)
+        if (found := self._found) is not None:
             if found.step > options.last_step:
                 raise RunDirectoryError(
                     f"the run in {self.run_dir} has come to step {found.step}, beyond --steps {options.last_step}: "
                     "that is the number of the last step, counted from the very start; name a later one"
                 )
-            for _ in range(found.training["client_state"]["batches"]):
+            for _ in range(batches_drawn(found)):
                 self._next()
             restore.load(engine, found)
         kept = options.checkpoint_every, options.keep_checkpoints
@@ -222,7 +223,7 @@ class _Run:
                 for state in engine.states
             ],
         )
-        for message in warnings:
+        for message in self._warnings:
             self._warn(message, progress)
 
     def _warn(self, message: str, progress: Progress) -> None:

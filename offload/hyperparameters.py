@@ -81,6 +81,7 @@ class Hyperparameters:
         self.optimizer, self.kind = optimizer, kind
         self.steps: dict[str, int] = {}
         """Updates of each parameter so far, by name: one that got no gradient was not updated."""
+        self._names = {p: name for name, p in model.named_parameters()}
         self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
 
     def check(self) -> None:
@@ -95,6 +96,10 @@ class Hyperparameters:
                 "parameters came to the optimizer after Engine(), when it is settled which are trained: save a "
                 "checkpoint, and go on from it with a new model and engine"
             )
+
+    def names_of_groups(self) -> list[list[str]]:
+        """The parameters of each group."""
+        return [[self._names[p] for p in group["params"]] for group in self.optimizer.param_groups]
 
     def begin_update(self, unit: Unit, present: set[str]) -> tuple[Segment, ...]:
         """How the unit's elements are updated now, and count it; parameters without gradient are left out."""

@@ -248,6 +248,9 @@ def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors,
             raise CheckpointError(f"{found.path} was made with {name} frozen, so it has no optimizer state of it")
     shapes = {key: list(tensor.shape) for key, tensor in tensors.rest(ranks)}
     here = {f"{BUFFER}{name}": list(b.shape) for name, b in engine.model.named_buffers()}
+    # Buffers that no state_dict has are the model's own to make; checkpoints that were imported lack them.
+    kept = engine.model.state_dict(keep_vars=True).keys()
+    here = {key: shape for key, shape in here.items() if key in shapes or key.removeprefix(BUFFER) in kept}
     here |= {f"parameter/{name}": list(p.shape) for name, p in engine.model.named_parameters() if name not in fields}
     for key in sorted(here.keys() | shapes.keys()):
         if here.get(key) != shapes.get(key):
@@ -258,3 +261,10 @@ def _check_fits(engine: "Engine", found: Checkpoint, tensors: CheckpointTensors,
     groups, groups_here = len(found.training["groups"]), len(engine.optimizer.param_groups)
     if groups != groups_here:
         raise CheckpointError(f"{found.path} was made with {groups} parameter groups, the optimizer has {groups_here}")
+    names_here = engine.hyperparameters.names_of_groups()
+    for i, (names, own) in enumerate(zip(found.training.get("group_parameters", names_here), names_here, strict=True)):
+        if differing := set(names) ^ set(own):
+            raise CheckpointError(
+                f"{found.path} was made with other parameter groups: {min(differing)} is in group {i} of only one of "
+                "the two; give the optimizer its groups in the order of then"
+            )

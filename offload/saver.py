@@ -197,6 +197,7 @@ class _Small:
             "parameter_steps": dict(engine.hyperparameters.steps),
             "loss_scale": engine.loss_scale.state_dict() if engine.loss_scale is not None else None,
             "groups": [plain({k: v for k, v in g.items() if k != "params"}) for g in engine.optimizer.param_groups],
+            "group_parameters": engine.hyperparameters.names_of_groups(),
             "scheduler": plain(scheduler.state_dict()) if scheduler is not None else None,
             "client_state": plain(client_state),
         }
