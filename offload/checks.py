@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from offload.axes import Axes, axes_of, check_tensor_parallel
 from offload.errors import OffloadError
+from offload.gradients import hooks_after_accumulation
 from offload.plan import Plan
 from offload.setup import check_can_run
 from offload.shared_memory import check_memory
@@ -35,6 +36,7 @@ def checked_axes(
     check_model(plan, model)
     check_recompute(plan, model)
     check_memory(model)
+    check_hooks(model, plan)
     if update_in_backward:
         check_early_updates(plan, max_norm)
     axes = axes_of(plan, model, mesh)
@@ -42,6 +44,35 @@ def checked_axes(
     check_tensor_parallel(axes, plan, model, (files, (update_in_backward, "update_in_backward")))
     _warn_of_types(model, plan)
     return axes
+
+
+def check_loss(loss: object, *, stepped: bool) -> None:
+    """Raise OffloadError for what has no backward pass: ``stepped`` tells of a step since the last forward pass."""
+    if not isinstance(loss, torch.Tensor):
+        raise OffloadError(
+            f"backward() takes the loss, a tensor, and was given a {type(loss).__name__}; a model of transformers has "
+            "one where its batch has labels"
+        )
+    if not loss.requires_grad:
+        raise OffloadError(
+            "this loss has no gradient: it was computed under no_grad, or of nothing that is trained; compute it by "
+            "engine(...), outside of no_grad"
+        )
+    if stepped:
+        raise OffloadError("step() was called between this loss's forward pass and its backward; call it after both")
+
+
+def check_hooks(model: nn.Module, plan: Plan) -> None:
+    """Raise OffloadError where hooks would be given other gradients than with plain PyTorch."""
+    if plan.gradient_accumulation_steps == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if hooks_after_accumulation(parameter):
+            raise OffloadError(
+                f"parameter {name} has a hook after the accumulation of its gradient, which would be given that "
+                f"of one micro-batch, not the sum of {plan.gradient_accumulation_steps}: remove it, or plan one "
+                "micro-batch a step"
+            )
 
 
 def check_norm(max_norm: object) -> None:

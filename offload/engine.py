@@ -24,7 +24,7 @@ from offload.arena import Arena
 from offload.attach import host_bytes_of, in_turn, take_over
 from offload.axes import Axes
 from offload.block_inputs import BlockInputs
-from offload.checks import check_norm, checked_axes
+from offload.checks import check_loss, check_norm, checked_axes
 from offload.chunked_loss import ChunkedCausalLoss
 from offload.divided_gradients import collector
 from offload.errors import OffloadError
@@ -214,18 +214,15 @@ class Engine(Releasing):
     @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step, on all ranks."""
-        if self._forward_step != self.global_step:
-            raise OffloadError(
-                "step() was called between this loss's forward pass and its backward; call it after both"
-            )
+        check_loss(loss, stepped=self._forward_step != self.global_step)
         self.early_updates.check()
         accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
         parts = accumulation * self.plan.gpus
-        self._micro_batch += 1
-        last = self._micro_batch >= accumulation
+        last = self._micro_batch + 1 >= accumulation
         if self._update_in_backward and last:
             self._check_can_update()
         self._gradients.begin_backward(last_micro_batch=last)
+        self._micro_batch += 1
         if self._micro_batch == accumulation:  # in one more pass before the step all of it has begun
             self._updater.coming()
         with self._passes.backward(step_follows=last), self._guard:

@@ -51,6 +51,11 @@ class Gathering:
         return self.views[address]
 
 
+def hooks_after_accumulation(parameter: torch.Tensor) -> int:
+    """How many a parameter has."""
+    return len(parameter._post_accumulate_grad_hooks or ())
+
+
 class GradientCollector:
     """Takes every gradient away from its parameter the moment it exists."""
 
@@ -83,12 +88,20 @@ class GradientCollector:
             for s in states
             for f in s.unit.trainable
         ]
+        self._hooks = {f.name: hooks_after_accumulation(f.parameter) for s in states for f in s.unit.trainable}
 
     def begin_backward(self, *, last_micro_batch: bool) -> None:
         """A backward pass begins; in the last one of an optimizer step the norm is taken."""
-        self._last_micro_batch, self._in_backward = last_micro_batch, True
         for gathering in self._gatherings.values():
-            gathering.awaited = sum(1 for _ in gathering.state.unit.trainable)
+            gathering.awaited = 0
+            for f in gathering.state.unit.trainable:
+                gathering.awaited += 1
+                if hooks_after_accumulation(f.parameter) > self._hooks[f.name]:
+                    raise OffloadError(
+                        f"parameter {f.name} got a hook after the accumulation of its gradient, which the engine has "
+                        "taken away by then: register it before Engine()"
+                    )
+        self._last_micro_batch, self._in_backward = last_micro_batch, True
 
     def end_backward(self) -> None:
         """Land what autograd left incomplete, because some parameter got no gradient."""

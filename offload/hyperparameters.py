@@ -82,7 +82,7 @@ class Hyperparameters:
         self.steps: dict[str, int] = {}
         """Updates of each parameter so far, by name: one that got no gradient was not updated."""
         self._names = {p: name for name, p in model.named_parameters()}
-        self._group_of = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._group_of = self._groups()
 
     def check(self) -> None:
         """Raise OffloadError where somebody changed more of the optimizer than numbers of its groups."""
@@ -91,11 +91,17 @@ class Hyperparameters:
                 "the optimizer was given state after Engine(), which keeps its own: load a checkpoint of the engine "
                 "instead of the optimizer's state_dict"
             )
-        if sum(len(group["params"]) for group in self.optimizer.param_groups) != len(self._group_of):
+        now = self._groups()
+        if now.keys() != self._group_of.keys():
             raise OffloadError(
-                "parameters came to the optimizer after Engine(), when it is settled which are trained: save a "
-                "checkpoint, and go on from it with a new model and engine"
+                "parameters came to the optimizer or left it after Engine(), when it is settled which are trained: save "
+                "a checkpoint, and go on from it with a new model and engine"
             )
+        self._group_of = now  # some may have gone from one group to another
+
+    def _groups(self) -> dict[nn.Parameter, int]:
+        """The number of each parameter's group."""
+        return {p: i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
 
     def names_of_groups(self) -> list[list[str]]:
         """The parameters of each group."""

@@ -77,9 +77,16 @@ def state_dict(engine: "Engine") -> dict[str, Any]:
     engine.finish()
     result = engine.model.state_dict(keep_vars=True)
     keys, owned = _keys_by_parameter(result), _owned(engine)
+    buffers = {id(buffer) for buffer in engine.model.buffers()}
     for key, value in result.items():
-        if isinstance(value, torch.Tensor) and id(value) not in owned:
-            result[key] = value.detach().cpu().clone()
+        if not isinstance(value, torch.Tensor) or id(value) in owned:
+            continue
+        result[key] = value.detach().cpu().clone()
+        if id(value) not in buffers and value.is_floating_point() and result[key].isnan().any():
+            raise OffloadError(
+                f"state_dict() has {key}, which the model's own state_dict or a hook of it computes, and computed of "
+                "parameters that are away: take `with engine.gathered(model): model.state_dict()`"
+            )
     for state in engine.states:
         whole = contents.read(state, engine.plan.state_format, engine.store)
         for field in state.unit.fields:
@@ -202,6 +209,8 @@ def _check_keys(targets: dict[str, Any], tensors: Mapping[str, Any], difference:
             continue
         if not isinstance(tensors[key], torch.Tensor):
             wrong.append(f"{key} is a {type(tensors[key]).__name__}, not a tensor")
+        elif tensors[key].is_meta or tensors[key].is_complex() > target.is_complex():
+            wrong.append(f"{key} is {'on meta' if tensors[key].is_meta else 'complex'}, and has no numbers for it")
         elif tensors[key].shape != target.shape:
             wrong.append(f"{key} is {list(tensors[key].shape)} there and {list(target.shape)} in the model")
     if wrong:

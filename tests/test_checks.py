@@ -109,3 +109,116 @@ def test_parameters_of_one_type_are_not_warned_of(precision: Precision) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             Engine(model, plan_of(model, precision)).close()
+
+
+def clamp(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.clamp_(-1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("tiers", [RESIDENT, AWAY])
+def test_a_hook_after_accumulation_acts_as_without_the_engine_or_is_refused(tiers: tuple) -> None:
+    model, plain = GPT(), GPT()
+    plain.load_state_dict(model.state_dict())
+    for parameter in (model.h[0].up.weight, plain.h[0].up.weight):
+        parameter.register_post_accumulate_grad_hook(clamp)
+    with pytest.raises(OffloadError, match=r"^parameter h\.0\.up\.weight has a hook .* not the sum of 2: remove it"):
+        Engine(model, plan_for(model, (tiers,), gradient_accumulation_steps=2))
+    optimizer = torch.optim.AdamW(plain.parameters())
+    plan = plan_for(model, (tiers,))
+    with Engine(model, plan, torch.optim.AdamW(model.parameters())) as engine:
+        for tokens in batches(3):
+            plain(tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(tokens))
+            engine.step()
+        found = engine.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_a_hook_after_accumulation_that_comes_late_is_named_and_the_step_can_be_done_without_it() -> None:
+    model = GPT()
+    with Engine(model, plan_for(model, (RESIDENT,))) as engine:
+        loss = engine(batches(1)[0])
+        handle = model.h[1].up.weight.register_post_accumulate_grad_hook(clamp)
+        with pytest.raises(OffloadError, match=r"^parameter h\.1\.up\.weight got a hook .*: register it before Engine"):
+            engine.backward(loss)
+        handle.remove()
+        engine.backward(loss)
+        engine.step()
+        assert engine.global_step == 1
+
+
+def test_what_has_no_backward_is_refused_by_what_it_is() -> None:
+    model = GPT()
+    with Engine(model, plan_for(model, (RESIDENT,))) as engine:
+        with pytest.raises(OffloadError, match=r"^backward\(\) takes the loss, a tensor, and was given a NoneType; "):
+            engine.backward(None)
+        with torch.no_grad():
+            loss = engine(batches(1)[0])
+        with pytest.raises(OffloadError, match=r"^this loss has no gradient: it was computed under no_grad"):
+            engine.backward(loss)
+
+
+def test_parameters_may_go_from_one_group_to_another_between_steps() -> None:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(model.h.parameters())}, {"params": list(model.head.parameters()), "lr": 0.0}]
+
+    model, plain = GPT(), GPT()
+    plain.load_state_dict(model.state_dict())
+    ours, theirs = (torch.optim.AdamW(groups(m), lr=1e-2) for m in (model, plain))
+    with Engine(model, plan_for(model, (AWAY,)), ours) as engine:
+        for step, tokens in enumerate(batches(4)):
+            if step == 2:
+                for optimizer in (ours, theirs):
+                    first, second = optimizer.param_groups
+                    first["params"], second["params"] = second["params"], first["params"]
+            plain(tokens).backward()
+            theirs.step()
+            plain.zero_grad()
+            engine.backward(engine(tokens))
+            engine.step()
+        found = engine.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_a_parameter_that_leaves_the_optimizer_is_found() -> None:
+    model = GPT()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Engine(model, plan_for(model, (AWAY,)), optimizer) as engine:
+        engine.backward(engine(batches(1)[0]))
+        optimizer.param_groups[0]["params"].pop()
+        with pytest.raises(OffloadError, match="came to the optimizer or left it after Engine"):
+            engine.step()
+
+
+@pytest.mark.parametrize("given", [torch.zeros(61, 32, device="meta"), torch.zeros(61, 32, dtype=torch.complex64)])
+def test_tensors_without_numbers_for_a_parameter_are_named(given: torch.Tensor) -> None:
+    model = GPT()
+    with Engine(model, plan_for(model, (RESIDENT,))) as engine:
+        tensors = engine.state_dict()
+        with pytest.raises(OffloadError, match=r"wte\.weight is (on meta|complex), and has no numbers for it"):
+            engine.load_state_dict({**tensors, "wte.weight": given})
+
+
+class Fusing(nn.Linear):
+    """Its state_dict has one tensor for weight and bias, as checkpoints of an earlier version had."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.register_state_dict_post_hook(self.fuse)
+
+    @staticmethod
+    def fuse(_: nn.Module, tensors: dict[str, Any], prefix: str, __: Any) -> None:
+        both = tensors.pop(f"{prefix}weight"), tensors.pop(f"{prefix}bias")[:, None]
+        tensors[f"{prefix}both"] = torch.cat(both, dim=1)
+
+
+def test_what_a_state_dict_computes_of_parameters_that_are_away_is_refused_and_whole_inside_of_gathered() -> None:
+    model = nn.Sequential(Fusing())
+    with Engine(model, plan_for(model, (AWAY,), units=["0"])) as engine:
+        with pytest.raises(OffloadError, match=r"^state_dict\(\) has 0\.both, which .*: take `with engine\.gathered"):
+            engine.state_dict()
+        with engine.gathered(model):
+            assert model.state_dict()["0.both"].isfinite().all()
