@@ -94,8 +94,8 @@ class Hyperparameters:
         now = self._groups()
         if now.keys() != self._group_of.keys():
             raise OffloadError(
-                "parameters came to the optimizer or left it after Engine(), when it is settled which are trained: save "
-                "a checkpoint, and go on from it with a new model and engine"
+                "parameters came to the optimizer or left it after Engine(), when it is settled which are trained: "
+                "save a checkpoint, and go on from it with a new model and engine"
             )
         self._group_of = now  # some may have gone from one group to another
 
