@@ -13,7 +13,9 @@ from memplan.candidates import rounded
 from memplan.configs.deepspeed import ds_config
 from memplan.engines.deepspeed import OFFLOADS, DeepSpeed
 from memplan.engines.deepspeed_setup import setup_of
-from memplan.engines.held import PHASES
+from memplan.engines.fsdp2 import FSDP2, fsdp2_setup
+from memplan.engines.fsdp2_memory import fsdp2_held
+from memplan.engines.held import FORWARD, PHASES
 from memplan.engines.plans import ENGINES, plan_of_setup
 from memplan.engines.whole import Priced, price, price_all, search_setups
 from memplan.errors import NothingFits
@@ -187,3 +189,25 @@ def test_the_changes_that_are_named_make_it_fit(target):
 def test_a_model_without_blocks_is_not_said_to_recompute(target):
     found = plan(transformer(0), machine_of(1 << 40, 1 << 40, device="cuda"), RATES, batch_size=4, target=target)
     assert ", no recompute, " in found.reasons[0]
+
+
+@given(problems(Target.FSDP2))
+@SOME
+def test_a_plan_for_fsdp2_has_room_for_what_its_files_shard_by_class(case):
+    """They name the classes of blocks, so that embedding and head are gathered with the root, and stay."""
+    problem, _ = case
+    sharded = set(problem.profile.blocks)
+    by_class = [shape for shape in problem.shapes if not shape.name or shape.name in sharded]
+    for priced in price_all(problem, FSDP2())[::7]:
+        as_named = fsdp2_held(by_class, problem.profile.parameters, fsdp2_setup(problem, priced.setup))
+        assert all(priced.held.gpu[phase] >= as_named.gpu[phase] for phase in PHASES)
+        assert all(priced.held.host[phase] >= as_named.host[phase] for phase in PHASES)
+
+
+def test_that_room_is_more_than_the_units_of_the_plan_need_where_the_vocabulary_is_large():
+    profile = transformer(2, embedding=40_000_000)
+    machine = machine_of(1 << 40, 1 << 40, device="cuda", gpus=8)
+    problem = problem_of(profile, machine, RATES, 8, None, Target.FSDP2)
+    resident = next(p for p in price_all(problem, FSDP2()) if p.setup.parameters is Tier.GPU)
+    alone = fsdp2_held(problem.shapes, profile.parameters, fsdp2_setup(problem, resident.setup))
+    assert resident.held.gpu[FORWARD] > alone.gpu[FORWARD]

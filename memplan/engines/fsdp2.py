@@ -27,15 +27,23 @@ class FSDP2:
                 yield Setup(family, Buckets(), tier, tier)
 
     def held(self, problem: Problem, setup: Setup) -> Held:
-        """Bytes beside activations."""
-        return fsdp2_held(problem.shapes, problem.profile.parameters, _setup(problem, setup))
+        """Bytes beside activations, whichever configuration is used.
+
+        Lightning's shards the plan's units, and those that name classes (Accelerate's, Hugging Face's) the blocks only:
+        embedding and head are then part of the root, which stays whole from its forward to its backward.
+        """
+        blocks = set(problem.profile.blocks)
+        parameters, how = problem.profile.parameters, fsdp2_setup(problem, setup)
+        by_class = [shape for shape in problem.shapes if not shape.name or shape.name in blocks]
+        return fsdp2_held(problem.shapes, parameters, how).or_more(fsdp2_held(by_class, parameters, how))
 
     def traffic(self, problem: Problem, setup: Setup) -> Traffic:
         """Bytes of a step."""
-        return fsdp2_traffic(problem.shapes, problem.profile.parameters, _setup(problem, setup))
+        return fsdp2_traffic(problem.shapes, problem.profile.parameters, fsdp2_setup(problem, setup))
 
 
-def _setup(problem: Problem, setup: Setup) -> FSDP2Setup:
+def fsdp2_setup(problem: Problem, setup: Setup) -> FSDP2Setup:
+    """It in FSDP2's terms."""
     sharding = setup.family.sharding
     return FSDP2Setup(
         gpus=problem.gpus,

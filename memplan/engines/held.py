@@ -30,3 +30,12 @@ class Held:
     def host_peak_bytes(self) -> int:
         """Over all phases."""
         return max(self.host.values())
+
+    def or_more(self, other: "Held") -> "Held":
+        """The larger of two, phase by phase: room for whichever comes."""
+        return Held(
+            gpu={phase: max(size, other.gpu[phase]) for phase, size in self.gpu.items()},
+            host={phase: max(size, other.host[phase]) for phase, size in self.host.items()},
+            pinned_bytes=max(self.pinned_bytes, other.pinned_bytes),
+            nvme_bytes=max(self.nvme_bytes, other.nvme_bytes),
+        )
