@@ -27,12 +27,18 @@ def made_since(node: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, 
     What only passed through the call is another's: its gradient comes when more than this call's backward is over.
     """
     found = [t for t in _tensors(output) if t.requires_grad and (t.is_leaf or _number(t) >= node)]
-    given = [v for v in (*args, *kwargs.values()) if not isinstance(v, _PLAIN)]
+    given = [v for v in (*args, *kwargs.values()) if _may_be_written(v)]
     if given:
         known = {id(t) for t in found}
         written = (t for t in _tensors(given) if t.requires_grad and not t.is_leaf and _number(t) >= node)
         found += {id(t): t for t in written if id(t) not in known}.values()
     return found
+
+
+def _may_be_written(value: Any) -> bool:
+    if type(value) is tuple:
+        return any(_may_be_written(item) for item in value)
+    return not isinstance(value, _PLAIN)
 
 
 def _number(tensor: torch.Tensor) -> int:

@@ -144,10 +144,10 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_no_more_slots_are_made_whatever_a_block_is_given(way: str, frozen: bool) -> None:
+def test_no_more_slots_are_made_whatever_a_block_is_given(way: str, frozen: bool, device: str) -> None:
     torch.manual_seed(0)
     net = Net(lambda: Block(way), frozen=frozen)
-    assert_trains_as_plain(net, plan_of(net, UNITS), vectors())
+    assert_trains_as_plain(net, plan_of(net, UNITS, device=device), vectors())
 
 
 @pytest.mark.parametrize("frozen", [False, True])
