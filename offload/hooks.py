@@ -10,14 +10,15 @@ weights of a unit that is trained never leave the device, its use lasts until al
 """
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
-from torch.distributed._composable import checkpoint
+from torch.distributed._composable import checkpoint, checkpoint_activation
 from torch.utils.hooks import RemovableHandle
 
 from offload.block_inputs import WaitingInput
@@ -117,24 +118,59 @@ class _Recompute:
             listener.begin_recomputed(args)
             return _without_cache(names, args, kwargs)
 
-        # Ahead of the recompute's own hook, which saves the arguments.
         called = hookable(module)
-        self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
         if checkpoint.state(called) is None:
             changing: Changing = {}
 
             def runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 call = SecondRun(module, changing)
-                return call.first(), call.second()
+                return call.first(), _second(call, called)
 
             checkpoint(called, context_fn=runs)
         self._state = checkpoint.state(called)
         self._state.enable_hook = True
+        # What others' hooks make of the arguments they make again in the second run, so these are kept as they come.
+        _pre_hooks(called).move_to_end(_until_kept(called)[-1], last=False)
+        # Ahead of that one, which keeps the arguments.
+        self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
 
     def remove(self) -> None:
         """Compute it once again."""
         self._handle.remove()
         self._state.enable_hook = False
+
+
+def _until_kept(called: nn.Module) -> list[int]:
+    """The recompute's own hook, which keeps the arguments, behind all that come before it, by their keys."""
+    keys = []
+    for key, hook in _pre_hooks(called).items():
+        keys.append(key)
+        if _made_in(hook) == checkpoint_activation.__name__:
+            break
+    return keys
+
+
+def _pre_hooks(called: nn.Module) -> OrderedDict[int, Callable[..., Any]]:
+    return cast(OrderedDict[int, Callable[..., Any]], called._forward_pre_hooks)  # typed as a dict, which has no order
+
+
+def _made_in(hook: Any) -> str | None:
+    return getattr(hook, "__module__", None)
+
+
+@contextmanager
+def _second(call: SecondRun, called: nn.Module) -> Iterator[None]:
+    """Whoever has put a hook ahead of all has changed the arguments before they were kept: not once more."""
+    hooks = _pre_hooks(called)
+    ahead = [k for k in _until_kept(called)[:-1] if _made_in(hooks[k]) != __name__]
+    absent = {key: hooks.pop(key) for key in ahead}
+    try:
+        with call.second():
+            yield
+    finally:
+        hooks.update(absent)
+        for key in reversed(ahead):
+            hooks.move_to_end(key, last=False)
 
 
 def attach(
