@@ -3,25 +3,29 @@
 [Note: a unit's use]
 In forward a unit is in use from its module's pre-forward hook to its forward hook. In backward it is in use from the
 moment the gradient of one of the module's outputs is known, or one of its weights is unpacked, or its module runs
-again (recompute), until the gradients of the module's inputs are known. Where no input needs a gradient, and where the
-weights of a unit that is trained never leave the device, the use lasts until all of the unit's parameters have theirs.
+again (recompute), until the gradients of the module's inputs are known. That is told by a node in the graph of inputs
+that are tensors, or tuples of such. What comes in lists, dicts and other objects, which a module may change, is left
+alone: then the use is over when the backward of a call begins that came before ([Note: backward goes back]). Where the
+weights of a unit that is trained never leave the device, its use lasts until all of its parameters have gradients.
 """
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
-from torch.distributed._composable import checkpoint
-from torch.utils._pytree import tree_leaves
+from torch.distributed._composable import checkpoint, checkpoint_activation
 from torch.utils.hooks import RemovableHandle
 
 from offload.block_inputs import WaitingInput
+from offload.call_order import Call
 from offload.compiled import check_compiled, hookable
 from offload.dtensors import Distributed
+from offload.made import made_since, next_node
 from offload.second_run import Changing, SecondRun
 from offload.unit import Unit
 from offload.weights import WeightReference
@@ -56,8 +60,8 @@ class Listener(Protocol):
     def begin_use(self, name: str) -> None:
         """The unit is about to compute."""
 
-    def called(self, name: str) -> None:
-        """The unit is called with gradients."""
+    def called(self, name: str) -> int | None:
+        """The unit is called with gradients. How many calls were before this one, where that is known."""
 
     def bounds(self, name: str) -> bool:
         """Whether the end of the unit's backward must be told, or its last gradient tells enough."""
@@ -69,10 +73,10 @@ class Listener(Protocol):
         """The end of the unit's backward will be told."""
 
     def end_forward_use(self, name: str) -> int | None:
-        """The unit's forward is over. The call's number, None in backward."""
+        """The unit's forward is over. How many calls there were by now, where that is known."""
 
-    def begin_backward_use(self, name: str, call: int | None) -> None:
-        """The backward of one of the unit's calls is about to begin; its number, where all that came later is over."""
+    def begin_backward_use(self, name: str, call: Call | None) -> None:
+        """The backward of one of the unit's calls is about to begin; which, where all that came later is over."""
 
     def end_backward_use(self, name: str) -> None:
         """The backward of one of the unit's calls is over."""
@@ -114,24 +118,59 @@ class _Recompute:
             listener.begin_recomputed(args)
             return _without_cache(names, args, kwargs)
 
-        # Ahead of the recompute's own hook, which saves the arguments.
         called = hookable(module)
-        self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
         if checkpoint.state(called) is None:
             changing: Changing = {}
 
             def runs() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
                 call = SecondRun(module, changing)
-                return call.first(), call.second()
+                return call.first(), _second(call, called)
 
             checkpoint(called, context_fn=runs)
         self._state = checkpoint.state(called)
         self._state.enable_hook = True
+        # What others' hooks make of the arguments they make again in the second run, so these are kept as they come.
+        _pre_hooks(called).move_to_end(_until_kept(called)[-1], last=False)
+        # Ahead of that one, which keeps the arguments.
+        self._handle = called.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
 
     def remove(self) -> None:
         """Compute it once again."""
         self._handle.remove()
         self._state.enable_hook = False
+
+
+def _until_kept(called: nn.Module) -> list[int]:
+    """The recompute's own hook, which keeps the arguments, behind all that come before it, by their keys."""
+    keys = []
+    for key, hook in _pre_hooks(called).items():
+        keys.append(key)
+        if _made_in(hook) == checkpoint_activation.__name__:
+            break
+    return keys
+
+
+def _pre_hooks(called: nn.Module) -> OrderedDict[int, Callable[..., Any]]:
+    return cast(OrderedDict[int, Callable[..., Any]], called._forward_pre_hooks)  # typed as a dict, which has no order
+
+
+def _made_in(hook: Any) -> str | None:
+    return getattr(hook, "__module__", None)
+
+
+@contextmanager
+def _second(call: SecondRun, called: nn.Module) -> Iterator[None]:
+    """Whoever has put a hook ahead of all has changed the arguments before they were kept: not once more."""
+    hooks = _pre_hooks(called)
+    ahead = [k for k in _until_kept(called)[:-1] if _made_in(hooks[k]) != __name__]
+    absent = {key: hooks.pop(key) for key in ahead}
+    try:
+        with call.second():
+            yield
+    finally:
+        hooks.update(absent)
+        for key in reversed(ahead):
+            hooks.move_to_end(key, last=False)
 
 
 def attach(
@@ -179,29 +218,42 @@ def saved_tensors(listener: Listener) -> AbstractContextManager[Any]:
 
 def _watch(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
     name, frozen = unit.name, not unit.shape.trainable_elements  # then there is no last gradient
+    device = unit.fields[0].parameter.device
+    node, before, told = 0, None, False  # of the call that goes on
+
+    def bound() -> None:
+        nonlocal told
+        told = True
+        listener.bounded(name)
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal node, before, told
         listener.begin_use(name)
         if not torch.is_grad_enabled():
             return None
-        listener.called(name)
-        if not (frozen or listener.bounds(name)):
+        node, before = next_node(), listener.called(name)
+        told = not (frozen or listener.bounds(name))
+        if told:
             return None
         listener.recorded(name)
-        return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), lambda: listener.bounded(name))
+        return _with_boundary(args, kwargs, lambda: listener.end_backward_use(name), bound)
 
-    def begin_backward(call: int | None, _: torch.Tensor) -> None:
+    def begin_backward(call: Call | None, _: torch.Tensor) -> None:
         listener.begin_backward_use(name, call)
 
-    def after_forward(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        call = listener.end_forward_use(name)
-        for tensor in _needing_gradient(output):
-            known = None if tensor.is_leaf else call  # a leaf's gradient comes when its users are over, ahead of others
+    def after_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        by_now = listener.end_forward_use(name)
+        if not torch.is_grad_enabled():
+            return
+        call = None if before is None or by_now is None else Call(before, by_now, told)
+        for tensor in made_since(node, output, args, kwargs):
+            # A leaf's gradient comes when its users are over, ahead of others; each device has an order of its own.
+            known = None if tensor.is_leaf or tensor.device != device else call
             tensor.register_hook(partial(begin_backward, known))
 
     # Ahead of every other hook, the recompute's too: those hooks must find the weights there.
     yield hookable(unit.module).register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
-    yield hookable(unit.module).register_forward_hook(after_forward)
+    yield hookable(unit.module).register_forward_hook(after_forward, with_kwargs=True)
 
 
 def _watch_root(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
@@ -210,10 +262,6 @@ def _watch_root(unit: Unit, listener: Listener) -> Iterator[RemovableHandle]:
     for module in unit.module.modules():
         if any(id(p) in owned for p in module.parameters(recurse=False)):
             yield hookable(module).register_forward_pre_hook(lambda *_: listener.begin_root_use(), prepend=True)
-
-
-def _needing_gradient(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor) and t.requires_grad]
 
 
 def _with_boundary(

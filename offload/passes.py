@@ -20,7 +20,7 @@ import torch
 from offload import watchdog
 from offload.away_guard import storage_address
 from offload.block_inputs import BlockInputs, WaitingInput
-from offload.call_order import CallOrder
+from offload.call_order import Call, CallOrder
 from offload.dtensors import Distributed, is_distributed, local_of
 from offload.errors import OffloadError
 from offload.events import EventLog, Pulse
@@ -99,6 +99,7 @@ class Passes:
         self._others = False
         self._use_root()  # an evaluation in between may have let it go
         self._recomputed.begin_pass()
+        self._order.begin_backward()
         try:
             with self._in_phase("backward"):
                 yield
@@ -140,6 +141,7 @@ class Passes:
         if not self._others:
             self._others = self._others_graph = True
             self._recomputed.begin_pass()
+            self._order.begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_others)
         self._others_graph &= torch.is_grad_enabled()
 
@@ -208,10 +210,11 @@ class Passes:
         if self._prefetcher.used(name):
             self._pulse.tell(self._step, self._phase, name, self._flights)
 
-    def called(self, name: str) -> None:
-        """A unit is called with gradients; a recompute in backward has no place of its own in the order."""
+    def called(self, name: str) -> int | None:
+        """A unit is called with gradients; one that is called in backward keeps its place in the order of units."""
         if self._phase == "forward":
-            self._order.called(name)
+            return self._order.called(name)
+        return self._order.called_again() if self._in_backward() else None
 
     def bounds(self, name: str) -> bool:
         """Whether its weights may leave when its backward is over, or an update waits for that."""
@@ -230,19 +233,24 @@ class Passes:
 
     def end_forward_use(self, name: str) -> int | None:
         """Its forward is over; a recompute's forward is part of its backward."""
-        if self._in_backward():
-            return None
-        self._end_use(name)
+        if not self._in_backward():
+            self._end_use(name)
         return self._order.ended()
 
-    def begin_backward_use(self, name: str, call: int | None) -> None:
+    def begin_backward_use(self, name: str, call: Call | None) -> None:
         """The backward of one of its calls is about to begin: have its weights.
 
-        Before they are waited for, the gradients of units that are over go: other ranks may wait for those.
+        Before they are waited for, the gradients of units that are over go: other ranks may wait for those. And calls
+        that are over end their use, for their slots may be needed.
         """
+        self._in_others()
         if self._phase == "backward" and call is not None:
-            for over in self._order.over(call):
+            for over in self._order.over(call.by_its_end):
                 self._gradients.over(over)
+        if call is not None and self._in_backward():
+            for over in self._order.passed(call):
+                self._end_call(over)
+            self._order.opened(name, call)
         self.begin_use(name)
         if self._in_backward():
             self._recomputed.begin_backward(name)
@@ -252,16 +260,13 @@ class Passes:
         if not self._in_backward():
             return
         self._in_others()
-        if self._recomputed.end_backward(name) and (self._phase is not None or not self._others_graph):
-            self._end_use(name)
-        elif self.computing == name:
-            self.computing = None
+        self._end_call(name)
         if self.early is not None and self._phase == "backward":
             self.early.passed(name)
 
     def complete(self, name: str) -> None:
-        """All gradients of a unit are there: without inputs that need one, its backward is over."""
-        if name and name not in self._bounded:
+        """All gradients of a unit are there: its backward is over, unless something else is to tell that."""
+        if name and name not in self._bounded and not self._order.is_open(name):
             self._recomputed.forget(name)
             self._end_use(name)
         if self.early is not None:
@@ -299,6 +304,12 @@ class Passes:
         else:
             self._use_root()  # in a pass it is in use; the backward of others may come after one
         return self._mover.resolve(packed)
+
+    def _end_call(self, name: str) -> None:
+        if self._recomputed.end_backward(name) and (self._phase is not None or not self._others_graph):
+            self._end_use(name)
+        elif self.computing == name:
+            self.computing = None
 
     def _end_use(self, name: str) -> None:
         self._mover.unuse(name)

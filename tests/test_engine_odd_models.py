@@ -31,7 +31,9 @@ def plan_of(model: nn.Module, units: dict[str, tuple], **changes: Any) -> Plan:
     )
 
 
-def assert_trains_as_plain(model: nn.Module, plan: Plan, inputs: list[torch.Tensor]) -> None:
+def assert_trains_as_plain(
+    model: nn.Module, plan: Plan, inputs: list[torch.Tensor], *, overflows: bool = False
+) -> None:
     plain = copy.deepcopy(model).to(plan.device)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     expected = []
@@ -48,7 +50,7 @@ def assert_trains_as_plain(model: nn.Module, plan: Plan, inputs: list[torch.Tens
             engine.backward(loss)
             engine.step()
             found.append(loss.item())
-        assert engine.overflow_count == 0
+        assert overflows or engine.overflow_count == 0
         state = engine.state_dict()
     assert found == pytest.approx(expected, rel=1e-5)
     for name, tensor in plain.state_dict().items():
