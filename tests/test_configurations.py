@@ -21,7 +21,7 @@ from torch.distributed.run import get_args_parser
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from memplan.configs.files import NOTES, block_classes_of, configurations
-from offload.plan import Placement, Plan, Precision, Target, Tier
+from offload.plan import OptimizerKind, Placement, Plan, Precision, Target, Tier
 from tests.net_plans import AWAY, DEEPSPEED, HYBRID, OFFLOADED, PLAN, UNITS, H, Net, plans
 from tests.plans import RESIDENT
 
@@ -331,3 +331,10 @@ def test_the_classes_of_blocks_come_from_the_profile():
     layers = [SimpleNamespace(path=path, type=name) for path, name in types.items()]
     profile = SimpleNamespace(layers=layers, blocks=PLAN.recompute)
     assert block_classes_of(profile) == ("Dense", "Sparse")
+
+
+@pytest.mark.parametrize("optimizer", OptimizerKind)
+def test_files_that_train_with_another_optimizer_than_the_plan_say_so(optimizer):
+    notes = configurations(replace(PLAN, target=Target.MEMPLAN, optimizer=optimizer))[NOTES]
+    other = optimizer not in (OptimizerKind.ADAMW, OptimizerKind.ADAM)
+    assert (f"the plan is for {optimizer}, and these files train with AdamW" in notes) == other

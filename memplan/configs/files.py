@@ -11,7 +11,7 @@ from memplan.configs.lightning import lightning_deepspeed, lightning_fsdp2
 from memplan.configs.torchrun import EXPANDABLE, SETTINGS, launch_script
 from memplan.configs.torchtitan import torchtitan_module
 from offload.errors import PlanError
-from offload.plan import MomentFormat, Plan, Precision, Target
+from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
 from profiler.profile import ModelProfile
 
 NOTES = "NOTES.md"
@@ -63,17 +63,24 @@ def configurations(
         files["lightning_fsdp2.py"] = lightning_fsdp2(plan)
         files["torchtitan_config.py"] = torchtitan_module(plan)
     sections = (f"\n## {name}\n\n" + "".join(f"- {n}\n" for n in said) for name, said in notes.items() if said)
-    return files | {NOTES: HEAD + ALLOCATOR + _moments_note(plan) + "".join(sections)}
+    return files | {NOTES: HEAD + ALLOCATOR + _optimizer_notes(plan) + "".join(sections)}
 
 
-def _moments_note(plan: Plan) -> str:
+def _optimizer_notes(plan: Plan) -> str:
     """Of what concerns every file."""
-    if plan.moments is MomentFormat.FP32:
-        return ""
-    return (
-        f"\nMoments: the plan stores them in {plan.moments}, which these engines do not do by these files: their "
-        "optimizer's state takes more than the plan says.\n"
-    )
+    said = ""
+    if plan.optimizer not in (OptimizerKind.ADAMW, OptimizerKind.ADAM):
+        said += (
+            f"\nOptimizer: the plan is for {plan.optimizer}, and these files train with AdamW, which keeps 8 bytes a "
+            f"parameter beside the weight. To train with {plan.optimizer} make it in your script, where the engine "
+            "takes it; what is predicted is for that.\n"
+        )
+    if plan.moments is not MomentFormat.FP32:
+        said += (
+            f"\nMoments: the plan stores them in {plan.moments}, which these engines do not do by these files: their "
+            "optimizer's state takes more than the plan says.\n"
+        )
+    return said
 
 
 def block_classes_of(profile: ModelProfile) -> tuple[str, ...]:
