@@ -36,7 +36,7 @@ from memplan.options import (
     PrecisionOption,
     Seq,
 )
-from memplan.quick_rates import rates_of
+from memplan.quick_rates import REFERENCE, rates_of
 from memplan.rates import PLANNED, Rates
 from memplan.search import check_wishes, precision_of
 from memplan.show_timeline import timeline_view
@@ -44,6 +44,8 @@ from memplan.show_verdict import BETTER, verdict_tables
 from memplan.train import default_precision
 from offload.plan import MomentFormat, OptimizerKind, Plan, Precision, Target
 from profiler.contract import ModelSource
+from profiler.device import find_device
+from profiler.errors import ProfilerError
 from profiler.profile import ModelProfile
 from profiler.source import load_source
 
@@ -101,6 +103,8 @@ def plan(
         raise PlanningError(f"the better configuration would be written over {given}; name another directory by --out")
     check_ours(out)
     rates = rates_in(calibration, machine)
+    if rates is not None and calibration is not None:
+        rates = rates_for(rates, there, calibration)
     source = saved_profile(file) or load_source(file, seq)
     if isinstance(source, ModelProfile) and seq is not None:
         raise PlanningError(f"{file} is a profile, whose sequences have their length already; leave --seq out")
@@ -173,6 +177,30 @@ def rates_in(calibration: Path | None, machine: str | None) -> Rates | None:
     if machine is not None and machine.endswith(".json") and RATES_MARK in Path(machine).read_text():
         return Rates.load(Path(machine))
     return None
+
+
+def rates_for(rates: Rates, machine: Machine, path: Path) -> Rates:
+    """What a calibration says of a machine: as much as a reference does, where it was made on one of another kind.
+
+    Raises PlanningError where only one of the two has a GPU.
+    """
+    measured = rates.machine or {}
+    if measured.get("device", machine.device) != machine.device:
+        kinds = {"cuda": "a machine with a GPU", "cpu": "a machine without a GPU"}
+        raise PlanningError(
+            f"{path} was measured on {kinds.get(measured['device'], measured['device'])}, and the plan is for "
+            f"{kinds[machine.device]}: leave --calibration out, or give one of such a machine"
+        )
+    theirs, ours = (_known(name) for name in (measured.get("gpu_name"), machine.gpu_name))
+    return rates if theirs == ours else replace(rates, spread=max(rates.spread, REFERENCE.spread))
+
+
+def _known(gpu_name: str | None) -> str | None:
+    """One name of a GPU that has several; drivers and people use others."""
+    try:
+        return None if gpu_name is None else find_device(gpu_name).name
+    except ProfilerError:
+        return gpu_name
 
 
 def check_ours(out: Path) -> None:

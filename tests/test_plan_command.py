@@ -8,13 +8,16 @@ import pytest
 
 from memplan.configs.files import NAMES
 from memplan.inputs import saved_profile
+from memplan.plan_command import rates_for
+from memplan.quick_rates import REFERENCE
+from memplan.rates import Rates
 from offload.plan import MomentFormat, OptimizerKind, Plan, Target, Tier
 from profiler.errors import ProfileError
 from profiler.profile import ModelProfile
 from profiler.run import profile_source
 from profiler.source import load_source
 from tests.commands import Command, command_in
-from tests.synthetic_profiles import RATES, transformer
+from tests.synthetic_profiles import RATES, machine_of, transformer
 
 MODEL = """
 import torch
@@ -329,3 +332,35 @@ def test_files_of_the_plan_before_do_not_stay_beside_those_of_another_engine(
     assert "removed from the plan before: accelerate-fsdp2.yaml, huggingface-fsdp2.json, lightning_fsdp2.py" in done.out
     assert (tmp_path / "mine.py").exists()
     assert not any((tmp_path / name).exists() for name in NAMES if "fsdp2" in name or "torchtitan" in name)
+
+
+def measured_on(device: str, gpu_name: str | None, path: Path) -> Path:
+    """A calibration of such a machine."""
+    machine = {"device": device, "gpu_name": gpu_name}
+    replace(REFERENCE, spread=0.1, machine=machine).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "said"),
+    [
+        ("cpu", TWO_GPUS, "was measured on a machine without a GPU, and the plan is for a machine with a GPU"),
+        ("cuda", HERE, "was measured on a machine with a GPU, and the plan is for a machine without a GPU"),
+    ],
+)
+def test_a_calibration_of_another_kind_of_machine_is_refused(
+    device: str, words: tuple, said: str, memplan: Command, saved: Path, tmp_path: Path
+) -> None:
+    rates = measured_on(device, None, tmp_path / "rates.json")
+    done = memplan("plan", saved, *words, "--calibration", rates)
+    assert done.code == 2
+    assert said in done.err
+
+
+@pytest.mark.parametrize(("gpu_name", "spread"), [("NVIDIA H100 80GB HBM3", 0.1), ("NVIDIA A100", REFERENCE.spread)])
+def test_a_calibration_of_another_gpu_predicts_as_a_reference_does(
+    gpu_name: str, spread: float, tmp_path: Path
+) -> None:
+    path = measured_on("cuda", gpu_name, tmp_path / "rates.json")
+    machine = replace(machine_of(1 << 36, 1 << 36, device="cuda"), gpu_name="NVIDIA H100 SXM")
+    assert rates_for(Rates.load(path), machine, path).spread == spread
