@@ -77,6 +77,7 @@ class GradientCollector:
             elements: deque((torch.zeros(elements, dtype=dtype, device=device), Done.now(device)) for _ in range(count))
             for elements, count in counts.items()
         }
+        self._slots = {elements: [slot for slot, _ in ring] for elements, ring in self._idle.items()}
         self.device_bytes = sum(t.nbytes for ring in self._idle.values() for t, _ in ring)
         self._handles = [
             f.parameter.register_post_accumulate_grad_hook(self._hook(self._gatherings[s.unit.name], f))
@@ -145,6 +146,12 @@ class GradientCollector:
             for f in gathering.state.unit.trainable:
                 f.parameter.grad = None  # of a hook that failed
         self.clear()
+
+    def begin_anew(self) -> None:
+        """Forget what was gathered in a pass that was cut short, when all lanes have settled: all slots are idle."""
+        self.discard()
+        for elements, slots in self._slots.items():
+            self._idle[elements] = deque((slot, Done.now(self._device)) for slot in slots)
 
     def close(self) -> None:
         """Give the parameters back to plain autograd."""
