@@ -78,7 +78,11 @@ class _Change:
 
 
 class Recovery:
-    """Knows what was cut short. The first of the ``parts`` watches passes. ``lanes`` are those that move numbers; ``forget``: a step's micro-batches."""
+    """Knows what was cut short, and what is wrong with numbers.
+
+    ``lanes`` are those that move numbers. The first of the ``parts`` watches passes; ``gradients`` is the one that a
+    forward pass leaves alone, and ``forget`` begins the micro-batches of a step anew.
+    """
 
     def __init__(
         self,
