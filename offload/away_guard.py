@@ -4,10 +4,11 @@ What a parameter that is away looks like: [Note: parameters that are away] in ``
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from offload.compiled import uncompiled
@@ -39,6 +40,7 @@ class AwayGuard(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._nan, self._names, self._stale, self._held = storage_address(nan), names, stale, held
+        self._uncompiled: AbstractContextManager[Any] | None = None
 
     def __enter__(self) -> Self:
         self._uncompiled = uncompiled()
@@ -47,7 +49,18 @@ class AwayGuard(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._uncompiled.__exit__(*error)
+        self._compile_again()
+
+    def begin_anew(self) -> None:
+        """Leave it where an exception came between entering and leaving."""
+        while self in (modes := _get_current_dispatch_mode_stack()):
+            modes[-1].__exit__(None, None, None)  # those above it were entered inside
+        self._compile_again()
+
+    def _compile_again(self) -> None:
+        if self._uncompiled is not None:
+            self._uncompiled.__exit__(None, None, None)
+            self._uncompiled = None
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

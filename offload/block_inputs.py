@@ -79,6 +79,12 @@ class BlockInputs:
         self._newest = self._coming = None
         self._expected.clear()
 
+    def begin_anew(self) -> None:
+        """A pass was cut short: what waits stays where it is, for who keeps a loss of before."""
+        if self._lane is not None:
+            self._lane.settle()
+        self.begin_pass()
+
     def expect(self, arguments: tuple[Any, ...]) -> None:
         """A recomputed block is about to run on these: what of them needs a gradient is to go to the host."""
         if self._lane is None:
@@ -143,8 +149,9 @@ class BlockInputs:
             self._coming.wait()
         self._coming = waiting
         host = waiting.host
-        waiting.device = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self._device)
-        waiting.moved = self._copy(waiting.device, host)
+        device = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self._device)
+        waiting.moved = self._copy(device, host)
+        waiting.device = device  # last: what is on its way can be waited for
         self.fetched_bytes += host.nbytes
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor) -> Done:

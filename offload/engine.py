@@ -36,6 +36,7 @@ from offload.passes import Passes
 from offload.plan import Plan, Precision
 from offload.prefetch import Prefetcher
 from offload.ranks import Ranks, local_device
+from offload.recovery import GRADIENTS, Recovery
 from offload.released import Releasing, lost_parameter, own
 from offload.residency import UPDATE_RING, footprint, slot_counts, staging_bytes
 from offload.saver import Saver, Saving
@@ -50,13 +51,13 @@ from offload.setup import (
     update_threads,
 )
 from offload.shards import Shards
-from offload.shortage import explaining_shortage
+from offload.shortage import HALF_DONE, explaining_shortage
 from offload.slots import SlotRings
 from offload.state import UnitState, weight_dtype
 from offload.steps import Steps
 from offload.store import Store
 from offload.streamed_update import StreamedUpdate
-from offload.streams import URGENT, Lane
+from offload.streams import URGENT, Lanes
 from offload.unit import check_trainable, partition
 from offload.update_in_backward import check_early_updates
 from offload.updater import Updater
@@ -78,8 +79,9 @@ class Engine(Releasing):
 
     With ``update_in_backward`` units are updated as their gradients land in the backward of a step's last micro-batch,
     and ``step`` updates what is left; not with clipping or fp16, which need all gradients first. Learning rates are
-    then read in backward; and after a failure inside of it, or ``zero_grad`` behind it, some units are a step ahead of
-    others: whatever computes with them or saves them raises OffloadError until a checkpoint is loaded.
+    then read in backward. A failure inside of it, or ``zero_grad`` behind it, leaves the update half done, as a failure
+    of any update does: whatever computes with such numbers or saves them raises OffloadError until a checkpoint is
+    loaded ([Note: half done] in ``offload.recovery``).
 
     Raises PlanError where plan and model do not belong together, WeightsError where files and model do not, and
     TierError where a tier is too small, before anything is allocated.
@@ -112,9 +114,7 @@ class Engine(Releasing):
         self.loss_scale = loss_scale(grad_scaler, plan.precision, self.device)
         self.global_step = 0
         """Steps so far, those that were skipped too."""
-        self._events = events
-        self.lost = lost_parameter(model)
-        self._micro_batch = 0
+        self._events, self._micro_batch, self.lost = events, 0, lost_parameter(model)
         self._forward_step = 0
         """Value of ``global_step`` at the last forward pass with gradients."""
         self._closers: list[Callable[[], None]] = []
@@ -148,20 +148,21 @@ class Engine(Releasing):
         move_buffers(self.model, device, plan.precision, ranks)
 
         # Fetches wait for updates and slots; weights and sums of gradients that return must not wait behind them.
-        self._up, self._returns, self._down = (self._lane(name, 1) for name in ("up", "returns", "down"))
-        self._update_lane = self._lane("update", update_threads(device, ranks))
+        lane = Lanes(device, self._closers)
+        self._up, self._returns, self._down = (lane(name, 1) for name in ("up", "returns", "down"))
+        update_lane = lane("update", update_threads(device, ranks))
         update_bytes, weight_bytes = staging_bytes(shapes, placements, plan.buckets, plan.state_format, shards)
         dtype, counts = weight_dtype(plan.precision), slot_counts(shapes, placements, plan.buckets, shards)
         self._rings = SlotRings.make(counts, dtype, device)
         reader_ring = [self.arena.take(weight_bytes) for _ in range(UPDATE_RING)]
-        gathers = self._lane("gathers", 1, URGENT) if ranks is not None else None
+        gathers = lane("gathers", 1, URGENT) if ranks is not None else None
         self._mover = WeightMover(self.states, self._rings, self._up, gathers, self.store, reader_ring, nan)
-        reduces = self._lane("reduces", 1, URGENT) if ranks is not None else None
+        reduces = lane("reduces", 1, URGENT) if ranks is not None else None
         self._gradients = collector(self.states, plan, device, self._down, self._returns, reduces, ranks)
         update_ring = [self.arena.take(update_bytes) for _ in range(UPDATE_RING)]
         self.arena.pin()
-        self._streamed = StreamedUpdate.of(plan, self.states, device, self._lane, in_backward=self._update_in_backward)
-        links = self._update_lane, self._down, self._returns
+        self._streamed = StreamedUpdate.of(plan, self.states, device, lane, in_backward=self._update_in_backward)
+        links = update_lane, self._down, self._returns
         self._updater = Updater(plan.state_format, *links, self.store, update_ring, self._streamed, device)
         self._gradients.kept = self._updater.kept
 
@@ -169,29 +170,27 @@ class Engine(Releasing):
         self._closers.append(self._inputs.close)
         self._prefetcher = Prefetcher(self._mover, units, counts, plan.buckets.prefetch_units, shards)
         # [Note: parameters that are away]: the first pass is watched.
-        self._guard: AbstractContextManager[Any] = self._mover.guard()
+        self._guard: Any = self._mover.guard()
         self.meter = MemoryMeter(device, needed, self._rings, self._inputs)
+        parts = (self._guard, self._updater, self._mover, self._prefetcher, self._inputs)
+        self.recovery = Recovery(plan, self.meter, lane.made, self.store, parts, self._gradients, self._begin_step_anew)
+        self._updater.explain_by(self.recovery.failed)
         self._watch = Watch(self.model, self.states, self._mover, self._settle)
         used = [u for u in units if u.shape.elements]
-        parts = (self._mover, self._prefetcher, self._inputs, self._gradients, self._updater, self._watch, self.meter)
-        self._passes = Passes(any(not u.name for u in used), *parts, self._events, self.zero_grad)
+        told = (self._mover, self._prefetcher, self._inputs, self._gradients, self._updater, self._watch, self.meter)
+        self._passes = Passes(any(not u.name for u in used), *told, self._events, self.recovery, self.zero_grad)
+        self.recovery.join(self._passes)
         self._closers.append(self._passes.close)
-        for handle in hooks.attach(used, plan.recompute, self.model, self._passes):
-            self._closers.append(handle.remove)
-        self._saver = Saver(self._lane("copying", 1), self._lane("saving", 1), ranks)
-        self._closers += [self._gradients.close, self._saver.close, own(self.model)]
+        self._closers.extend(handle.remove for handle in hooks.attach(used, plan.recompute, self.model, self._passes))
+        self._saver = Saver(lane("copying", 1), lane("saving", 1), ranks)
+        self._closers += [self.recovery.close, self._gradients.close, self._saver.close, own(self.model)]
         feed_a_gpu(device, self._closers, updates_on_host=update_bytes + needed.host_bytes > 0)
-        updating = (self._gradients, self._updater, self._mover, self.loss_scale)
+        updating = (self.recovery, self._gradients, self._updater, self._mover, self.loss_scale)
         self._steps = Steps(
             self.states, self.hyperparameters, *updating, self._step_schedulers, self._saver.copied, device
         )
         self.early_updates = self._steps.early
         self._passes.early = self.early_updates if self._update_in_backward else None
-
-    def _lane(self, name: str, cpu_threads: int, priority: int = 0) -> Lane:
-        lane = Lane(name, self.device, cpu_threads, priority)
-        self._closers.append(lane.close)
-        return lane
 
     # The training loop
 
@@ -203,7 +202,7 @@ class Engine(Releasing):
         guard: AbstractContextManager[Any] = nullcontext()
         if torch.is_grad_enabled():
             self._forward_step, guard = self.global_step, self._guard
-        with self._passes.forward(self.global_step + 1), autocast, guard:
+        with self.recovery.passing(), self._passes.forward(self.global_step + 1), autocast, guard:
             args, kwargs = self.to_device((args, kwargs))
             return self._forward(*args, **kwargs)
 
@@ -214,18 +213,18 @@ class Engine(Releasing):
     @explaining_shortage("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Backward of one micro-batch; the loss is divided by the number of micro-batches of a step, on all ranks."""
+        working = self.recovery.passing(GRADIENTS)
         check_loss(loss, stepped=self._forward_step != self.global_step)
-        self.early_updates.check()
         accumulation, scale = self.plan.gradient_accumulation_steps, self.loss_scale
-        parts = accumulation * self.plan.gpus
-        last = self._micro_batch + 1 >= accumulation
+        parts, last = accumulation * self.plan.gpus, self._micro_batch + 1 >= accumulation
         if self._update_in_backward and last:
             self._check_can_update()
-        self._gradients.begin_backward(last_micro_batch=last)
-        self._micro_batch += 1
-        if self._micro_batch == accumulation:  # in one more pass before the step all of it has begun
-            self._updater.coming()
-        with self._passes.backward(step_follows=last), self._guard:
+        self._gradients.check_hooks()
+        with working, self._passes.backward(step_follows=last), self._guard:
+            self._micro_batch += 1
+            self._gradients.begin_backward(last_micro_batch=last)
+            if self._micro_batch == accumulation:  # in one more pass before the step all of it has begun
+                self._updater.coming()
             loss = loss / parts if parts > 1 else loss
             (loss if scale is None else scale.scaled(loss)).backward()
             self._gradients.end_backward()
@@ -233,20 +232,29 @@ class Engine(Releasing):
 
     def zero_grad(self) -> None:
         """Forget the gradients since the last step: its micro-batches begin anew. A failed backward does this."""
-        self._gradients.discard()
+        with self.recovery.work(GRADIENTS):
+            self._gradients.discard()
+            self._begin_step_anew()
+
+    def _begin_step_anew(self) -> None:
         self._micro_batch = 0
         self.early_updates.forget()
 
     @explaining_shortage("update")
     def step(self) -> None:
         """Update the parameters, after the last micro-batch of a step; before it, do nothing."""
+        self.recovery.check_whole()
         if self._micro_batch < self.plan.gradient_accumulation_steps:
             return
         self._check_can_update()
-        self._micro_batch = 0
-        self._steps.begin(self.max_grad_norm)
-        self.global_step += 1
-        self._prefetcher.prefetch_first()
+        norm = self._steps.norm()
+        with self.recovery.changing(f"step() was cut short. {HALF_DONE}"):
+            self._steps.begin(norm, self.max_grad_norm)
+            self._micro_batch = 0
+            self.global_step += 1
+        with self.recovery.work():
+            self._steps.conclude(waits=False)
+            self._prefetcher.prefetch_first()
 
     def _check_can_update(self) -> None:
         self._watch.check_none_lent()
@@ -287,11 +295,6 @@ class Engine(Releasing):
         return self._passes.computing
 
     @property
-    def update_failed(self) -> bool:
-        """Whether the last update is known to have gone wrong, so that it is half done."""
-        return self._updater.failed or self.early_updates.failed
-
-    @property
     def overflow_count(self) -> int:
         """Device slots that had to be made beyond the plan; 0 in a run that goes as planned."""
         return self._mover.overflow_count
@@ -301,6 +304,7 @@ class Engine(Releasing):
     def finish(self) -> None:
         """Wait until the last update has reached its tiers; raises what went wrong in it, or was changed since."""
         self._watch.check_none_lent()
+        self.recovery.check_whole()
         self._steps.conclude()
         self._settle()
         self._watch.check()
@@ -319,22 +323,20 @@ class Engine(Releasing):
         device as a whole, beside all that the plan puts there, and there is no gradient. What was written to is written
         to the tiers at the end, also after an error; in bf16 such a weight's master becomes the weight. Moments stay.
         """
-        self.early_updates.check()
+        self.recovery.check()
         return whole.gathered(self, self._watch, chosen)
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's own state_dict has, with the fp32 masters of parameters, as whole tensors on the host."""
-        self.early_updates.check()
         self.check_numbers()
         return whole.state_dict(self)
 
     def load_state_dict(self, tensors: Mapping[str, Any], strict: bool = True) -> whole.KeyDifference:
         """The inverse, from tensors of any floating-point type: they become the fp32 masters.
 
-        As with torch, the optimizer's moments and counts stay as they are, and missing or unexpected keys raise
-        (OffloadError) only where ``strict``, other shapes always; nothing was changed then.
+        As with torch, the optimizer's moments and counts stay as they are (behind an update that is half done they
+        begin anew), and missing or unexpected keys raise (OffloadError) only where ``strict``, other shapes always.
         """
-        self.early_updates.check()
         found = whole.load_state_dict(self, tensors, strict)
         return found if found.missing_keys else self.restored(found)
 
@@ -355,10 +357,9 @@ class Engine(Releasing):
         before you change parameters yourself. ``client_state`` is any JSON of yours. Of the checkpoints named for
         their step only the ``keep`` newest stay. One is saved at a time: this waits for the one before.
         """
+        self.check_numbers()
         if self._micro_batch:
             raise OffloadError("a checkpoint has no gradients: save after the last micro-batch's step(), not before")
-        self.early_updates.check()
-        self.check_numbers()
         self._watch.check_none_lent()
         self._watch.check()
         self._steps.conclude()  # whether the last step counts
@@ -376,7 +377,7 @@ class Engine(Releasing):
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
         try:
-            if self._closers:
+            if self._closers and not self.recovery.half_done:
                 self.finish()
         finally:
             self._release()

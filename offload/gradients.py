@@ -82,6 +82,7 @@ class GradientCollector:
             elements: deque((torch.zeros(elements, dtype=dtype, device=device), Done.now(device)) for _ in range(count))
             for elements, count in counts.items()
         }
+        self._slots = {elements: [slot for slot, _ in ring] for elements, ring in self._idle.items()}
         self.device_bytes = sum(t.nbytes for ring in self._idle.values() for t, _ in ring)
         self._handles = [
             f.parameter.register_post_accumulate_grad_hook(self._hook(self._gatherings[s.unit.name], f))
@@ -90,18 +91,21 @@ class GradientCollector:
         ]
         self._hooks = {f.name: hooks_after_accumulation(f.parameter) for s in states for f in s.unit.trainable}
 
-    def begin_backward(self, *, last_micro_batch: bool) -> None:
-        """A backward pass begins; in the last one of an optimizer step the norm is taken."""
+    def check_hooks(self) -> None:
+        """Raise OffloadError where somebody's hook would come when the gradient has been taken away."""
         for gathering in self._gatherings.values():
-            gathering.awaited = 0
             for f in gathering.state.unit.trainable:
-                gathering.awaited += 1
                 if hooks_after_accumulation(f.parameter) > self._hooks[f.name]:
                     raise OffloadError(
                         f"parameter {f.name} got a hook after the accumulation of its gradient, which the engine has "
                         "taken away by then: register it before Engine()"
                     )
+
+    def begin_backward(self, *, last_micro_batch: bool) -> None:
+        """A backward pass begins; in the last one of an optimizer step the norm is taken."""
         self._last_micro_batch, self._in_backward = last_micro_batch, True
+        for gathering in self._gatherings.values():
+            gathering.awaited = sum(1 for _ in gathering.state.unit.trainable)
 
     def end_backward(self) -> None:
         """Land what autograd left incomplete, because some parameter got no gradient."""
@@ -158,6 +162,12 @@ class GradientCollector:
             for f in gathering.state.unit.trainable:
                 f.parameter.grad = None  # of a hook that failed
         self.clear()
+
+    def begin_anew(self) -> None:
+        """Forget what was gathered in a pass that was cut short, when all lanes have settled: all slots are idle."""
+        self.discard()
+        for elements, slots in self._slots.items():
+            self._idle[elements] = deque((slot, Done.now(self._device)) for slot in slots)
 
     def close(self) -> None:
         """Give the parameters back to plain autograd."""

@@ -29,6 +29,7 @@ from offload.hooks import Packed, Saved, saved_tensors
 from offload.memory import MemoryMeter
 from offload.prefetch import Prefetcher
 from offload.recomputed import RecomputedCalls
+from offload.recovery import Recovery
 from offload.setup import explained
 from offload.update_in_backward import UpdateInBackward
 from offload.updater import Updater
@@ -58,12 +59,13 @@ class Passes:
         watch: Watch,
         meter: MemoryMeter,
         events: EventLog | None,
+        recovery: Recovery,
         forget: Callable[[], None],
     ) -> None:
         self._has_root = has_root
         self._mover, self._prefetcher, self._inputs, self._updater = mover, prefetcher, inputs, updater
         self._watch, self._meter, self._pulse, self._forget = watch, meter, Pulse(events), forget
-        self._gradients = gradients
+        self._gradients, self._recovery = gradients, recovery
         gradients.on_complete = self.complete
         self.early: UpdateInBackward | None = None
         """Told what it needs to begin updates in backward."""
@@ -115,6 +117,7 @@ class Passes:
         try:
             yield
         except BaseException as error:
+            self._recovery.stop_watching()
             self._mover.unuse_all()
             if phase == "backward":
                 self._forget()
@@ -152,8 +155,6 @@ class Passes:
 
     def _begin_forward(self) -> None:
         self._others = False
-        if self.early is not None:
-            self.early.check()
         self._updater.check()
         self._watch.check()
         self._prefetcher.begin_pass(training=torch.is_grad_enabled())
@@ -171,7 +172,16 @@ class Passes:
 
     def _use_root(self) -> None:
         if self._has_root:
-            self._mover.use("")
+            if self._recovery.live:
+                self._mover.use("")
+            else:
+                with self._recovery.alone():
+                    self._mover.use("")
+
+    def begin_anew(self) -> None:
+        """A pass was cut short: none goes on."""
+        self._phase, self._called_alone, self._others = None, False, False
+        self._recomputed.begin_pass()
 
     def close(self) -> None:
         """Hold nothing any more: a loss that somebody keeps leads here."""
@@ -181,29 +191,39 @@ class Passes:
 
     def begin_call(self) -> None:
         """Somebody calls the model: the engine, or whoever evaluates or generates between steps."""
-        if self._phase is not None:
+        if self._recovery.live:
             return
         if torch.is_grad_enabled():
             raise OffloadError(
                 "the model was called with gradients, where the engine does not see it; call the engine in its place, "
                 "or the model under torch.no_grad()"
             )
-        self._begin_forward()
+        self._recovery.check()
+        with self._recovery.work():
+            self._begin_forward()
         self._phase, self._called_alone = "forward", True
 
     def end_call(self) -> None:
         """Its forward is over, or has failed."""
         if self._called_alone:
-            self._phase, self._called_alone = None, False
-            self._end_inference()
+            with self._recovery.work():
+                self._phase, self._called_alone = None, False
+                self._end_inference()
 
     def begin_root_use(self) -> None:
         """A module with parameters of the root unit is about to compute: in a pass they are there."""
-        if self._phase is None:
+        if not self._recovery.live:
             self._use_root()
 
     def begin_use(self, name: str) -> None:
         """A unit is about to compute: have its weights, and start the fetches of the schedule."""
+        if self._recovery.live:
+            self._begin_use(name)
+        else:
+            with self._recovery.alone():
+                self._begin_use(name)
+
+    def _begin_use(self, name: str) -> None:
         self._in_others()
         self.computing = name
         self._mover.use(name)

@@ -83,6 +83,12 @@ class Prefetcher:
         self._pass = self._training
         self._seen, self._position = self._interrupted
 
+    def begin_anew(self) -> None:
+        """A pass was cut short: of one without training nothing is learned, and one of training begins by itself."""
+        if self._pass is not self._training:
+            self._pass = self._training
+            self._seen, self._position = self._interrupted
+
     def prefetch_first(self) -> None:
         """Start the fetches that the next forward pass begins with: the root unit's first, which all of it needs."""
         if self._root_streams:

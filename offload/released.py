@@ -7,10 +7,11 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from offload.errors import OffloadError
+from offload.recovery import Recovery
 
 HOLDERS = (
     *("states", "arena", "meter", "_rings", "_mover", "_gradients", "_updater", "_streamed", "_prefetcher", "_inputs"),
-    *("_guard", "_watch", "_passes", "_steps", "early_updates"),
+    *("_guard", "_watch", "_passes", "_steps", "early_updates", "recovery"),
 )
 """What has buffers in it: a loss that somebody keeps leads through its graph to the engine, but no longer to these."""
 
@@ -50,11 +51,13 @@ def lost_parameter(model: nn.Module) -> str | None:
 class Releasing:
     """Something that gives its holders back, and is not to be used any more then."""
 
+    recovery: Recovery
     lost: str | None = None
     """A parameter whose numbers went with an engine of before, until others are loaded."""
 
     def check_numbers(self) -> None:
-        """Raise OffloadError while numbers are lost."""
+        """Raise OffloadError while numbers are lost, or of no step."""
+        self.recovery.check()
         if self.lost is not None:
             raise OffloadError(
                 f"the numbers of {self.lost} went with an engine that is closed: load_checkpoint() or "

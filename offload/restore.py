@@ -194,30 +194,37 @@ def load(engine: "Engine", found: Checkpoint) -> Any:
     with CheckpointTensors(found) as tensors:
         ranks = next((state.ranks for state in engine.states), None)
         _check_fits(engine, found, tensors, ranks)
-        engine.finish()
-        engine.zero_grad()
-        for state in engine.states:
-            whole = Contents.zeros(state, engine.plan.optimizer)
-            for field in state.unit.fields:
-                _read(field, whole, tensors)
-            engine.replace(state, whole)
-        parts = {f"{BUFFER}{name}": b for name, b in engine.model.named_buffers()}
-        parts |= {f"parameter/{name}": p for name, p in engine.model.named_parameters()}
-        for key, tensor in tensors.rest(ranks):
-            put(parts[key], tensor)
-        place = (ranks.rank, ranks.tensor_position) if ranks is not None else (0, 0)
-        random_states = tensors.random_states(*place)
+        with engine.recovery.loading(engine.finish):
+            random_states = _load(engine, found, tensors, ranks)
+    restore_random_states(random_states, engine.device)
+    return restored(training["client_state"])
+
+
+def _load(
+    engine: "Engine", found: Checkpoint, tensors: CheckpointTensors, ranks: Ranks | None
+) -> dict[str, torch.Tensor]:
+    """Put everything into the engine but the random states, which it gives."""
+    training = found.training
+    engine.zero_grad()
+    for state in engine.states:
+        whole = Contents.zeros(state, engine.plan.optimizer)
+        for field in state.unit.fields:
+            _read(field, whole, tensors)
+        engine.replace(state, whole)
+    parts = {f"{BUFFER}{name}": b for name, b in engine.model.named_buffers()}
+    parts |= {f"parameter/{name}": p for name, p in engine.model.named_parameters()}
+    for key, tensor in tensors.rest(ranks):
+        put(parts[key], tensor)
+    place = (ranks.rank, ranks.tensor_position) if ranks is not None else (0, 0)
     engine.global_step = found.step
     engine.hyperparameters.steps = dict(training["parameter_steps"])
     if engine.loss_scale is not None and training.get("loss_scale") is not None:
         engine.loss_scale.load_state_dict(training["loss_scale"])
-    engine.early_updates.restored()
     for group, saved in zip(engine.optimizer.param_groups, training["groups"], strict=True):
         group.update(restored(saved))
     if engine.lr_scheduler is not None and training["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(restored(training["scheduler"]))
-    restore_random_states(random_states, engine.device)
-    return restored(training["client_state"])
+    return tensors.random_states(*place)
 
 
 def _read(field: Field, whole: Contents, tensors: CheckpointTensors) -> None:

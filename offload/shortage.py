@@ -18,6 +18,8 @@ from offload.errors import DeviceMemoryError
 from offload.plan import Plan, Tier
 
 UPDATE = "update"
+HALF_DONE = "The update is half done: go on from a checkpoint"
+"""What every error says of which nothing but other numbers helps: [Note: half done] in ``offload/recovery.py``."""
 BYTE_UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -34,9 +36,9 @@ def explaining_shortage(phase: str) -> Callable[[Method], Method]:
             except torch.OutOfMemoryError as error:
                 unit = engine.computing if phase != UPDATE else None
                 where = f"the {phase}" if unit is None else f"the {phase} of unit {unit}"
-                if phase != UPDATE:
+                if not (half_done := engine.recovery.half_done):
                     engine.zero_grad()
-                half_done = phase == UPDATE or engine.update_failed
+                    half_done = engine.recovery.half_done  # of updates that began in backward
                 held_bytes = engine.meter.now_bytes()["gpu"]
                 # [Note: memory of a failed pass]
                 error.add_note("".join(["It was raised here:\n", *traceback.format_tb(error.__traceback__)]))
@@ -63,7 +65,7 @@ def shortage(
     after = (
         "The gradients since the last step are forgotten and the model is as that step left it: this engine can go on."
         if not half_done
-        else "The update is half done: go on from a checkpoint."
+        else f"{HALF_DONE}."
     )
     return DeviceMemoryError(
         f"the device ran out of memory in {where}: {held} of a budget of {_text(plan.budget.gpu_bytes)}; the plan "

@@ -174,7 +174,7 @@ def allocate(
 ) -> UnitState:
     """The buffers of a unit, zero, in the tiers of the plan: what ``residency.footprint`` counts."""
     place, form, shards = unit.placement, plan.state_format, Shards.of(plan)
-    dtype = weight_dtype(form.precision)
+    dtype, name = weight_dtype(form.precision), f"unit {unit.name}" if unit.name else "the root unit"
     weights = shards.weights(unit.shape.elements, place.parameters)
     gradients = shards.gradients(unit.shape.trainable_elements)
     updated = shards.state(unit.shape.trainable_elements)
@@ -198,7 +198,9 @@ def allocate(
     elif place.parameters is Tier.HOST:
         state.host_weights = on_host(weights)
     else:
-        state.weight_extents = [_extent(store, (b - a) * dtype.itemsize) for a, b in state.weight_spans]
+        state.weight_extents = [
+            _extent(store, (b - a) * dtype.itemsize, f"weights of {name}") for a, b in state.weight_spans
+        ]
     if place.gradients is Tier.GPU:
         state.device_gradients = on_device(gradients)
     else:
@@ -209,10 +211,12 @@ def allocate(
     elif place.optimizer is Tier.HOST or not size:  # where there is no state, it is nowhere
         state.host_state = carve_state(arena.take(size), updated, form)
     else:
-        state.state_extents = [_extent(store, state_bytes(b - a, form)) for a, b in state.spans]
+        state.state_extents = [
+            _extent(store, state_bytes(b - a, form), f"optimizer state of {name}") for a, b in state.spans
+        ]
     return state
 
 
-def _extent(store: Store | None, size_bytes: int) -> Extent:
+def _extent(store: Store | None, size_bytes: int, of: str) -> Extent:
     assert store is not None, "an extent is needed, so the footprint counted one and a store was made"
-    return store.take(size_bytes)
+    return store.take(size_bytes, of)

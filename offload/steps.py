@@ -14,6 +14,8 @@ import torch
 from offload.gradients import GradientCollector
 from offload.hyperparameters import Hyperparameters
 from offload.loss_scale import LossScale
+from offload.recovery import Recovery
+from offload.shortage import HALF_DONE
 from offload.state import UnitState
 from offload.streams import Done
 from offload.unit_update import ClipFactor, UnitUpdate, from_first
@@ -32,6 +34,7 @@ class Steps:
         self,
         states: Sequence[UnitState],
         hyperparameters: Hyperparameters,
+        recovery: Recovery,
         gradients: GradientCollector,
         updater: Updater,
         mover: WeightMover,
@@ -40,10 +43,11 @@ class Steps:
         copied: Callable[[str], Done | None],
         device: torch.device,
     ) -> None:
-        self._hyperparameters, self._gradients = hyperparameters, gradients
+        self._hyperparameters, self._recovery, self._gradients = hyperparameters, recovery, gradients
         self._parts = {state.unit.name: state.part() for state in states}
         self._updater, self._mover, self._loss_scale, self._updated = updater, mover, loss_scale, updated
         self.early = UpdateInBackward(states, gradients, self._begin_early)
+        recovery.steps = self
         self._device, self._copied = device, copied
         self._clip: ClipFactor | None = None
         self._counts_before: dict[str, int] | None = None
@@ -52,29 +56,36 @@ class Steps:
         self._unclipped: ClipFactor | None = None
         """Of updates that begin before anybody can know a norm."""
 
-    def begin(self, max_norm: float | None) -> None:
-        """Begin the update of every unit that has a gradient."""
+    def norm(self) -> torch.Tensor:
+        """Of the gradients; what became of the last step is known then."""
         self.conclude()
+        return self._gradients.norm()
+
+    def begin(self, norm: torch.Tensor, max_norm: float | None) -> None:
+        """Begin the update of every unit that has a gradient."""
         self._counts_before = dict(self._hyperparameters.steps)
-        norm = self._gradients.norm()
         scale = self._loss_scale
         self._clip = ClipFactor(norm, max_norm) if scale is None else scale.clip_factor(norm, max_norm)
         self._begin(self.early.rest(), self._clip)
         self._gradients.clear()
-        if scale is None:
-            self.conclude()
 
-    def conclude(self) -> None:
-        """Learn what became of the last step ([Note: skipped steps])."""
-        if self._counts_before is None:
+    def conclude(self, *, waits: bool = True) -> None:
+        """Learn what became of the last step ([Note: skipped steps]); one that ``waits`` for nothing may not."""
+        if self._counts_before is None or not (waits or self._loss_scale is None):
             return
         assert self._clip is not None
-        counts, self._counts_before = self._counts_before, None
-        if self._clip.skipped():
-            self._hyperparameters.steps = counts
-            self._skipped += 1
-        else:
-            self._updated()
+        skipped = self._clip.skipped()
+        with self._recovery.changing(f"stepping the schedulers was cut short. {HALF_DONE}"):
+            counts, self._counts_before = self._counts_before, None
+            if skipped:
+                self._hyperparameters.steps = counts
+                self._skipped += 1
+            else:
+                self._updated()
+
+    def forget(self) -> None:
+        """Other numbers take the place of all: what became of the last step does not matter any more."""
+        self._counts_before = None
 
     @property
     def skipped_count(self) -> int:

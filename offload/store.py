@@ -36,6 +36,8 @@ class Extent:
 
     offset_bytes: int
     size_bytes: int
+    of: str = "something"
+    """What is there, for a sentence."""
 
 
 def check_directory(directory: Path, size_bytes: int) -> None:
@@ -61,6 +63,7 @@ class Store:
 
     def __init__(self, directory: Path, capacity_bytes: int, io_bytes: int) -> None:
         check_directory(directory, capacity_bytes)
+        self._directory = directory
         self.bytes_read = self.bytes_written = 0
         self.capacity_bytes = capacity_bytes
         self.taken_bytes = 0
@@ -78,9 +81,9 @@ class Store:
             self.close()
             raise TierError(f"could not make {capacity_bytes} bytes of swap space in {directory}: {error}") from error
 
-    def take(self, size_bytes: int) -> Extent:
-        """The next extent of the file, rounded up to whole blocks."""
-        extent = Extent(self.taken_bytes, aligned(size_bytes, BLOCK_BYTES))
+    def take(self, size_bytes: int, of: str = "something") -> Extent:
+        """The next extent of the file, rounded up to whole blocks; ``of`` says what will be there."""
+        extent = Extent(self.taken_bytes, aligned(size_bytes, BLOCK_BYTES), of)
         self.taken_bytes += extent.size_bytes
         assert self.taken_bytes <= self.capacity_bytes, "the store was sized for less than is taken from it"
         return extent
@@ -91,9 +94,17 @@ class Store:
         return self._run(self._transfer(extent, source.numpy().data, write=True))
 
     def read(self, extent: Extent, target: torch.Tensor) -> Ticket:
-        """Read the whole extent into ``target``; the ticket raises CorruptionError where a checksum differs."""
+        """Read the whole extent into ``target``; the ticket raises CorruptionError where a checksum differs.
+
+        Here as in ``write`` it raises TierError where the disk fails.
+        """
         self.bytes_read += extent.size_bytes
         return self._run(self._transfer(extent, target.numpy().data, write=False))
+
+    def settle(self) -> None:
+        """Wait until nothing is under way, whether it went well or not."""
+        if self._loop.is_running():
+            self._run(self._settle()).result()
 
     def close(self) -> None:
         """Close the file; what it held is gone."""
@@ -123,7 +134,11 @@ class Store:
             os.close(descriptor)
             os.unlink(path)  # noqa: PTH108 - the counterpart of mkstemp above
 
+    async def _settle(self) -> None:
+        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+
     async def _close(self) -> None:
+        await self._settle()
         for handle in self._handles:
             await handle.close()
 
@@ -131,7 +146,17 @@ class Store:
         assert len(buffer) == extent.size_bytes, (len(buffer), extent)
         one = self._write_block if write else self._read_block
         spans = range(0, extent.size_bytes, self._io_bytes)
-        await asyncio.gather(*(one(extent.offset_bytes + a, buffer[a : a + self._io_bytes]) for a in spans))
+        # All of them: a buffer belongs to its blocks until the last is over.
+        blocks = (one(extent.offset_bytes + a, buffer[a : a + self._io_bytes]) for a in spans)
+        ended = await asyncio.gather(*blocks, return_exceptions=True)
+        for error in (e for e in ended if e is not None):
+            if not isinstance(error, OSError):
+                raise error
+            raise TierError(
+                f"{'writing' if write else 'reading'} the {extent.of} failed in the NVMe directory {self._directory} "
+                f"({extent.size_bytes} bytes at {extent.offset_bytes} of the swap file): {error}. The kernel's log "
+                "(dmesg) says more; if it comes again, name a directory on another disk with --nvme"
+            ) from error
 
     async def _write_block(self, offset: int, block: memoryview) -> None:
         handle = await self._idle.get()

@@ -30,7 +30,7 @@ from offload.split import Took, UpdateSplit
 from offload.state import UnitState, carve_state, weight_dtype
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate, shared
-from offload.visits import Clock, Kept, Slot, Visit, be_patient
+from offload.visits import Clock, Explain, Kept, Slot, Visit, be_patient
 
 
 class StreamedUpdate:
@@ -103,6 +103,7 @@ class StreamedUpdate:
         self._left: dict[str, list[Done]] = {}
         """By unit, when its pieces without a slot of their own are home."""
         self._clock: Clock | None = None
+        self.explain: Explain = lambda error, _: error
 
     @property
     def device_share(self) -> float:
@@ -232,6 +233,15 @@ class StreamedUpdate:
         for done in self.settled():
             done.synchronize()
 
+    def begin_anew(self) -> None:
+        """Work was cut short, and all lanes have settled: nothing is in the slots, or on its way."""
+        for slot in self._slots:
+            slot.updated = slot.left = Done.now(self._device)
+            slot.arrived = None
+        self._left.clear()
+        self._going_home = []
+        self._last = self._let_pass = self._clock = None
+
     def settled(self) -> list[Done]:
         """When everything that has begun is back on the host."""
         last = [done for done in (self._last, self._let_pass) if done is not None]
@@ -240,6 +250,7 @@ class StreamedUpdate:
     def _run(
         self, visits: Sequence[Visit], clip: ClipFactor, begun: Done, host: Done | None, first: Sequence[Done]
     ) -> None:
+        unit: str | None = None
         try:
             for earlier in first:
                 earlier.wait()
@@ -255,6 +266,7 @@ class StreamedUpdate:
                 if clock is not None:
                     clock.start()
             for visit in visits:
+                unit = visit.update.state.unit.name
                 self._update_piece(visit, clip.on_device)
                 self._keep_promise(visit)
                 if visit.piece.slot is None:
@@ -265,10 +277,11 @@ class StreamedUpdate:
             for visit in visits:
                 if visit.piece.slot is not None:
                     self._let_go(visit, after=[visit.updated, *filter(None, [host])])
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised below
+            explained = self.explain(error, unit)
             for visit in reversed(visits):  # who hears of one finds that of the last one in each slot
-                visit.fail(error)
-            raise
+                visit.fail(explained)
+            raise explained from explained.__cause__
 
     def _update_piece(self, visit: Visit, clip: torch.Tensor) -> None:
         """Update one piece when it is there: have what did not come ahead come now."""

@@ -163,6 +163,10 @@ class Lane:
         target.copy_(source, non_blocking=True)
         self.bytes_moved += source.nbytes
 
+    def settle(self) -> None:
+        """Wait until all that was submitted is done or has failed."""
+        self.submit(lambda: None).settle()
+
     def close(self) -> None:
         """Do what was submitted, then end the thread."""
         self._jobs.put(None)
@@ -190,3 +194,18 @@ class Lane:
             del item, job, after, done
         if self._stream is not None:
             self._stream.synchronize()  # whoever closes the lane frees what it was copying
+
+
+class Lanes:
+    """Makes the lanes of a device; what closes each joins the ``closers``."""
+
+    def __init__(self, device: torch.device, closers: list[Callable[[], None]]) -> None:
+        self._device, self._closers = device, closers
+        self.made: list[Lane] = []
+
+    def __call__(self, name: str, cpu_threads: int, priority: int = 0) -> Lane:
+        """One more."""
+        lane = Lane(name, self._device, cpu_threads, priority)
+        self._closers.append(lane.close)
+        self.made.append(lane)
+        return lane

@@ -8,7 +8,8 @@ through a ring of staging slots: one chunk being read, one updated, one written 
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,7 @@ from offload.store import Extent, Store, Ticket
 from offload.streamed_update import StreamedUpdate
 from offload.streams import Done, Lane
 from offload.unit_update import ClipFactor, UnitUpdate
-from offload.visits import Kept
+from offload.visits import Explain, Kept
 
 
 @dataclass(eq=False)
@@ -82,6 +83,15 @@ class Updater:
         self._last: Done | None = None
         self._reading: set[str] = set()
         self._took: Took | None = None
+        self._explain: Explain = lambda error, _: error
+        self._at: str | None = None
+        """The unit that the host works on."""
+
+    def explain_by(self, explain: Explain) -> None:
+        """Whoever waits for what went wrong in a step gets what this makes of it."""
+        self._explain = explain
+        if self._streamed is not None:
+            self._streamed.explain = explain
 
     def in_flight(self) -> list[str]:
         """Units whose state is being read from the NVMe tier."""
@@ -115,31 +125,47 @@ class Updater:
             self._streamed.begin(streamed, clip, begun, host)
         for update in updates:
             if update.state.device_state is not None:
-                self._update_resident(update, clip)
+                with self._explained(update.state.unit.name):
+                    self._update_resident(update, clip)
 
     def check(self) -> None:
         """Raise what went wrong in the last step, if that is known."""
-        if self._last is not None:
-            self._last.check()
-        if self._streamed is not None:
-            self._streamed.check()
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last step is known to have gone wrong."""
-        try:
-            self.check()
-        except BaseException:  # noqa: BLE001 - whoever asks for it gets it from ``check``
-            return True
-        return False
+        with self._explained():
+            if self._last is not None:
+                self._last.check()
+            if self._streamed is not None:
+                self._streamed.check()
+            for ticket in (t for slot in self._ring for t in slot.written if t.done()):
+                ticket.result()
 
     def finish(self) -> None:
         """Wait until the last step is done and durable in its tiers; raises what went wrong in it."""
-        if self._last is not None:
-            self._last.synchronize()
+        with self._explained():
+            if self._last is not None:
+                self._last.synchronize()
+            if self._streamed is not None:
+                self._streamed.finish()
+            self._finish_writes()
+
+    def begin_anew(self) -> None:
+        """Work was cut short, and all lanes have settled: what went wrong is explained now, and forgotten."""
+        with suppress(Exception):  # whoever explains it knows it
+            self.check()
+        self._last = self._took = None
+        self._reading.clear()
+        for slot in self._ring:
+            slot.written = []
         if self._streamed is not None:
-            self._streamed.finish()
-        self._finish_writes()
+            self._streamed.begin_anew()
+
+    @contextmanager
+    def _explained(self, unit: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if (explained := self._explain(error, unit)) is error:
+                raise
+            raise explained from explained.__cause__
 
     def settled(self) -> list[Done]:
         """When the last step has reached its tiers; what begins later is not waited for."""
@@ -162,6 +188,7 @@ class Updater:
         update.promise.finish(None)
 
     def _run(self, updates: Sequence[UnitUpdate], clip: ClipFactor, begun: Done, first: Sequence[Done]) -> None:
+        self._at = None
         try:
             for earlier in first:
                 earlier.synchronize()
@@ -185,11 +212,12 @@ class Updater:
             while window:
                 self._apply(window.popleft(), factor, begun)
             self._took = Took(sum(u.elements for u in updates), time.perf_counter() - started)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised below
+            explained = self._explain(error, self._at)
             for update in updates:
                 if not update.promise.settled:
-                    update.promise.fail(error)
-            raise
+                    update.promise.fail(explained)
+            raise explained from explained.__cause__
 
     def _finish_writes(self) -> None:
         for slot in self._ring:
@@ -204,6 +232,7 @@ class Updater:
         """Start bringing a chunk to the host; what is on the host already is used where it lies."""
         self._wait_written(slot)
         state, taken = update.state, 0
+        self._at = state.unit.name
         reads: list[Ticket] = []
         gradients_there = update.landed
         if state.host_gradients is not None:
@@ -242,6 +271,7 @@ class Updater:
 
     def _apply(self, chunk: _Chunk, factor: float, begun: Done) -> None:
         """Update a chunk that has arrived and start its way back."""
+        self._at = chunk.update.state.unit.name
         for read in chunk.reads:
             read.result()
         self._reading.discard(chunk.update.state.unit.name)
@@ -254,11 +284,25 @@ class Updater:
         state = chunk.update.state
         if self._store is not None:
             if chunk.state_bytes is not None and state.state_extents is not None:
-                chunk.slot.written.append(self._store.write(state.state_extents[chunk.index], chunk.state_bytes))
+                self._write(chunk, state.state_extents, chunk.state_bytes)
             if chunk.weight_bytes is not None and state.weight_extents is not None:
-                chunk.slot.written.append(self._store.write(state.weight_extents[chunk.index], chunk.weight_bytes))
+                self._write(chunk, state.weight_extents, chunk.weight_bytes)
         if chunk.stop >= max(s.stop for s in chunk.update.segments):
             self._keep_promise(chunk.update, begun)
+
+    def _write(self, chunk: _Chunk, extents: list[Extent], raw: torch.Tensor) -> None:
+        """Start writing it; who waits for that gets an explained error."""
+        assert self._store is not None
+        unit, written = chunk.update.state.unit.name, Ticket()
+
+        def tell(ticket: Ticket) -> None:
+            if (error := ticket.exception()) is None:
+                written.set_result(None)
+            else:
+                written.set_exception(self._explain(error, unit))
+
+        chunk.slot.written.append(written)
+        self._store.write(extents[chunk.index], raw).add_done_callback(tell)
 
     def _keep_promise(self, update: UnitUpdate, begun: Done) -> None:
         """The unit's last chunk is updated: its new weights can be had where they live."""

@@ -8,7 +8,7 @@ so much to do; beside one that lets a piece arrive before it gives the next 2 ms
 They do not look again and again: that takes the interpreter lock from the thread that issues the next forward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,6 +21,9 @@ from offload.split import Took
 from offload.state import OptimizerState
 from offload.streams import Done
 from offload.unit_update import UnitUpdate
+
+Explain = Callable[[BaseException, str | None], BaseException]
+"""Makes of what went wrong in an update, and of the unit if that is known, what whoever waits gets."""
 
 
 @dataclass(eq=False)

@@ -10,12 +10,14 @@ that parameter's name.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 
 from offload.away_guard import AwayGuard
 from offload.dtensors import show
+from offload.errors import TierError
 from offload.residency import UPDATE_RING
 from offload.schedule import Fetch
 from offload.slots import Slot, SlotRings
@@ -201,6 +203,22 @@ class WeightMover:
         self._lent.discard(name)
         self._show(self._states[name])
 
+    def begin_anew(self) -> None:
+        """A pass was cut short, and all lanes have settled: no slot holds anything, units are what tiers hold.
+
+        What an interrupted fetch left of a unit may be anything, and so may be who waits for which update.
+        """
+        self._slot_of.clear()
+        for ring in self._rings.rings.values():
+            for slot in ring:
+                slot.holds = slot.arrived = None
+        self._in_use.clear()
+        self._updated.clear()
+        self._nan.fill_(torch.nan)
+        for name, state in self._states.items():
+            if name not in self._lent:
+                self._show(state)
+
     def restore(self, name: str) -> None:
         """Make the unit what its tiers hold, whatever was done to its parameters; no update may be under way."""
         self._nan.fill_(torch.nan)
@@ -266,8 +284,10 @@ class WeightMover:
         assert slot.holds is not None
         name = slot.holds.unit.name
         if slot.arrived is not None:
-            # Whatever comes next is ordered behind it on the same lane; only its failure must not be lost.
-            slot.arrived.wait()
+            # Whatever comes next is ordered behind it on the same lane. Only its failure must not be lost, but for that
+            # of a read: whoever needs the weights reads them again.
+            with suppress(TierError):
+                slot.arrived.wait()
         self._unbind(slot.holds)
         self._in_use.discard(name)
         del self._slot_of[name]
@@ -326,16 +346,21 @@ class WeightMover:
         assert state.weight_extents is not None
         waiting: deque[tuple[int, list[torch.Tensor]]] = deque()
         tickets: dict[int, Ticket] = {}
-        for i, (span, extent) in enumerate(zip(state.weight_spans, state.weight_extents, strict=True)):
-            place = i % UPDATE_RING
-            if len(waiting) == UPDATE_RING:
+        try:
+            for i, (span, extent) in enumerate(zip(state.weight_spans, state.weight_extents, strict=True)):
+                place = i % UPDATE_RING
+                if len(waiting) == UPDATE_RING:
+                    self._land(*waiting.popleft(), tickets)
+                buffer, idle = self._reader_ring[place]
+                idle.synchronize()
+                tickets[place] = self._store.read(extent, buffer[: extent.size_bytes])
+                waiting.append((place, state.places(target, *span)))
+            while waiting:
                 self._land(*waiting.popleft(), tickets)
-            buffer, idle = self._reader_ring[place]
-            idle.synchronize()
-            tickets[place] = self._store.read(extent, buffer[: extent.size_bytes])
-            waiting.append((place, state.places(target, *span)))
-        while waiting:
-            self._land(*waiting.popleft(), tickets)
+        except BaseException:
+            for ticket in tickets.values():
+                ticket.exception()  # what is still being read must not land where the next one reads to
+            raise
 
     def _land(self, place: int, parts: list[torch.Tensor], tickets: dict[int, Ticket]) -> None:
         tickets[place].result()

@@ -102,27 +102,41 @@ def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) 
         raise OffloadError(
             f"load_state_dict() takes tensors by name, as state_dict() gives them, not a {type(tensors).__name__}"
         )
-    engine.finish()
+    if not engine.recovery.half_done:
+        engine.recovery.check()
     targets = engine.model.state_dict(keep_vars=True)
     difference = KeyDifference([k for k in targets if k not in tensors], [k for k in tensors if k not in targets])
     _check_keys(targets, tensors, difference, strict)
     keys = _keys_by_parameter({k: v for k, v in targets.items() if k in tensors})
-    for state in engine.states:
-        given = [(f, tensors[key]) for f in state.unit.fields for key in keys.pop(id(f.parameter), ())]
-        if given:
-            whole = contents.read(state, engine.plan.state_format, engine.store)
-            for field, tensor in given:
-                field.view(whole.weights).copy_(_own(field, tensor))
-            engine.replace(state, whole)
-    owned = _owned(engine)
-    with torch.no_grad():
-        for key in targets.keys() & tensors.keys():
-            if key.endswith(EXTRA_STATE):
-                path = key.removesuffix(EXTRA_STATE).removesuffix(".")
-                engine.model.get_submodule(path).set_extra_state(tensors[key])
-            elif id(targets[key]) not in owned:
-                targets[key].copy_(tensors[key])
+    with engine.recovery.loading(engine.finish, everything=not difference.missing_keys) as half_done:
+        if half_done:
+            engine.zero_grad()
+            engine.hyperparameters.steps.clear()
+        for state in engine.states:
+            given = [(f, tensors[key]) for f in state.unit.fields for key in keys.pop(id(f.parameter), ())]
+            if given:
+                whole = _nothing(engine, state) if half_done else _numbers(engine, state)
+                for field, tensor in given:
+                    field.view(whole.weights).copy_(_own(field, tensor))
+                engine.replace(state, whole)
+        owned = _owned(engine)
+        with torch.no_grad():
+            for key in targets.keys() & tensors.keys():
+                if key.endswith(EXTRA_STATE):
+                    path = key.removesuffix(EXTRA_STATE).removesuffix(".")
+                    engine.model.get_submodule(path).set_extra_state(tensors[key])
+                elif id(targets[key]) not in owned:
+                    targets[key].copy_(tensors[key])
     return difference
+
+
+def _numbers(engine: "Engine", state: UnitState) -> contents.Contents:
+    return contents.read(state, engine.plan.state_format, engine.store)
+
+
+def _nothing(engine: "Engine", state: UnitState) -> contents.Contents:
+    """Moments of an update that is half done are of no step."""
+    return contents.Contents.zeros(state, engine.plan.optimizer)
 
 
 def _parameters(model: nn.Module, chosen: Iterable[Chosen | Iterable[Chosen]]) -> dict[str, nn.Parameter]:

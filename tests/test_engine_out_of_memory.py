@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,8 @@ from offload.errors import DeviceMemoryError, OffloadError
 from offload.plan import Budget, Precision, Prediction
 from offload.shortage import shortage
 from tests.models import GPT, FrozenGPT, batches
-from tests.plans import EVERY_TIER, RESIDENT, G, H, plan_for, units_of
+from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for, units_of
+from tests.test_engine_equals_pytorch import assert_same
 
 UNITS = ("h.0", "h.1", "h.3", "wte", "ln_f")
 """The first, a middle and the last block, and the first and the last unit."""
@@ -288,6 +290,114 @@ def test_an_update_that_runs_out_is_not_said_to_be_whole(tmp_path: Path, monkeyp
     ):
         monkeypatch.setattr(engine._updater, "begin", lambda *_: fail())
         step(engine, batches(1)[0])
+
+
+def runs_out_once_in_an_update(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In that of the third piece from now on."""
+    updater, calls = engine._updater, [0]
+
+    def once(update: Callable) -> Callable:
+        def run(*args: object) -> None:
+            calls[0] += 1
+            if calls[0] == 3:
+                fail()
+            update(*args)
+
+        return run
+
+    for name in ("_update_on_host", "_update_on_device"):
+        monkeypatch.setattr(updater, name, once(getattr(updater, name)))
+
+
+def first_error(engine: Engine, tokens: torch.Tensor) -> str:
+    """Of a step and of what waits for its update."""
+    with pytest.raises(DeviceMemoryError) as caught:
+        step(engine, tokens)
+        engine.finish()
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, (G, G, H), (G, H, H), (H, H, H), (H, G, H), (N, H, N)])
+def test_an_update_that_runs_out_is_refused_until_a_checkpoint_is_loaded(
+    placement: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    other, data = copy.deepcopy(model), batches(5)
+    with engine_for(model, tmp_path, (placement,)) as engine, engine_for(other, tmp_path, (placement,)) as undisturbed:
+        for tokens in data[:2]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        engine.save_checkpoint(tmp_path / "good").wait()
+        runs_out_once_in_an_update(engine, monkeypatch)
+        said = first_error(engine, data[2])
+        assert "ran out of memory in the update of " in said
+        assert "unit" in said
+        for use in (
+            lambda: engine(data[2]),
+            lambda: engine.backward(torch.ones((), requires_grad=True)),
+            engine.step,
+            engine.finish,
+            engine.state_dict,
+            lambda: engine.gathered(model),
+            lambda: engine.save_checkpoint(tmp_path / "bad"),
+        ):
+            with pytest.raises(DeviceMemoryError, match="The update is half done: go on from a checkpoint"):
+                use()
+        assert not (tmp_path / "bad").exists()
+        engine.load_checkpoint(tmp_path / "good")
+        for tokens in data[2:]:
+            assert step(engine, tokens) == step(undisturbed, tokens)
+        whole = undisturbed.state_dict()
+        assert all(torch.equal(whole[n], t) for n, t in engine.state_dict().items())
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, (H, H, H)])
+def test_behind_a_half_done_update_loaded_weights_begin_without_moments(
+    placement: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = GPT()
+    plain, data = copy.deepcopy(model), batches(5)
+    with engine_for(model, tmp_path, (placement,)) as engine:
+        for tokens in data[:2]:
+            step(engine, tokens)
+        good = engine.state_dict()
+        runs_out_once_in_an_update(engine, monkeypatch)
+        first_error(engine, data[2])
+        with pytest.raises(DeviceMemoryError, match="half done"):
+            engine.load_state_dict({"wte.weight": good["wte.weight"]}, strict=False)
+        engine.load_state_dict(good)
+        for tokens in data[2:]:
+            step(engine, tokens)
+        found = engine.state_dict()
+    plain.load_state_dict(good)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for tokens in data[2:]:
+        plain(tokens).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(found, plain, 1e-6)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_after_an_update_that_ran_out_close_gives_everything_back(
+    told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GPT()
+    engine = engine_for(model, tmp_path, ((N, H, N),))
+    runs_out_once_in_an_update(engine, monkeypatch)
+    if told:
+        first_error(engine, batches(1)[0])
+        engine.close()
+    else:
+        step(engine, batches(1)[0])
+        with pytest.raises(DeviceMemoryError, match="The update is half done"):
+            engine.close()
+    with pytest.raises(OffloadError, match="closed"):
+        engine.finish()
+    assert not any(t.name.startswith("memplan-") for t in threading.enumerate())
 
 
 @pytest.mark.gpu

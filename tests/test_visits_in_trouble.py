@@ -11,7 +11,7 @@ from torch import nn
 
 from offload.allotment import Reach, allot
 from offload.engine import Engine
-from offload.errors import DeviceMemoryError
+from offload.errors import DeviceMemoryError, OffloadError
 from offload.plan import Buckets, Plan
 from offload.residency import UPDATE_RING
 from offload.split import Took
@@ -131,8 +131,7 @@ def test_memory_that_runs_out_in_an_update_is_not_told_as_that_of_a_pass(
     for _ in range(3):
         with pytest.raises(DeviceMemoryError, match="The update is half done"):
             engine(tokens)
-    with pytest.raises((DeviceMemoryError, torch.OutOfMemoryError)):
-        engine.close()
+    engine.close()  # what was said is not said again
 
 
 def test_a_failure_reaches_every_promise_also_one_that_is_kept_meanwhile() -> None:
@@ -189,15 +188,15 @@ def test_state_that_did_not_come_home_is_told_when_the_share_moves(monkeypatch: 
                     streamed.deal_again()
                 engine.backward(engine(tokens))
                 engine.step()
-        except RuntimeError as error:
+        except OffloadError as error:
             told.append(error)
 
     thread = threading.Thread(target=train, daemon=True)
     thread.start()
     thread.join(20)
     assert told, "nobody is told"
-    with pytest.raises(RuntimeError, match="on fire"):
-        engine.close()
+    assert "RuntimeError: the link is on fire. The update is half done" in str(told[0])
+    engine.close()
 
 
 def test_a_step_teaches_once_however_often_its_next_gradients_are_forgotten() -> None:
