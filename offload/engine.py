@@ -306,7 +306,7 @@ class Engine(Releasing):
         self._watch.check_none_lent()
         self.recovery.check_whole()
         self._steps.conclude()
-        self._settle()
+        self.recovery.telling(self._settle)
         self._watch.check()
 
     def _settle(self) -> None:
@@ -377,7 +377,7 @@ class Engine(Releasing):
     def close(self) -> None:
         """Finish the update and give everything back: device, host and NVMe. Parameters are away afterwards."""
         try:
-            if self._closers and not self.recovery.half_done:
+            if self._closers and not self.recovery.known:
                 self.finish()
         finally:
             self._release()

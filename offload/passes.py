@@ -121,7 +121,7 @@ class Passes:
             self._mover.unuse_all()
             if phase == "backward":
                 self._forget()
-            if (sentence := explained(error)) is not None:
+            if (sentence := self._recovery.behind(error) or explained(error)) is not None:
                 raise sentence from error
             raise
         else:
@@ -182,9 +182,16 @@ class Passes:
         """A pass was cut short: none goes on."""
         self._phase, self._called_alone, self._others = None, False, False
         self._recomputed.begin_pass()
+        self._stop_saving()
+
+    def _stop_saving(self) -> None:
+        """Take the hooks on what autograd saves away, where an exception kept their context from doing it."""
+        while (top := torch._C._autograd._top_saved_tensors_default_hooks(False)) is not None and top[0] == self.pack:
+            torch._C._autograd._pop_saved_tensors_default_hooks()
 
     def close(self) -> None:
         """Hold nothing any more: a loss that somebody keeps leads here."""
+        self._stop_saving()
         vars(self).clear()
 
     # hooks.Listener

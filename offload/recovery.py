@@ -61,19 +61,23 @@ class _Work:
     def __exit__(self, kind: object, *_: object) -> None:
         r, (cut_short, live) = self._recovery, self._before
         r.cut_short, r.live = cut_short if kind is None else r.cut_short, live
+        r.told |= kind is not None and r.cause is not None
 
 
 class _Change:
     """While it goes on, and after it was cut short, numbers are half changed."""
 
-    def __init__(self, recovery: "Recovery", sentence: str) -> None:
-        self._recovery, self._cause = recovery, OffloadError(sentence)
+    def __init__(self, recovery: "Recovery", sentence: str, *, may_fail: bool) -> None:
+        self._recovery, self._cause, self._may_fail = recovery, OffloadError(sentence), may_fail
 
     def __enter__(self) -> None:
-        self._recovery.cause = self._cause
+        if self._recovery.cause is None:  # else a lane has found one
+            self._recovery.cause = self._cause
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None and self._recovery.cause is self._cause:  # else a lane has found one meanwhile
+        if kind is not None and not (self._may_fail and issubclass(kind, Exception)):
+            self._recovery.told = True
+        elif self._recovery.cause is self._cause:
             self._recovery.cause = None
 
 
@@ -102,6 +106,8 @@ class Recovery:
         """Whether a pass of the engine's own goes on."""
         self.cause: OffloadError | None = None
         """Why numbers are half changed: [Note: half done]."""
+        self.told = False
+        """Whether somebody got that error."""
 
     def join(self, part: Part) -> None:
         """One part more."""
@@ -165,22 +171,47 @@ class Recovery:
         """Raise OffloadError where numbers are of no step: [Note: half done]."""
         self.settle()
         if self.cause is not None:
+            self.told = True
             raise type(self.cause)(str(self.cause)) from self.cause.__cause__
         if self.steps is not None and self.steps.early.failed:
             self.steps.early.check()
+
+    def telling(self, settle: Callable[[], None]) -> None:
+        """Wait for updates; what went wrong in one is known to somebody then."""
+        try:
+            settle()
+        except OffloadError:
+            self.told = True
+            raise
+
+    @property
+    def known(self) -> bool:
+        """Whether somebody knows that numbers are half changed."""
+        return self.half_done and (self.told or self.cause is None)
+
+    def behind(self, error: BaseException) -> OffloadError | None:
+        """The error for a person, where a pass waited for an update that failed."""
+        told = self.cause is None or not isinstance(error, OffloadError) or str(error) == str(self.cause)
+        return None if told else self.cause
 
     @property
     def half_done(self) -> bool:
         """Whether they are known to be."""
         return self.cause is not None or (self.steps is not None and self.steps.early.failed)
 
-    def changing(self, sentence: str) -> _Change:
-        """A context in which numbers are changed that belong together; the sentence is for who goes on with half."""
-        return _Change(self, sentence)
+    def changing(self, sentence: str, *, may_fail: bool = False) -> _Change:
+        """A context in which numbers are changed that belong together; the sentence is for who goes on with half.
+
+        Where it ``may_fail``, an error is one of code that is not the engine's, and only an interrupt cuts it short.
+        """
+        return _Change(self, sentence, may_fail=may_fail)
 
     def failed(self, error: BaseException, unit: str | None = None) -> BaseException:
         """An update failed, of this unit where that is known: the error for a person. From any thread."""
-        if isinstance(error, RankLost) or HALF_DONE in str(error):
+        if isinstance(error, RankLost):
+            return error
+        if isinstance(error, OffloadError) and HALF_DONE in str(error):
+            self.cause = error
             return error
         where = (
             "the update" if unit is None else f"the update of unit {unit}" if unit else "the update of the root unit"
@@ -214,8 +245,9 @@ class Recovery:
         if half_done := self.half_done:
             self.live = False
             self._begin_anew()
-        with self.changing("other numbers were not loaded to the end: load a checkpoint"):
-            yield half_done
-            if everything and self.steps is not None:
-                self.steps.forget()
-                self.steps.early.restored()
+        self.cause = OffloadError("other numbers were not loaded to the end: load a checkpoint")
+        yield half_done
+        if everything and self.steps is not None:
+            self.steps.forget()
+            self.steps.early.restored()
+        self.cause, self.told = None, False

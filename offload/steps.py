@@ -75,7 +75,7 @@ class Steps:
             return
         assert self._clip is not None
         skipped = self._clip.skipped()
-        with self._recovery.changing(f"stepping the schedulers was cut short. {HALF_DONE}"):
+        with self._recovery.changing(f"stepping the schedulers was cut short. {HALF_DONE}", may_fail=True):
             counts, self._counts_before = self._counts_before, None
             if skipped:
                 self._hyperparameters.steps = counts

@@ -291,18 +291,16 @@ class Updater:
             self._keep_promise(chunk.update, begun)
 
     def _write(self, chunk: _Chunk, extents: list[Extent], raw: torch.Tensor) -> None:
-        """Start writing it; who waits for that gets an explained error."""
+        """Start writing it; what goes wrong then is explained before anybody waits for it."""
         assert self._store is not None
-        unit, written = chunk.update.state.unit.name, Ticket()
+        unit, ticket = chunk.update.state.unit.name, self._store.write(extents[chunk.index], raw)
 
-        def tell(ticket: Ticket) -> None:
-            if (error := ticket.exception()) is None:
-                written.set_result(None)
-            else:
-                written.set_exception(self._explain(error, unit))
+        def explain(ticket: Ticket) -> None:
+            if (error := ticket.exception()) is not None:
+                self._explain(error, unit)
 
-        chunk.slot.written.append(written)
-        self._store.write(extents[chunk.index], raw).add_done_callback(tell)
+        ticket.add_done_callback(explain)
+        chunk.slot.written.append(ticket)
 
     def _keep_promise(self, update: UnitUpdate, begun: Done) -> None:
         """The unit's last chunk is updated: its new weights can be had where they live."""

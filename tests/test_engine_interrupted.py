@@ -16,7 +16,7 @@ from tests.models import GPT, batches
 from tests.plans import EVERY_TIER, RESIDENT, G, H, N, plan_for, units_of
 from tests.test_engine_equals_pytorch import assert_same
 
-STRIDE = 37
+STRIDE = 97
 """Lines between two places that are tried: with the lines of a pass it has no common factor."""
 AT, STEPS = 2, 4
 """Steps before the one that is interrupted, and all of them."""
@@ -103,7 +103,7 @@ def test_after_an_interrupted_pass_training_goes_on_to_the_bit(kind: str, phase:
                 assert_goes_on(engine, AT, expected, f"{place} in {phase}")
             return place
 
-    assert every_place(try_at) > 10
+    assert every_place(try_at) > 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,7 +132,7 @@ def test_an_interrupted_step_was_not_made_or_was_or_only_a_checkpoint_helps(kind
                 refused.append(True)
             return place
 
-    assert every_place(try_at) > 5
+    assert every_place(try_at) > 2
     assert {*refused} == {False, True}
 
 
@@ -179,7 +179,7 @@ def test_an_interrupted_backward_in_which_updates_had_begun_is_half_a_step(tmp_p
                     refused.append(True)
             return place
 
-    assert every_place(try_at) > 10
+    assert every_place(try_at) > 3
     assert {*refused} == {False, True}
 
 
@@ -200,7 +200,7 @@ def test_an_interrupted_evaluation_leaves_the_loss_before_it_its_backward(kind: 
                 assert_goes_on(engine, AT + 1, expected, place)
             return place
 
-    assert every_place(try_at) > 5
+    assert every_place(try_at) > 2
 
 
 def test_an_interrupted_forward_costs_no_gradients_of_earlier_micro_batches(tmp_path: Path) -> None:
@@ -221,7 +221,29 @@ def test_an_interrupted_forward_costs_no_gradients_of_earlier_micro_batches(tmp_
                 assert all(torch.equal(t, numbers[n]) for n, t in engine.state_dict().items()), place
             return place
 
-    assert every_place(try_at) > 10
+    assert every_place(try_at) > 3
+
+
+def test_an_error_of_a_scheduler_leaves_the_update_whole(tmp_path: Path) -> None:
+    model = small()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    with engine_for("on the host", model, tmp_path) as engine:
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(engine.optimizer, 1e-2, total_steps=2)
+        engine.step_scheduler(scheduler)
+        other = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=2)
+        for number, tokens in enumerate(DATA[:3]):
+            plain(tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if number < 2:
+                train(engine, tokens)
+                other.step()
+            else:
+                with pytest.raises(ValueError, match="Tried to step 3 times"):
+                    train(engine, tokens)
+        assert_same(engine.state_dict(), plain, 1e-6)
+        assert engine.global_step == 3
 
 
 def test_an_interrupted_load_is_refused_until_one_comes_to_its_end(tmp_path: Path) -> None:
@@ -262,7 +284,7 @@ def test_an_interrupted_first_pass_is_watched_again_and_by_nobody_else(tmp_path:
                 assert not torch.utils._python_dispatch._get_current_dispatch_mode_stack(), place
             return place
 
-    assert every_place(try_at) > 10
+    assert every_place(try_at) > 3
 
 
 @pytest.mark.parametrize("checkpoints", list(Tier)[:2])
