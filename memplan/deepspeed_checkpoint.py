@@ -90,12 +90,17 @@ class DeepSpeedCheckpoint:
         return [{name: tuple(s) for i in group for name, s in of_flat[i].items()} for group in given]
 
     @cached_property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """The same of all groups together."""
+        return {name: shape for group in self.groups for name, shape in group.items()}
+
+    @cached_property
     def frozen(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the others: the file says them, or has them."""
         said = self.model.get("frozen_param_shapes") or {}
         if self.stage == 3:
             return {name: tuple(shape) for name, shape in said.items()}
-        known = {*self.aliases, *self.buffers, *(name for group in self.groups for name in group)}
+        known = {*self.aliases, *self.buffers, *self.trained}
         return {name: tuple(tensor.shape) for name, tensor in self.model["module"].items() if name not in known}
 
     @property
@@ -141,7 +146,7 @@ class DeepSpeedCheckpoint:
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: shape for group in (*self.groups, self.frozen) for name, shape in group.items()}
+        return self.trained | self.frozen
 
     def _base(self, rank: int) -> Mapping[str, Any]:
         """The state_dict of the optimizer that ZeRO has wrapped."""
@@ -189,7 +194,7 @@ class DeepSpeedCheckpoint:
         for rank, optimizer in enumerate(self.optimizers):
             flats: list[torch.Tensor] = list(optimizer["fp32_flat_groups"])
             index = offset = 0
-            for name, shape in ((n, s) for group in self.groups for n, s in group.items()):
+            for name, shape in self.trained.items():
                 piece, start, count = self._piece(prod(shape), rank)
                 if index < len(flats) and offset == flats[index].numel():
                     index, offset = index + 1, 0

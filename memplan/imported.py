@@ -150,18 +150,17 @@ def _training(found: DeepSpeedCheckpoint, kind: OptimizerKind, spans: list[Span]
     aliases: dict[str, list[str]] = {}
     for alias, name in found.aliases.items():
         aliases.setdefault(name, []).append(alias)
-    trained = {name: shape for group in found.groups for name, shape in group.items()}
     kept = DEFAULTS[kind]([torch.nn.Parameter(torch.zeros(1))]).defaults.keys() | {"initial_lr"}
     model, scale = found.model, found.loss_scale
     return {
         "parameters": {
-            name: {"shape": list(shape), "trainable": name in trained, "aliases": aliases.get(name, [])}
-            for name, shape in (trained | found.frozen).items()
+            name: {"shape": list(shape), "trainable": name in found.trained, "aliases": aliases.get(name, [])}
+            for name, shape in (found.trained | found.frozen).items()
         },
         "buffers": sorted(found.buffers),
         "optimizer": kind,
         "moments": MomentFormat.FP32,
-        "parameter_steps": {span.name: span.steps for span in spans if span.name in trained and span.steps},
+        "parameter_steps": {span.name: span.steps for span in spans if span.name in found.trained and span.steps},
         "loss_scale": None if scale is None else {"scale": scale, "_growth_tracker": 0},
         "groups": [plain({k: v for k, v in group.items() if k in kept}) for group in found.hyperparameters],
         "group_parameters": [list(group) for group in found.groups],
@@ -172,10 +171,9 @@ def _training(found: DeepSpeedCheckpoint, kind: OptimizerKind, spans: list[Span]
 
 def _tensors(found: DeepSpeedCheckpoint, spans: list[Span], kind: OptimizerKind) -> dict[str, _Tensor]:
     """What the rank's file holds, by its keys."""
-    trained = {name for group in found.groups for name in group}
     tensors: dict[str, _Tensor] = {}
     for name, start, weights, moments, _ in spans:
-        if name not in trained:
+        if name not in found.trained:
             tensors[span_key(WEIGHT, start, name)] = _Tensor(weights, weights.dtype)
             continue
         tensors[span_key(WEIGHT, start, name)] = _Tensor(weights, torch.float32)

@@ -115,7 +115,12 @@ def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) 
         for state in engine.states:
             given = [(f, tensors[key]) for f in state.unit.fields for key in keys.pop(id(f.parameter), ())]
             if given:
-                whole = _nothing(engine, state) if half_done else _numbers(engine, state)
+                # Moments of an update that is half done are of no step.
+                whole = (
+                    contents.Contents.zeros(state, engine.plan.optimizer)
+                    if half_done
+                    else contents.read(state, engine.plan.state_format, engine.store)
+                )
                 for field, tensor in given:
                     field.view(whole.weights).copy_(_own(field, tensor))
                 engine.replace(state, whole)
@@ -128,15 +133,6 @@ def load_state_dict(engine: "Engine", tensors: Mapping[str, Any], strict: bool) 
                 elif id(targets[key]) not in owned:
                     targets[key].copy_(tensors[key])
     return difference
-
-
-def _numbers(engine: "Engine", state: UnitState) -> contents.Contents:
-    return contents.read(state, engine.plan.state_format, engine.store)
-
-
-def _nothing(engine: "Engine", state: UnitState) -> contents.Contents:
-    """Moments of an update that is half done are of no step."""
-    return contents.Contents.zeros(state, engine.plan.optimizer)
 
 
 def _parameters(model: nn.Module, chosen: Iterable[Chosen | Iterable[Chosen]]) -> dict[str, nn.Parameter]:

@@ -111,6 +111,20 @@ def test_parameters_of_one_type_are_not_warned_of(precision: Precision) -> None:
             Engine(model, plan_of(model, precision)).close()
 
 
+def train_both(engine: Engine, plain: nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> None:
+    """One step of each."""
+    plain(tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    engine.backward(engine(tokens))
+    engine.step()
+
+
+def assert_equal(engine: Engine, plain: nn.Module) -> None:
+    found = engine.state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.state_dict().items())
+
+
 def clamp(parameter: torch.Tensor) -> None:
     assert parameter.grad is not None
     parameter.grad.clamp_(-1e-4, 1e-4)
@@ -128,13 +142,8 @@ def test_a_hook_after_accumulation_acts_as_without_the_engine_or_is_refused(tier
     plan = plan_for(model, (tiers,))
     with Engine(model, plan, torch.optim.AdamW(model.parameters())) as engine:
         for tokens in batches(3):
-            plain(tokens).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            engine.backward(engine(tokens))
-            engine.step()
-        found = engine.state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.state_dict().items())
+            train_both(engine, plain, optimizer, tokens)
+        assert_equal(engine, plain)
 
 
 def test_a_hook_after_accumulation_that_comes_late_is_named_and_the_step_can_be_done_without_it() -> None:
@@ -174,13 +183,8 @@ def test_parameters_may_go_from_one_group_to_another_between_steps() -> None:
                 for optimizer in (ours, theirs):
                     first, second = optimizer.param_groups
                     first["params"], second["params"] = second["params"], first["params"]
-            plain(tokens).backward()
-            theirs.step()
-            plain.zero_grad()
-            engine.backward(engine(tokens))
-            engine.step()
-        found = engine.state_dict()
-    assert all(torch.equal(tensor, found[name]) for name, tensor in plain.state_dict().items())
+            train_both(engine, plain, theirs, tokens)
+        assert_equal(engine, plain)
 
 
 def test_a_parameter_that_leaves_the_optimizer_is_found() -> None:
